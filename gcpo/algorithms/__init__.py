@@ -1,0 +1,26 @@
+"""The method's equations as pure functions on tensors, importable with torch alone."""
+
+from gcpo.algorithms.advantage import causal_advantage, group_relative_advantage
+from gcpo.algorithms.episodes import episode_reward, token_advantage
+from gcpo.algorithms.reference import causal_kl, causal_reference
+from gcpo.algorithms.weighting import (
+    causal_diagnostics,
+    causal_target,
+    causal_weight,
+    conditioned_target,
+    group_mean_target,
+)
+
+__all__ = [
+    "causal_advantage",
+    "causal_diagnostics",
+    "causal_kl",
+    "causal_reference",
+    "causal_target",
+    "causal_weight",
+    "conditioned_target",
+    "episode_reward",
+    "group_mean_target",
+    "group_relative_advantage",
+    "token_advantage",
+]

@@ -1,0 +1,150 @@
+"""Rewards of episodes and their spread over tokens (GC2PO)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gcpo.algorithms._checks import as_float, as_mask, check_at_least, check_integer, check_shape, or_one
+from gcpo.algorithms.advantage import group_relative_advantage
+
+MAX_SURPRISE = 1e4
+"""Bound on -log pi of one token, so that a probability of zero takes its episode's share and makes no NaN."""
+
+
+@torch.no_grad()
+def episode_reward(
+    outcome: Tensor,
+    robustness: Tensor,
+    effectiveness: Tensor,
+    episode_mask: Tensor,
+    *,
+    robustness_weight: float = 0.9,
+    effectiveness_weight: float = 0.8,
+) -> Tensor:
+    """Computes the reward of every episode, R_ik = (r_out,i + a * (r_rob + b * r_eff)) / K_i.
+
+    See "Towards Generalizable Reasoning: Group Causal Counterfactual Policy Optimization for LLM Reasoning"
+    (arXiv 2602.06475); the formula is our reading of its description (docs/fidelity.md).
+
+    Args:
+        outcome: [n], the outcome rewards r_out of a group.
+        robustness: [n, K], r_rob.
+        effectiveness: [n, K], r_eff.
+        episode_mask: [n, K], which episodes exist; K_i is their number. What the others hold is never read.
+        robustness_weight: a, the weight of the process part.
+        effectiveness_weight: b, the weight of effectiveness inside it.
+
+    Returns:
+        [n, K], zeros where there is no episode; float64 if an input is, else float32. No gradient.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    sizes: dict[str, int] = {}
+    check_shape("outcome", outcome, "n", sizes)
+    check_shape("robustness", robustness, "n K", sizes)
+    check_shape("effectiveness", effectiveness, "n K", sizes)
+    exists = as_mask("episode_mask", episode_mask, robustness, "n K", sizes)
+    outcome, robustness, effectiveness = as_float(outcome, robustness, effectiveness)
+    number = exists.sum(-1, keepdim=True).clamp(min=1)
+    process = robustness_weight * (robustness + effectiveness_weight * effectiveness)
+    return torch.where(exists, (outcome.unsqueeze(-1) + process) / number, 0)
+
+
+@torch.no_grad()
+def token_advantage(
+    episode_reward: Tensor,
+    episode_index: Tensor,
+    old_log_prob: Tensor,
+    response_mask: Tensor,
+    *,
+    trim: float = 0.05,
+    length_correction: bool = True,
+    max_ratio: float = 10.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Computes token advantages from episode rewards: surprise weights, a trimmed mean, then the group.
+
+    See "Towards Generalizable Reasoning: Group Causal Counterfactual Policy Optimization for LLM Reasoning"
+    (arXiv 2602.06475); the formulas are our reading of its description (docs/fidelity.md). T_i is the number
+    of response tokens inside episodes:
+
+    - r_it = R_ik * w_it, w the tokens' shares of their episode's surprise -log pi_old (even shares where it
+      is 0);
+    - r~_i = T_i * the mean of r_it without the floor(trim/2 * T_i) lowest and as many highest;
+    - A^_i = (r~_i - mean) / (std + eps) over the group, as in `group_relative_advantage`;
+    - A_it = A^_i * min(r_it * T_i / max(r~_i, eps), max_ratio), and A^_i for response tokens outside any
+      episode.
+
+    The last line expects rewards of at least 0: under a negative r~_i its ratio is unbounded below.
+
+    Args:
+        episode_reward: [n, K], R_ik of one group.
+        episode_index: [n, T], integers, the episode of each token; negative = none.
+        old_log_prob: [n, T], log pi_old of each token; a positive one counts as 0.
+        response_mask: [n, T], which tokens belong to the response. What the others hold is never read.
+        trim: Share of the tokens that the mean leaves out, half of it on each side; in [0, 1).
+        length_correction: Whether r~ that enters the group has the factor T_i; the last line's has it always.
+        max_ratio: Bound on a token's share relative to the mean.
+        eps: Added to the deviation, and the bound of the last line's denominator.
+
+    Returns:
+        [n, T], zeros outside the response; float64 if an input is, else float32. No gradient.
+
+    Raises:
+        ValueError: Shapes that do not fit, a ``trim`` outside [0, 1), an index that is not an integer, or a
+            response token in an episode that ``episode_reward`` has no column for.
+    """
+    sizes: dict[str, int] = {}
+    check_shape("episode_reward", episode_reward, "n K", sizes)
+    check_shape("episode_index", episode_index, "n T", sizes)
+    check_integer("episode_index", episode_index)
+    check_shape("old_log_prob", old_log_prob, "n T", sizes)
+    response = as_mask("response_mask", response_mask, old_log_prob, "n T", sizes)
+    if not 0 <= trim < 1:
+        raise ValueError(f"trim is {trim} where a number in [0, 1) is expected.")
+    check_at_least("max_ratio", max_ratio, 0)
+    episode = torch.where(response, episode_index, -1)
+    if (episode >= sizes["K"]).any():
+        raise ValueError(
+            f"episode_index holds {int(episode.max())} where episode_reward has {sizes['K']} columns."
+        )
+
+    reward, log_prob = as_float(episode_reward, old_log_prob)
+    token_reward = _spread(reward, episode, log_prob)
+    inside = episode >= 0
+    length = inside.sum(-1)
+    mean = _trimmed_mean(token_reward, inside, trim)
+    total = length * mean
+    advantage = group_relative_advantage(
+        total if length_correction else mean, torch.zeros_like(length), eps=eps
+    ).unsqueeze(-1)
+    ratio = token_reward * length.unsqueeze(-1) / total.clamp(min=eps).unsqueeze(-1)
+    advantage = torch.where(inside, advantage * ratio.clamp(max=max_ratio), advantage)
+    return torch.where(response, advantage, 0)
+
+
+def _spread(reward: Tensor, episode: Tensor, log_prob: Tensor) -> Tensor:
+    """Each token's share of its episode's reward [n, T], zeros for tokens whose episode is negative."""
+    inside = episode >= 0
+    columns = torch.arange(reward.shape[1], device=reward.device)
+    member = episode.unsqueeze(1) == columns.view(1, -1, 1)  # [n, K, T]
+    surprise = torch.where(inside, (-log_prob).clamp(0, MAX_SURPRISE), 0)
+    per_episode = torch.where(member, surprise.unsqueeze(1), 0).sum(-1)
+    # An episode without any surprise: all its tokens weigh the same.
+    weight = torch.where(per_episode.unsqueeze(-1) > 0, surprise.unsqueeze(1), 1)
+    share = torch.where(member, weight, 0)
+    share = share / or_one(share.sum(-1, keepdim=True))
+    return torch.where(member, reward.unsqueeze(-1) * share, 0).sum(1)
+
+
+def _trimmed_mean(x: Tensor, inside: Tensor, trim: float) -> Tensor:
+    """Mean of each row's tokens inside [n, T] without the floor(trim/2 * count) lowest and highest; [n]."""
+    count = inside.sum(-1, keepdim=True)
+    # The small number is for products such as 0.15 * 20 that may round to just below an integer.
+    cut = torch.floor(trim / 2 * count.double() + 1e-9).long()
+    ordered = torch.where(inside, x, torch.inf).sort(-1).values
+    rank = torch.arange(x.shape[1], device=x.device)
+    kept = (rank >= cut) & (rank < count - cut)
+    return torch.where(kept, ordered, 0).sum(-1) / kept.sum(-1).clamp(min=1)

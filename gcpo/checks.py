@@ -1,0 +1,231 @@
+"""Checks of a whole run: everything that can be known before the first process starts.
+
+``check_run`` needs neither Ray nor a GPU. ``recipe.gcpo.main_gcpo`` calls it before Ray starts; under
+``verl.trainer.main_ppo`` the trainer calls it before it makes a worker.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from gcpo.config import ConfigError, GCPOConfig
+
+logger = logging.getLogger(__name__)
+
+MANAGER = "gcpo.rollout.GCPOAgentLoopManager"
+_REQUIRED_COLUMNS = ("prompt", "data_source", "reward_model")
+
+
+def check_run(config: DictConfig) -> GCPOConfig:
+    """Check the configuration of a run and fill in the context length.
+
+    ``actor_rollout_ref.rollout.max_model_len`` is set to what the longest prompt with candidates needs where it is
+    ``null``.
+
+    Raises:
+        ConfigError: something in it cannot work; the sentence says what to change.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    group = OmegaConf.to_container(config.gcpo, resolve=True) if config.get("gcpo") is not None else {}
+    gcpo = GCPOConfig.from_config(group, n=rollout.n, response_length=config.data.max_response_length)
+    _check_supported(config, gcpo)
+    _check_model(config)
+    _check_lengths(config, gcpo)
+    for name in ("train_files", "val_files"):
+        _check_files(name, config.data)
+    return gcpo
+
+
+def _get(config: DictConfig, key: str) -> Any:
+    return OmegaConf.select(config, key, default=None)
+
+
+def _check_supported(config: DictConfig, gcpo: GCPOConfig) -> None:
+    """Refuse by name what GCPO does not do yet."""
+    required = {
+        "trainer.use_v1": (True, "GCPO is built on verl's V1 trainer"),
+        "trainer.v1.trainer_mode": ("gcpo", "asynchronous modes are not supported"),
+        "algorithm.adv_estimator": ("gcpo", "other estimators know nothing of Upsilon"),
+        "actor_rollout_ref.actor.strategy": ("fsdp2", "other engines are not supported"),
+        "actor_rollout_ref.rollout.name": ("vllm", "other rollout engines are not supported"),
+        "actor_rollout_ref.rollout.agent.default_agent_loop": (
+            "single_turn_agent",
+            "multi-turn and tool use are not supported",
+        ),
+        "actor_rollout_ref.hybrid_engine": (True, "trainer and rollout share their devices"),
+    }
+    for key, (value, why) in required.items():
+        if _get(config, key) != value:
+            raise ConfigError(f"{key} is {_get(config, key)!r}: {why}, set {key}={value}")
+    refused = {
+        "actor_rollout_ref.rollout.multi_turn.enable": "multi-turn and tool use are not supported",
+        "actor_rollout_ref.rollout.multi_turn.tool_config_path": "multi-turn and tool use are not supported",
+        "actor_rollout_ref.rollout.multi_turn.function_tool_path": "multi-turn and tool use are not supported",
+        "actor_rollout_ref.rollout.full_determinism": "it gives every request the same seed; GCPO seeds each request",
+        "actor_rollout_ref.actor.use_prefix_grouper": "it does not know the rows of the kappa term",
+        "algorithm.filter_groups.enable": "group filtering is not supported",
+        "algorithm.rollout_correction.bypass_mode": (
+            "the causal reference needs the actor's own old log-probabilities, not the rollout's"
+        ),
+        "reward.reward_model.enable": "rewards must be known when a group completes; use a reward function",
+        "distillation.enabled": "distillation is not supported",
+        "skip.rollout_tq.enable": "a skipped rollout holds no collider draws",
+    }
+    for key, why in refused.items():
+        if _get(config, key):
+            raise ConfigError(f"{key} is {_get(config, key)!r}: {why}, leave it out")
+    sequence_parallel = _get(config, "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size") or 1
+    if sequence_parallel > 1 and not gcpo.is_grpo:
+        raise ConfigError(
+            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size is "
+            f"{sequence_parallel}: sequence parallelism is not supported, set it to 1"
+        )
+    if _get(config, "actor_rollout_ref.model.use_fused_kernels") and gcpo.weighting_on:
+        raise ConfigError(
+            "actor_rollout_ref.model.use_fused_kernels=True replaces the forward that hidden states are read from, "
+            "set it to False"
+        )
+    if _get(config, "actor_rollout_ref.model.lora_rank") and not _get(config, "actor_rollout_ref.model.lora.merge"):
+        raise ConfigError(
+            "actor_rollout_ref.model.lora_rank is set without merging: set "
+            "+actor_rollout_ref.model.lora.merge=True, so that vLLM is given whole weights"
+        )
+    if gcpo.needs_rollout and not _get(config, "actor_rollout_ref.rollout.agent.agent_loop_manager_class"):
+        raise ConfigError(
+            "nothing makes the collider draws: set "
+            f"+actor_rollout_ref.rollout.agent.agent_loop_manager_class={MANAGER}"
+        )
+    if _get(config, "actor_rollout_ref.actor.loss_agg_mode") != "seq-mean-token-mean" and not gcpo.is_grpo:
+        logger.warning(
+            "gcpo: actor_rollout_ref.actor.loss_agg_mode is %s; Eq. 10 is seq-mean-token-mean",
+            _get(config, "actor_rollout_ref.actor.loss_agg_mode"),
+        )
+
+
+def _check_model(config: DictConfig) -> None:
+    path = str(config.actor_rollout_ref.model.path)
+    local = Path(path).expanduser()
+    if path.startswith(("/", "~", ".")) and not local.exists():
+        raise ConfigError(f"actor_rollout_ref.model.path: there is no folder {path}")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise ConfigError(f"actor_rollout_ref.model.path: {path} has no config.json, so it is not a model folder")
+    if local.is_dir() and not _get(config, "actor_rollout_ref.model.custom_chat_template"):
+        tokenizer = local / "tokenizer_config.json"
+        known = tokenizer.is_file() and json.loads(tokenizer.read_text()).get("chat_template")
+        if not known and not list(local.glob("chat_template*")):
+            raise ConfigError(
+                f"the model in {path} has no chat template, and the candidates go into the user's message: set "
+                "actor_rollout_ref.model.custom_chat_template"
+            )
+
+
+def model_context(config: DictConfig) -> int | None:
+    """``max_position_embeddings`` of a local model; ``None`` where the model is still on a hub."""
+    path = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text()).get("max_position_embeddings")
+
+
+def longest_prompt(config: DictConfig, gcpo: GCPOConfig) -> int:
+    """Tokens of the longest prompt with candidates: the question, the blocks with their labels, the fixed texts.
+
+    The labels and fixed texts are counted as one token a character, which no tokenizer exceeds for plain text.
+    """
+    n = config.actor_rollout_ref.rollout.n
+    blocks = gcpo.blocks
+    count = n + (gcpo.reference.collider_context == "append")
+    label = max(len(blocks.candidate.format(label=n)), len(blocks.collider))
+    return config.data.max_prompt_length + len(blocks.intro + blocks.outro) + count * (blocks.max_tokens + label)
+
+
+def _check_lengths(config: DictConfig, gcpo: GCPOConfig) -> None:
+    rollout, data = config.actor_rollout_ref.rollout, config.data
+    prompt, response = data.max_prompt_length, data.max_response_length
+    need, longest_row = prompt + response, prompt + response
+    if gcpo.needs_rollout:
+        with_blocks = longest_prompt(config, gcpo)
+        longest_row = max(need, with_blocks + response)
+        need = max(need, with_blocks + max(gcpo.collider.max_tokens, gcpo.conditioned.max_tokens))
+    context = model_context(config)
+    if context is not None and prompt + response > context:
+        raise ConfigError(
+            f"data.max_prompt_length + data.max_response_length is {prompt + response}, the model's context {context}: "
+            "make one of them smaller"
+        )
+    limit = rollout.get("max_model_len") or context
+    if limit is not None and max(need, longest_row) > limit:
+        raise ConfigError(
+            f"a prompt with {rollout.n} candidates can take {max(need, longest_row)} tokens with its response, and the "
+            f"context is {limit}: lower gcpo.blocks.max_tokens (now {gcpo.blocks.max_tokens}), "
+            "gcpo.collider.max_tokens or gcpo.conditioned.max_tokens, or raise "
+            "actor_rollout_ref.rollout.max_model_len as far as the model allows"
+        )
+    actor = config.actor_rollout_ref.actor
+    budget = gcpo.scoring.max_token_len_per_gpu or actor.ppo_max_token_len_per_gpu
+    if not gcpo.is_grpo and longest_row > budget:
+        raise ConfigError(
+            f"the longest context to score takes {longest_row} tokens, a micro-batch holds {budget}: raise "
+            "gcpo.scoring.max_token_len_per_gpu or lower gcpo.blocks.max_tokens"
+        )
+    if rollout.get("max_model_len") is None:
+        with open_dict(config):
+            rollout.max_model_len = max(need, longest_row)
+
+
+def _check_files(name: str, data: DictConfig) -> None:
+    """Every file is there, is parquet, has verl's columns, and holds no empty prompt and no images."""
+    import pyarrow.parquet as pq
+
+    files = data.get(name)
+    files = [files] if isinstance(files, str) else list(files or [])
+    if not files:
+        raise ConfigError(f"data.{name} names no file")
+    required = [data.get("prompt_key") or "prompt", *_REQUIRED_COLUMNS[1:]]
+    for file in files:
+        path = Path(str(file)).expanduser()
+        if "://" in str(file) or path.suffix != ".parquet":
+            continue
+        if not path.is_file():
+            raise ConfigError(f"data.{name}: there is no file {file}")
+        try:
+            table = pq.ParquetFile(path)
+            columns = table.schema_arrow.names
+            missing = [column for column in required if column not in columns]
+            if missing:
+                raise ConfigError(
+                    f"data.{name}: {file} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
+                    f"it has {', '.join(columns)}"
+                )
+            prompts = pq.read_table(path, columns=[required[0]])[required[0]].to_pylist()
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"data.{name}: {file} is not a readable parquet file ({error})") from error
+        if not prompts:
+            raise ConfigError(f"data.{name}: {file} has no rows")
+        if data.get("image_key", "images") in columns:
+            raise ConfigError(f"data.{name}: {file} has images, which GCPO does not support")
+        for row, prompt in enumerate(prompts):
+            content = prompt[-1].get("content") if isinstance(prompt, list) and prompt else prompt
+            if not isinstance(prompt, list) or not isinstance(content, str) or not content.strip():
+                raise ConfigError(f"data.{name}: the prompt in row {row} of {file} is empty or not a list of messages")
+
+
+def plugin_problem() -> str | None:
+    """What is wrong with the installed plug-in, or ``None``. verl hides a plug-in that fails to load."""
+    names = {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}
+    if "gcpo" not in names:
+        return "gcpo is not installed as a plug-in of verl (entry point group verl.plugins): pip install -e ."
+    import verl  # noqa: F401  (loads the plug-ins)
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+    if "gcpo" not in TRAINER_REGISTRY:
+        return "verl could not load the plug-in gcpo; the cause is printed above"
+    return None

@@ -1,0 +1,5 @@
+"""The collider draws of a group and the prompts that hold its candidates."""
+
+from gcpo.collider.plan import Block, LeaveOneOutPlan, collider_first, leave_one_out_plan
+
+__all__ = ["Block", "LeaveOneOutPlan", "collider_first", "leave_one_out_plan"]

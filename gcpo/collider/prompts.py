@@ -1,0 +1,206 @@
+"""Prompts that hold the candidates of a group, built by joining token ids.
+
+A prompt with candidates is ``head + block + ... + block + tail``. Head and tail are the chat-templated question
+split at the place where the blocks go; a block is a label followed by the response's own token ids. A response is
+never decoded and encoded again, so a block is the same token string in whatever prompt and place it stands, which
+is what lets prompts share prefixes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from gcpo.collider.plan import LeaveOneOutPlan
+
+Truncation = Literal["keep_end", "keep_start"]
+
+# Any text that no chat template and no question holds; it is cut out before anything is tokenised.
+_SPLIT = "\u241egcpo-blocks\u241e"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The fixed texts around the candidate blocks."""
+
+    intro: str = "\n\nOther answers to this question:"
+    candidate: str = "\n[Answer {label}]\n"
+    collider: str = "\n[Joint answer]\n"
+    outro: str = "\n\nWrite your own answer."
+
+
+@dataclass(frozen=True)
+class BlockBudget:
+    """How much of a response a block may hold.
+
+    Attributes:
+        max_tokens: tokens of response text in a block (its label not counted).
+        truncation: ``keep_end`` keeps the end, where the answer is; ``keep_start`` the beginning.
+        drop_think: leave out ``<think>...</think>`` when the whole response does not fit. A response that opens a
+            thinking part and never closes it has no text outside it, so its end is kept instead.
+    """
+
+    max_tokens: int = 1024
+    truncation: Truncation = "keep_end"
+    drop_think: bool = True
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Token ids before (``head``) and after (``tail``) the candidate blocks."""
+
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+
+
+def _find_last(sequence: Sequence[int], pattern: Sequence[int]) -> int:
+    """Start of the last occurrence of ``pattern`` in ``sequence``, -1 if there is none."""
+    width = len(pattern)
+    for start in range(len(sequence) - width, -1, -1) if width else ():
+        if tuple(sequence[start : start + width]) == tuple(pattern):
+            return start
+    return -1
+
+
+class CandidatePrompts:
+    """Builds the prompts of the collider draws and of the leave-one-out contexts.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        budget: how much of each response a block may hold.
+        template: the fixed texts.
+        chat_template_kwargs: passed to ``apply_chat_template`` (verl's ``data.apply_chat_template_kwargs``).
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or the budget cannot hold a token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        budget: BlockBudget | None = None,
+        template: PromptTemplate | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.budget = budget or BlockBudget()
+        self.template = template or PromptTemplate()
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "the tokenizer has no chat template, and GCPO puts the candidates into the last user message: "
+                "set actor_rollout_ref.model.custom_chat_template"
+            )
+        if self.budget.max_tokens < 1:
+            raise ValueError(f"blocks.max_tokens is {self.budget.max_tokens}: a block must hold at least one token")
+        self._encode = lru_cache(maxsize=1024)(self._encode_uncached)
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end or pad a response and carry no text of it."""
+        ids = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        return frozenset(i for i in ids if i is not None)
+
+    def frame(self, messages: Sequence[Mapping[str, Any]]) -> Frame:
+        """The chat-templated question, split where the blocks go: at the end of the last user message.
+
+        Raises:
+            ValueError: there is no user message, its content is empty or not text.
+        """
+        messages = copy.deepcopy([dict(message) for message in messages])
+        users = [message for message in messages if message.get("role") == "user"]
+        if not users:
+            raise ValueError(f"the prompt has no user message (roles: {[m.get('role') for m in messages]})")
+        content = users[-1].get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError("the last user message of the prompt is empty or is not plain text")
+        users[-1]["content"] = content + self.template.intro + _SPLIT + self.template.outro
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+        )
+        head, split, tail = text.partition(_SPLIT)
+        if not split:
+            raise ValueError("the chat template drops the user's text, so candidates cannot be put into the prompt")
+        return Frame(self._encode_uncached(head), self._encode_uncached(tail))
+
+    def trim(self, response_ids: Sequence[int]) -> list[int]:
+        """The part of a response that goes into a block: no end tokens, at most ``budget.max_tokens`` tokens."""
+        end_ids = self.end_ids
+        ids = [int(token) for token in response_ids]
+        while ids and ids[-1] in end_ids:
+            ids.pop()
+        limit = self.budget.max_tokens
+        if len(ids) > limit and self.budget.drop_think:
+            close = self._encode("</think>")
+            at = _find_last(ids, close)
+            if at >= 0 and at + len(close) < len(ids):
+                ids = ids[at + len(close) :]
+        if len(ids) > limit:
+            ids = ids[-limit:] if self.budget.truncation == "keep_end" else ids[:limit]
+        return ids
+
+    def candidate_block(self, k: int, response_ids: Sequence[int]) -> list[int]:
+        """The block of response ``k``; its label names the response, not the place where the block stands."""
+        return list(self._encode(self.template.candidate.format(label=k + 1))) + self.trim(response_ids)
+
+    def collider_block(self, response_ids: Sequence[int]) -> list[int]:
+        """The block of a collider draw."""
+        return list(self._encode(self.template.collider)) + self.trim(response_ids)
+
+    @staticmethod
+    def join(frame: Frame, blocks: Sequence[Sequence[int]]) -> list[int]:
+        """``head + blocks + tail``."""
+        return [*frame.head, *(token for block in blocks for token in block), *frame.tail]
+
+    def max_label_tokens(self, n: int) -> int:
+        """Tokens that the longest block label of a group of ``n`` takes."""
+        labels = [self.template.candidate.format(label=k + 1) for k in range(n)] + [self.template.collider]
+        return max(len(self._encode(label)) for label in labels)
+
+
+@dataclass(frozen=True)
+class GroupPrompts:
+    """The prompts of one group, all over one plan.
+
+    Attributes:
+        frame: head and tail of the question.
+        candidates: block of every response, by identity.
+        plan: the order of the blocks.
+    """
+
+    frame: Frame
+    candidates: tuple[tuple[int, ...], ...]
+    plan: LeaveOneOutPlan
+
+    def collider_prompt(self) -> list[int]:
+        """Prompt of a shared collider draw: the question and all n responses."""
+        return CandidatePrompts.join(self.frame, [self.candidates[k] for k in self.plan.collider_order()])
+
+    def marginal_prompt(self, i: int) -> list[int]:
+        """Prompt of a leave-one-out collider draw y_n^(i): the question and every response but ``i``."""
+        order = [index for kind, index in self.plan.orders[i][0] if kind == "candidate"]
+        return CandidatePrompts.join(self.frame, [self.candidates[k] for k in order])
+
+    def context(self, i: int, slot: int, collider: Sequence[int], replaced: Sequence[int] | None = None) -> list[int]:
+        """Prompt x_{i,l}: the question, every response but ``i``, and the block of one collider draw.
+
+        Args:
+            i: the response that is left out.
+            slot: l, the place of the draw in the plan.
+            collider: the block of the draw.
+            replaced: the block of y_n where ``reference.collider_context`` is ``append``: it then stands before
+                the block of the draw instead of being replaced by it.
+        """
+        blocks: list[Sequence[int]] = []
+        for kind, index in self.plan.orders[i][slot]:
+            if kind == "candidate":
+                blocks.append(self.candidates[index])
+            else:
+                blocks.extend([collider] if replaced is None else [replaced, collider])
+        return CandidatePrompts.join(self.frame, blocks)

@@ -1,0 +1,183 @@
+"""verl's FSDP engine with the two things that GCPO asks of it.
+
+States: a forward-only batch with ``gcpo_layer`` yields the hidden state at ``state_index`` of every row.
+Conditioned pass: a training batch with ``gcpo`` runs forward and backward twice before the one optimizer step, on the
+plain rows and on the rows y_i under x_i, for the kappa term of Eq. 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch.distributed.tensor import DTensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from gcpo.conditioned import conditioned_batch
+from gcpo.losses import PARTS, causal_kl_loss
+
+_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+def backbone(module: torch.nn.Module) -> torch.nn.Module:
+    """The transformer below the language-model head, also where LoRA wraps the model."""
+    if hasattr(module, "get_base_model"):
+        module = module.get_base_model()
+    return getattr(module, module.base_model_prefix, module)
+
+
+def state_module(module: torch.nn.Module, layer: int) -> torch.nn.Module:
+    """The submodule whose output is the hidden state of ``layer``.
+
+    Args:
+        module: a causal language model of transformers.
+        layer: -1 (or the number of layers): after the final norm; 0: the embeddings; k: after layer k.
+
+    Raises:
+        ValueError: the model has no such layer, or no final norm that is known by name.
+    """
+    model = backbone(module)
+    depth = len(model.layers)
+    index = layer if layer >= 0 else depth + 1 + layer
+    if not 0 <= index <= depth:
+        raise ValueError(f"gcpo.features.layer is {layer}, the model has hidden states 0 to {depth}")
+    if index == 0:
+        return model.get_input_embeddings()
+    if index < depth:
+        return model.layers[index - 1]
+    for name in _NORM_NAMES:
+        if hasattr(model, name):
+            return getattr(model, name)
+    raise ValueError(f"{type(model).__name__} has no final norm named {' or '.join(_NORM_NAMES)}")
+
+
+class GCPOFSDPEngine(FSDPEngineWithLMHead):
+    """FSDP engine of a language model, with states and the conditioned pass."""
+
+    # ---- states ---------------------------------------------------------------------------------------------------
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
+        """verl's inputs; where states alone are wanted, the head is given no position to work on."""
+        model_inputs, output_args = super().prepare_model_inputs(micro_batch)
+        layer = tu.get_non_tensor_data(micro_batch, "gcpo_layer", None)
+        if layer is None:
+            return model_inputs, output_args
+        if not tu.get_non_tensor_data(micro_batch, "gcpo_log_probs", False):
+            model_inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=model_inputs["input_ids"].device)
+        captured: list[torch.Tensor] = []
+
+        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+            captured.append(output[0] if isinstance(output, tuple) else output)
+
+        output_args["gcpo_captured"] = captured
+        output_args["gcpo_hook"] = state_module(self.module, layer).register_forward_hook(keep)
+        return model_inputs, output_args
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Callable | None
+    ) -> dict[str, torch.Tensor]:
+        """verl's outputs, and ``states``: a nested [B, d] tensor in float32."""
+        if "gcpo_hook" not in output_args:
+            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        output_args["gcpo_hook"].remove()
+        model_output = {}
+        if tu.get_non_tensor_data(micro_batch, "gcpo_log_probs", False):
+            model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        hidden = output_args["gcpo_captured"][-1]
+        offsets = micro_batch["input_ids"].offsets()
+        index = micro_batch["state_index"].to(offsets.device).long().flatten()
+        if hidden.shape[0] == len(index) and not tu.get_non_tensor_data(micro_batch, "use_remove_padding", True):
+            states = hidden[torch.arange(len(index), device=hidden.device), index]
+        else:
+            packed = self._gather_and_unpad_packed(hidden.squeeze(0), output_args["pad_size"])
+            states = packed[offsets[:-1] + index]
+        model_output["states"] = torch.nested.as_nested_tensor(list(states.float()), layout=torch.jagged)
+        return model_output
+
+    # ---- the conditioned pass --------------------------------------------------------------------------------------
+
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
+    ) -> dict[str, Any]:
+        """verl's pass over the plain rows, then one over the conditioned rows; their gradients add up."""
+        settings = None if forward_only else tu.get_non_tensor_data(data, "gcpo", None)
+        if not settings or settings["kappa"] <= 0 or settings["policy_context"] != "collider":
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        part = tu.get_non_tensor_data(data, "gcpo_part", None)
+        if part == "kappa":
+            self._count_tokens(data)
+            return self._conditioned_pass(data, settings)
+        output = super().forward_backward_batch(data, loss_function, forward_only)
+        if part is None:
+            extra = self._conditioned_pass(data, settings)
+            output["loss"] = [*output["loss"], *extra["loss"]]
+            output["metrics"].update(extra["metrics"])
+        return output
+
+    def _conditioned_pass(self, data: TensorDict, settings: dict[str, Any]) -> dict[str, Any]:
+        batch = conditioned_batch(data)
+        longest = self.max_over_ranks(int(batch["input_ids"].offsets().diff().max()))
+        tu.assign_non_tensor(batch, max_token_len_per_gpu=max(settings["max_token_len_per_gpu"], longest))
+        loss = partial(causal_kl_loss, settings=settings, num_tokens=data["batch_num_tokens"])
+        return super().forward_backward_batch(batch, loss, False)
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest ``value`` of all data-parallel ranks."""
+        largest = torch.tensor(value, device=get_device_id())
+        torch.distributed.all_reduce(
+            largest, op=torch.distributed.ReduceOp.MAX, group=self.get_data_parallel_group()
+        )
+        return int(largest)
+
+    def _count_tokens(self, data: TensorDict) -> None:
+        """The number of plain tokens over all ranks, where no plain pass has counted them."""
+        count = data["loss_mask"].sum().to(get_device_id())
+        torch.distributed.all_reduce(count, group=self.get_data_parallel_group())
+        tu.assign_non_tensor(data, batch_num_tokens=count.item())
+
+    # ---- gradient norm of every part of the objective ----------------------------------------------------------------
+
+    def train_batch(self, data: TensorDict, loss_function: Callable) -> dict[str, Any]:
+        """verl's step; before it, where asked, the gradient norm of each part of the objective by itself.
+
+        The parts are measured in backward passes of their own whose gradients are thrown away, so that a step that
+        is measured trains exactly like one that is not.
+        """
+        settings = tu.get_non_tensor_data(data, "gcpo", None)
+        norms: dict[str, float] = {}
+        if settings and settings["measure_parts"]:
+            for part in PARTS:
+                if part in settings["measure_parts"]:
+                    tu.assign_non_tensor(data, gcpo_part=part)
+                    self.optimizer_zero_grad()
+                    self.forward_backward_batch(data, loss_function, False)
+                    norms[f"gcpo/grad_norm/{part}"] = self._grad_norm()
+            data.pop("gcpo_part")
+        output = super().train_batch(data, loss_function)
+        output["metrics"].update({name: [value] for name, value in norms.items()})
+        return output
+
+    def _grad_norm(self) -> float:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if not gradients:
+            return 0.0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def register_engine() -> None:
+    """Register the engine for the CPU, and for the vendors of accelerators whose general key is verl's own."""
+    # On cuda the key without vendor is verl's. A vendor's key is looked up first, so this engine then serves every
+    # FSDP run in the environment; without GCPO's fields in the batch it does what its parent does.
+    register = partial(EngineRegistry.register, model_type="language_model")
+    register(backend=["fsdp", "fsdp2"], device="cpu")(GCPOFSDPEngine)
+    register(backend=["fsdp", "fsdp2"], device="cuda", vendor=["nvidia", "amd"])(GCPOFSDPEngine)
+
+
+register_engine()

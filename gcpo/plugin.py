@@ -1,0 +1,42 @@
+"""Entry point in group ``verl.plugins``: makes GCPO known to verl in every process that imports it.
+
+verl imports the module that an entry point names and calls nothing, so importing this module registers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+
+
+def register() -> None:
+    """Register the advantage estimator, policy loss, trainer mode and engine, and on a CPU the platform.
+
+    verl swallows an error of a plug-in at DEBUG level and then says "Unknown trainer 'gcpo'". This one is printed to
+    stderr with its cause before verl gets it.
+    """
+    try:
+        from gcpo.cpu import is_cpu_profile
+
+        if is_cpu_profile():
+            from gcpo.cpu import patches, platform
+
+            platform.activate()
+            patches.apply_in_verl()
+        from gcpo import core, engine, trainer  # noqa: F401  (importing them registers)
+
+        if is_cpu_profile():
+            patches.apply_in_worker()
+    except BaseException:
+        print(
+            "gcpo: the plug-in for verl could not be loaded, so the trainer 'gcpo' will be unknown to verl. "
+            f"Run `gcpo doctor`. Cause (process {os.getpid()}):\n{traceback.format_exc()}",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise
+
+
+register()

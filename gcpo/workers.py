@@ -1,0 +1,130 @@
+"""verl's actor worker, with the scoring stage and the loss of Eq. 10."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from gcpo.conditioned import nested, split_rows
+from gcpo.losses import gcpo_loss
+from gcpo.scoring import DenseScorer, Score, ScoreRequest, Scorer
+
+
+class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
+    """Actor, rollout and reference in one worker, for GCPO.
+
+    ``config.gcpo`` holds the resolved ``gcpo:`` group, which the trainer puts there.
+    """
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """verl's set-up; then the actor's loss gets the kappa term."""
+        super().init_model()
+        if self._is_actor:
+            self.actor.set_loss_fn(partial(gcpo_loss, base=self.loss_fn, config=self.loss_fn.keywords["config"]))
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def score_contexts(self, data: TensorDict) -> TensorDict:
+        """Hidden states and conditioned log-probabilities of the old policy for every row.
+
+        Args:
+            data: ``prompts`` and ``responses``; with contexts ``gcpo_contexts``, ``gcpo_context_lengths``, and with
+                conditioned generations ``gcpo_outputs``, ``gcpo_output_lengths``; non-tensor ``gcpo_scoring``.
+
+        Returns:
+            Nested fields: ``gcpo_z`` [d]; ``gcpo_z_conditioned`` [D * M * d], zero where there is no generation;
+            ``gcpo_log_p`` [D * T_i], zero where there is no context; ``gcpo_scored_tokens`` [1]. Those that
+            ``gcpo_scoring`` does not ask for are absent.
+        """
+        wanted = SimpleNamespace(**tu.get_non_tensor_data(data, "gcpo_scoring", None))
+        engine, actor_config = self.actor.engine, self.loss_fn.keywords["config"]
+        budget = self.config.gcpo.scoring.max_token_len_per_gpu or actor_config.ppo_max_token_len_per_gpu
+        scorer = DenseScorer(
+            engine,
+            settings={
+                "use_remove_padding": engine.use_remove_padding,
+                "use_fused_kernels": self.actor.engine_config.use_fused_kernels,
+            },
+            temperature=tu.get_non_tensor_data(data, "temperature", 1.0),
+            layer=wanted.layer,
+            max_tokens=int(budget),
+        )
+        with engine.eval_mode():
+            return score_rows(data, wanted, scorer, self.actor.model_config.tokenizer)
+
+
+def score_rows(data: TensorDict, wanted: SimpleNamespace, scorer: Scorer, tokenizer: Any) -> TensorDict:
+    """Ask ``scorer`` for everything that the rows of ``data`` need, and lay it out as fields (see ``score_contexts``)."""
+    end_ids = {i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None}
+
+    def last(ids: torch.Tensor) -> int:
+        at = len(ids) - 1
+        while wanted.token == "last_content" and at > 0 and int(ids[at]) in end_ids:
+            at -= 1
+        return at
+
+    def state_request(context: torch.Tensor, output: torch.Tensor) -> ScoreRequest:
+        if wanted.context == "response":
+            context = context[:0]
+        return ScoreRequest(context, output, state_at=len(context) + last(output))
+
+    requests: list[ScoreRequest] = []
+    rows = []
+    for i in range(len(data)):
+        prompt, response = data["prompts"][i], data["responses"][i]
+        row: dict[str, Any] = {"length": len(response)}
+        if wanted.states:
+            row["z"] = len(requests)
+            requests.append(state_request(prompt, response))
+        if wanted.contexts:
+            contexts = split_rows(data["gcpo_contexts"][i], data["gcpo_context_lengths"][i])
+            prompt_states = wanted.conditioned and wanted.source == "prompt"
+            if wanted.log_probs or prompt_states:
+                row["contexts"] = []
+                for context in contexts:
+                    row["contexts"].append(len(requests) if len(context) else None)
+                    if len(context):
+                        state_at = len(context) - 1 if prompt_states else None
+                        target = response if wanted.log_probs else response[:0]
+                        requests.append(ScoreRequest(context, target, wanted.log_probs, state_at))
+            if wanted.conditioned and wanted.source == "response":
+                row["outputs"] = []
+                outputs = split_rows(data["gcpo_outputs"][i], data["gcpo_output_lengths"][i])
+                per_context = len(outputs) // len(contexts)
+                for j, output in enumerate(outputs):
+                    row["outputs"].append(len(requests) if len(output) else None)
+                    if len(output):
+                        requests.append(state_request(contexts[j // per_context], output))
+        rows.append(row)
+    scores = scorer(requests)
+    tokens = sum(len(request.context) + len(request.target) for request in requests)
+    return _lay_out(rows, scores, wanted, tokens)
+
+
+def _lay_out(rows: list[dict[str, Any]], scores: list[Score], wanted: SimpleNamespace, tokens: int) -> TensorDict:
+    size = next((len(score.state) for score in scores if score.state is not None), 1)
+
+    def states(indices: list[int | None]) -> torch.Tensor:
+        return torch.cat([torch.zeros(size) if at is None else scores[at].state for at in indices])
+
+    fields = {"gcpo_scored_tokens": torch.full((len(rows), 1), tokens / len(rows))}
+    if wanted.states:
+        fields["gcpo_z"] = nested([scores[row["z"]].state for row in rows])
+    if wanted.contexts and wanted.conditioned:
+        kind = "contexts" if wanted.source == "prompt" else "outputs"
+        fields["gcpo_z_conditioned"] = nested([states(row[kind]) for row in rows])
+    if wanted.contexts and wanted.log_probs:
+        fields["gcpo_log_p"] = nested(
+            [
+                torch.cat([torch.zeros(row["length"]) if at is None else scores[at].log_probs for at in row["contexts"]])
+                for row in rows
+            ]
+        )
+    return TensorDict(fields, batch_size=len(rows))
