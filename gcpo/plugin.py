@@ -10,7 +10,6 @@ import sys
 import traceback
 
 
-
 def register() -> None:
     """Register the advantage estimator, policy loss, trainer mode and engine, and on a CPU the platform.
 
@@ -25,7 +24,7 @@ def register() -> None:
 
             platform.activate()
             patches.apply_in_verl()
-        from gcpo import core, engine, trainer  # noqa: F401  (importing them registers)
+        from gcpo.adapters import engine, registry, trainer  # noqa: F401  (importing them registers)
 
         if is_cpu_profile():
             patches.apply_in_worker()

@@ -50,11 +50,8 @@ class Run:
 
     directory: Path
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """How the run is called in legends and tables."""
-        return self.directory.resolve().name
+    name: str = ""
+    """How the run is called in legends and tables."""
 
     def series(self, *keys: str) -> tuple[list[int], list[float]]:
         """Steps and values of the first of ``keys`` that a step has."""
@@ -103,7 +100,19 @@ def load_run(directory: Path) -> Run:
     steps = read_metrics(directory)
     if not steps:
         raise ReportError(f"{directory / METRICS_FILE} has no metrics yet; train first, with `file` in trainer.logger")
-    return Run(directory, steps)
+    return Run(directory, steps, directory.resolve().name)
+
+
+def load_runs(directories: Sequence[Path]) -> list[Run]:
+    """The runs in ``directories``, named by the shortest end of their paths that tells them apart."""
+    runs = [load_run(directory) for directory in directories]
+    parts = [run.directory.resolve().parts for run in runs]
+    length = 1
+    while length < max(map(len, parts)) and len({path[-length:] for path in parts}) < len(set(parts)):
+        length += 1
+    for run, path in zip(runs, parts, strict=True):
+        run.name = "/".join(path[-length:])
+    return runs
 
 
 def series(steps: Mapping[int, Mapping[str, float]], *keys: str) -> tuple[list[int], list[float]]:
@@ -163,7 +172,7 @@ def plot(runs: Sequence[Run], path: Path) -> list[str]:
     panels = [panel for panel in _panels(runs) if panel[1]]
     if not panels:
         raise ReportError(f"the metrics of {', '.join(str(run.directory) for run in runs)} hold nothing to draw")
-    columns = min(3, len(panels))
+    columns = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
     rows = math.ceil(len(panels) / columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False, layout="constrained"
@@ -181,12 +190,17 @@ def plot(runs: Sequence[Run], path: Path) -> list[str]:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
+        if title in _FROM_ZERO:
+            axis.set_ylim(bottom=0)
         if len(curves) > 1:
             axis.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return [title for title, _ in panels]
+
+
+_FROM_ZERO = ("seconds per stage", "seconds per step")
 
 
 @dataclass
@@ -215,11 +229,11 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, list[_Curve]]]:
     simple("reward (training, mean)", *REWARD_KEYS)
     key = held_out_key(metrics for run in runs for metrics in run.steps.values())
     simple("accuracy on held-out questions, %", *((key,) if key else ()), scale=100.0)
-    titles.append(("Υ, causal weight (mean; band: min to max)", _upsilon(runs, colors)))
+    titles.append(("Υ, causal weight (band: spread in a group)", _upsilon(runs, colors)))
     simple("κ-KL to the causal reference", CAUSAL_KL)
     simple("response length, tokens", LENGTH)
     simple("gradient norm", GRAD_NORM)
-    titles.append(("seconds per stage", _stages(runs, colors)))
+    titles.append(("seconds per stage" if len(runs) == 1 else "seconds per step", _stages(runs, colors)))
     return titles
 
 
@@ -229,10 +243,12 @@ def _upsilon(runs: Sequence[Run], colors: Sequence[str]) -> list[_Curve]:
         steps = {step: metrics for step, metrics in run.steps.items() if f"{UPSILON}/mean" in metrics}
         if not steps:
             continue
-        curve = _Curve(list(steps), [metrics[f"{UPSILON}/mean"] for metrics in steps.values()], color, run.name)
-        if all(f"{UPSILON}/{end}" in metrics for metrics in steps.values() for end in ("min", "max")):
-            curve.low = [metrics[f"{UPSILON}/min"] for metrics in steps.values()]
-            curve.high = [metrics[f"{UPSILON}/max"] for metrics in steps.values()]
+        mean = [metrics[f"{UPSILON}/mean"] for metrics in steps.values()]
+        curve = _Curve(list(steps), mean, color, run.name)
+        if all(f"{UPSILON}/spread_in_group" in metrics for metrics in steps.values()):
+            spread = [metrics[f"{UPSILON}/spread_in_group"] for metrics in steps.values()]
+            curve.low = [value - width for value, width in zip(mean, spread, strict=True)]
+            curve.high = [value + width for value, width in zip(mean, spread, strict=True)]
         curves.append(curve)
     return curves
 
@@ -241,13 +257,14 @@ def _stages(runs: Sequence[Run], colors: Sequence[str]) -> list[_Curve]:
     """One run: a curve per stage of a step. Several: the whole step of each, or the panel can't be read."""
     if len(runs) > 1:
         curves = [
-            _Curve(*run.series("timing_s/step"), color, f"{run.name}: step")
+            _Curve(*run.series("timing_s/step"), color, run.name)
             for run, color in zip(runs, colors, strict=True)
         ]
         return [curve for curve in curves if curve.x]
     curves = []
     for index, stage in enumerate(("generate", "score", "update", "sync")):
-        points = {step: seconds[stage] for step, metrics in runs[0].steps.items() if stage in (seconds := stage_seconds(metrics))}
+        seconds = {step: stage_seconds(metrics) for step, metrics in runs[0].steps.items()}
+        points = {step: values[stage] for step, values in seconds.items() if stage in values}
         if points:
             curves.append(_Curve(list(points), list(points.values()), f"C{index}", stage))
     x, y = runs[0].series("timing_s/step")
@@ -306,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="where the curves go (default: curves.png in the first DIR)")
     options = parser.parse_args(arguments)
     try:
-        runs = [load_run(directory) for directory in options.runs]
+        runs = load_runs(options.runs)
         path = options.plot or options.runs[0] / "curves.png"
         plot(runs, path)
     except (ReportError, OSError) as error:

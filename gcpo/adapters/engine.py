@@ -19,8 +19,8 @@ from verl.utils.device import get_device_id
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from gcpo.conditioned import conditioned_batch
-from gcpo.losses import PARTS, causal_kl_loss
+from gcpo.adapters.conditioned import conditioned_batch
+from gcpo.adapters.losses import PARTS, causal_kl_loss
 
 _NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 

@@ -18,13 +18,12 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
+from gcpo.adapters.fields import flat_field, nested
+from gcpo.adapters.registry import causal_weights
+from gcpo.adapters.workers import GCPOActorRolloutRefWorker
 from gcpo.algorithms import group_relative_advantage
 from gcpo.checks import check_run
-from gcpo.conditioned import nested
-from gcpo.core import causal_weights
-from gcpo.rollout import flat_field
 from gcpo.stage import GroupFeatures, batch_reference, batch_weights, noise_warning, rollout_metrics
-from gcpo.workers import GCPOActorRolloutRefWorker
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ class GCPOTrainer(PPOTrainerSync):
         if missing:
             raise RuntimeError(
                 f"the batch lacks {', '.join(missing)}: is actor_rollout_ref.rollout.agent.agent_loop_manager_class "
-                "set to gcpo.rollout.GCPOAgentLoopManager?"
+                "set to gcpo.adapters.rollout.GCPOAgentLoopManager?"
             )
         padding = torch.tensor([tag.get("is_padding", False) for tag in batch.tags])
         groups: dict[str, list[int]] = {}

@@ -9,33 +9,23 @@ import asyncio
 import hashlib
 import json
 import logging
-import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 import transfer_queue as tq
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from gcpo.collider.plan import leave_one_out_plan
-from gcpo.collider.prompts import BlockBudget, CandidatePrompts, GroupPrompts, PromptTemplate
+from gcpo.adapters.fields import flat_field
+from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult, request_seed
+from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.config import GCPOConfig
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("collider", "marginal", "conditioned")
-
-
-def request_seed(*parts: Any) -> int:
-    """A seed that depends on ``parts`` alone, so that a request can be repeated in another run."""
-    digest = hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") & 0x7FFFFFFF
 
 
 def question_key(kwargs: dict[str, Any]) -> str:
@@ -65,197 +55,6 @@ class Group:
     @property
     def complete(self) -> bool:
         return len(self.sessions) + len(self.failed) >= self.size
-
-
-@dataclass
-class Draw:
-    """One auxiliary generation: its tokens, or none where it failed, is empty or was cut."""
-
-    token_ids: list[int]
-    kind: str
-    outcome: str
-    generated: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    reward: float | None = None
-
-    @property
-    def valid(self) -> bool:
-        return self.outcome == "ok"
-
-
-@dataclass
-class GroupResult:
-    """What the collider stage found out about one group: tokens by place, counts, and texts for the dump."""
-
-    contexts: list[list[list[int]]]
-    outputs: list[list[list[int]]]
-    draws: list[Draw]
-    stats: dict[str, float]
-
-
-class ColliderStage:
-    """Draws the colliders and the conditioned generations of one group.
-
-    Args:
-        config: the resolved ``gcpo:`` group.
-        prompts: builds the prompts.
-        generate: ``(prompt_ids, sampling_params) -> TokenOutput``-like, awaitable.
-        sampling_params: of the plain rollout (temperature, top-p, top-k); lengths and seeds are set here.
-        max_model_len: longest sequence that the server takes.
-        end_ids: tokens that end a response.
-    """
-
-    def __init__(
-        self,
-        config: GCPOConfig,
-        prompts: CandidatePrompts,
-        generate: Callable[[list[int], dict[str, Any]], Awaitable[Any]],
-        sampling_params: dict[str, Any],
-        max_model_len: int | None,
-        end_ids: frozenset[int],
-    ) -> None:
-        self.config = config
-        self.prompts = prompts
-        self.generate = generate
-        self.sampling_params = sampling_params
-        self.max_model_len = max_model_len
-        self.end_ids = end_ids
-
-    async def draw(self, kind: str, prompt_ids: list[int], seed: int) -> Draw:
-        """One generation; it never raises, and says how it ended."""
-        conditioned = kind == "conditioned"
-        max_tokens = self.config.conditioned.max_tokens if conditioned else self.config.collider.max_tokens
-        if self.max_model_len is not None:
-            max_tokens = min(max_tokens, self.max_model_len - len(prompt_ids))
-        if max_tokens < 1:
-            return Draw([], kind, "failed", prompt_tokens=len(prompt_ids))
-        params = {**self.sampling_params, "max_tokens": max_tokens, "seed": seed, "logprobs": False}
-        try:
-            output = await self.generate(prompt_ids, params)
-        except Exception as error:
-            logger.warning("gcpo: a %s generation failed and is left out: %s", kind, error)
-            return Draw([], kind, "failed", prompt_tokens=len(prompt_ids))
-        token_ids = [int(token) for token in output.token_ids]
-        cached = output.extra_fields.get("num_cached_tokens") or 0
-        if output.stop_reason == "aborted":
-            outcome = "failed"
-        elif not [token for token in token_ids if token not in self.end_ids]:
-            outcome = "empty"
-        elif len(token_ids) >= max_tokens and token_ids[-1] not in self.end_ids:
-            outcome = "cut"
-        else:
-            outcome = "ok"
-        return Draw(token_ids, kind, outcome, len(token_ids), len(prompt_ids), int(cached))
-
-    async def run(
-        self,
-        messages: Sequence[dict[str, Any]],
-        responses: Sequence[Sequence[int]],
-        *,
-        seed_parts: tuple[Any, ...],
-        equal_rewards: bool,
-    ) -> GroupResult:
-        """All auxiliary generations of one group.
-
-        Args:
-            messages: the question as chat messages.
-            responses: token ids of the n responses, by identity.
-            seed_parts: what the seeds of this group depend on.
-            equal_rewards: whether all advantages are zero, so that Upsilon cannot matter.
-        """
-        config, n = self.config, len(responses)
-        num_shared, num_marginal = config.collider.num_draws, config.marginal_draws
-        started = time.monotonic()
-        blocks = tuple(tuple(self.prompts.candidate_block(k, ids)) for k, ids in enumerate(responses))
-        order = np.random.default_rng(request_seed(config.seed, "order", *seed_parts)).permutation(n).tolist()
-        plan = leave_one_out_plan(n, num_shared, lengths=[len(block) for block in blocks], permutation=order)
-        group = GroupPrompts(self.prompts.frame(messages), blocks, plan)
-
-        def seed(*parts: Any) -> int:
-            return request_seed(config.seed, *seed_parts, *parts)
-
-        def needed() -> bool:
-            # A group with A = 0 needs no Upsilon; with kappa = 0 it needs nothing at all.
-            return config.reference_on or not equal_rewards
-
-        shared: list[Draw] = []
-        marginal: list[list[Draw]] = [[] for _ in range(n)]
-        if needed():
-            prompt = group.collider_prompt()
-            shared_tasks = [self.draw("collider", prompt, seed("collider", l)) for l in range(num_shared)]
-            marginal_tasks = [
-                self.draw("marginal", group.marginal_prompt(i), seed("marginal", i, l))
-                for i in range(n)
-                for l in range(num_marginal)
-            ]
-            draws = await asyncio.gather(*shared_tasks, *marginal_tasks)
-            shared, rest = draws[:num_shared], draws[num_shared:]
-            marginal = [rest[i * num_marginal : (i + 1) * num_marginal] for i in range(n)]
-
-        contexts = [self._contexts(group, i, shared, marginal[i], num_shared, num_marginal) for i in range(n)]
-        generations = config.collider.num_generations
-        outputs: list[list[list[int]]] = [[[] for _ in range(len(row) * generations)] for row in contexts]
-        conditioned: list[Draw] = []
-        if config.needs_generations and not equal_rewards and needed():
-            places = [
-                (i, slot, m)
-                for i, row in enumerate(contexts)
-                for slot, context in enumerate(row)
-                if context
-                for m in range(generations)
-            ]
-            conditioned = await asyncio.gather(
-                *(self.draw("conditioned", contexts[i][slot], seed("conditioned", i, slot, m)) for i, slot, m in places)
-            )
-            for (i, slot, m), draw in zip(places, conditioned, strict=True):
-                if draw.valid:
-                    outputs[i][slot * generations + m] = draw.token_ids
-        draws = [*shared, *(draw for row in marginal for draw in row), *conditioned]
-        stats = _count(draws)
-        stats["skipped"] = float(not draws)
-        stats["seconds"] = time.monotonic() - started
-        stats["unique_block_share"] = plan.unique_blocks() / max(n * (n - 1) * num_shared, 1)
-        return GroupResult(contexts, outputs, draws, stats)
-
-    def _contexts(
-        self,
-        group: GroupPrompts,
-        i: int,
-        shared: Sequence[Draw],
-        marginal: Sequence[Draw],
-        num_shared: int,
-        num_marginal: int,
-    ) -> list[list[int]]:
-        """Prompts x_{i,l}, then those over the leave-one-out draws; empty where the draw is not valid."""
-        append = self.config.reference.collider_context == "append"
-        contexts: list[list[int]] = []
-        for slot in range(num_shared + num_marginal):
-            own = slot < num_shared
-            draws = shared if own else marginal
-            at = slot if own else slot - num_shared
-            draw = draws[at] if at < len(draws) else None
-            if draw is None or not draw.valid:
-                contexts.append([])
-                continue
-            replaced = None
-            if append and own and slot > 0 and shared[0].valid:
-                replaced = self.prompts.collider_block(shared[0].token_ids)
-            block = self.prompts.collider_block(draw.token_ids)
-            contexts.append(group.context(i, slot if own else 0, block, replaced))
-        return contexts
-
-
-def _count(draws: Sequence[Draw]) -> dict[str, float]:
-    """Counts by kind: draws, how they ended, tokens generated, prefilled and cached."""
-    counts: Counter[str] = Counter()
-    for draw in draws:
-        counts[f"{draw.kind}/draws"] += 1
-        counts[f"{draw.kind}/{draw.outcome}"] += 1
-        counts[f"{draw.kind}/generated_tokens"] += draw.generated
-        counts[f"{draw.kind}/prompt_tokens"] += draw.prompt_tokens
-        counts[f"{draw.kind}/cached_tokens"] += draw.cached_tokens
-    return {name: float(value) for name, value in counts.items()}
 
 
 _PlainWorker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
@@ -440,15 +239,6 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             fields=list_of_dict_to_tensordict(fields),
             partition_id="train",
         )
-
-
-def flat_field(name: str, lengths: str, pieces: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Token lists as one flat row and their lengths; an empty row is one zero, which no length counts."""
-    flat = [token for piece in pieces for token in piece] or [0]
-    return {
-        name: torch.tensor(flat, dtype=torch.int64),
-        lengths: torch.tensor([len(piece) for piece in pieces], dtype=torch.int64),
-    }
 
 
 def make_prompts(gcpo: GCPOConfig, tokenizer: Any, config: Any) -> CandidatePrompts:

@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from gcpo.conditioned import nested
+from gcpo.adapters.fields import nested
 
 
 @dataclass(frozen=True)

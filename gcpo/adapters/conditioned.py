@@ -7,15 +7,7 @@ from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData
 from verl.utils import tensordict_utils as tu
 
-
-def nested(rows: list[torch.Tensor]) -> torch.Tensor:
-    """A jagged tensor of rows of different length."""
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-
-
-def split_rows(flat: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
-    """Cut ``flat`` [sum(lengths) or more] into pieces; a piece of length 0 is empty."""
-    return list(flat[: int(lengths.sum())].split(lengths.tolist()))
+from gcpo.adapters.fields import nested, split_rows
 
 
 def policy_slot(lengths: torch.Tensor) -> int:

@@ -12,9 +12,9 @@ from verl.single_controller.base.decorator import Dispatch, make_nd_compute_data
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from gcpo.conditioned import nested, split_rows
-from gcpo.losses import gcpo_loss
-from gcpo.scoring import DenseScorer, Score, ScoreRequest, Scorer
+from gcpo.adapters.fields import nested, split_rows
+from gcpo.adapters.losses import gcpo_loss
+from gcpo.adapters.scoring import DenseScorer, Score, Scorer, ScoreRequest
 
 
 class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
