@@ -242,7 +242,7 @@ def _mean(values: Sequence[float]) -> float:
 def _distribution(name: str, values: Tensor) -> dict[str, float]:
     if not len(values):
         return {}
-    return {f"{name}/mean": float(values.mean()), f"{name}/min": float(values.min()), f"{name}/max": float(values.max())}
+    return {f"{name}/{kind}": float(getattr(values, kind)()) for kind in ("mean", "min", "max")}
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:

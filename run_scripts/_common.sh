@@ -1,0 +1,48 @@
+# What the run scripts share; sourced, never run. After `source`, the working directory is the repository's root.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+VENV="${GCPO_VENV:-$ROOT/.venv}"
+
+say() { printf '%s\n' "$*"; }
+
+die() { # die MESSAGE [EXIT_CODE]
+    printf 'error: %s\n' "$1" >&2
+    exit "${2:-1}"
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+
+# The value of an option that needs one: need_value "$@" inside a `case` over "$1".
+need_value() { [ "$#" -ge 2 ] && [ -n "$2" ] || die "$1 needs a value (see --help)" 2; }
+
+# Decides the profile once: what the caller says, else by the machine.
+choose_profile() {
+    if [ -n "${GCPO_PROFILE:-}" ]; then
+        : "${GCPO_PROFILE_REASON:=GCPO_PROFILE says so}"
+    elif has_gpu; then
+        GCPO_PROFILE=gpu
+        GCPO_PROFILE_REASON="an NVIDIA GPU answers"
+    else
+        GCPO_PROFILE=cpu
+        GCPO_PROFILE_REASON="no NVIDIA GPU answers"
+    fi
+    export GCPO_PROFILE GCPO_PROFILE_REASON
+    case "$GCPO_PROFILE" in
+        cpu | gpu) ;;
+        *) die "GCPO_PROFILE is '$GCPO_PROFILE'; it must be cpu or gpu" 2 ;;
+    esac
+}
+
+# Installs what is not installed yet and sets PY to the environment's interpreter.
+ensure_environment() {
+    choose_profile
+    bash "$ROOT/run_scripts/setup.sh"
+    PY="$VENV/bin/python"
+    if [ "$GCPO_PROFILE" = cpu ]; then
+        # Several processes share few cores, and the first torch.compile costs more than it saves in so short a run.
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+        export TORCHDYNAMO_DISABLE="${TORCHDYNAMO_DISABLE:-1}"
+        export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
+    fi
+}

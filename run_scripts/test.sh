@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs the tests; arguments go to pytest.
+#
+#   bash run_scripts/test.sh                  all tests
+#   bash run_scripts/test.sh -m "not slow"    without those that start Ray, FSDP and vLLM
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+
+ensure_environment
+export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
+exec "$PY" -m pytest tests "$@" </dev/null
