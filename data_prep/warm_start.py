@@ -44,10 +44,10 @@ class Recipe:
     heads: int = 3
     context: int = 2048
     initializer_range: float = 0.08
-    plain_examples: int = 50_000
+    plain_examples: int = 32_000
     plain_first: float = 0.6
     """Share of the plain examples that come before any example with candidates."""
-    candidate_examples: int = 10_000
+    candidate_examples: int = 7_000
     max_blocks: int = 8
     batch_tokens: int = 1024
     learning_rate: float = 3e-3

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -432,37 +434,41 @@ class Launcher:
         self.stopped_by: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._stop_times: list[float] = []
+        self._pressure = 0
         self._output: deque[str] = deque(maxlen=20_000)
 
     def run(self) -> int:
         """Run the command to its end; returns its exit code."""
         tail = MetricsTail(self.directory / report.METRICS_FILE)
-        with (self.directory / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log:
-            log.write(f"### {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(self.command)}\n")
-            try:
-                process = self._process = subprocess.Popen(
-                    self.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment(),
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise LaunchError(f"can't start {self.command[0]}: {error.strerror}") from error
+        # The handlers stand before the command starts: it must not inherit that a signal is ignored.
+        with (self.directory / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, self._forwarding_signals():
+            log.write(f"### {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(self.command)}\n")
+            process = self._process = self._start()
             reader = threading.Thread(target=self._read_output, args=(process, log), daemon=True)
             reader.start()
-            with self._forwarding_signals():
-                while process.poll() is None:
-                    self._show(tail)
-                    self._press_on()
-                    time.sleep(0.25)
+            while process.poll() is None:
+                self._show(tail)
+                self._press_on()
+                time.sleep(0.25)
             # Workers that outlive the command keep its output open: don't wait for them, end them.
             reader.join(timeout=5)
             self.end_leftovers()
             reader.join(timeout=5)
             self._show(tail)
         return process.returncode
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LaunchError(f"can't start {self.command[0]}: {error.strerror}") from error
 
     def errors(self) -> list[str]:
         """Why the command failed."""
@@ -500,7 +506,6 @@ class Launcher:
         def forward(number: int, _frame: FrameType | None) -> None:
             self.stopped_by = number
             self._stop_times.append(time.monotonic())
-            self._signal_group(number)
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -518,17 +523,17 @@ class Launcher:
                 os.killpg(self._process.pid, number)
 
     def _press_on(self) -> None:
-        """A run that was told to stop and doesn't is told again: SIGTERM, then SIGKILL."""
+        """Pass a signal on; a run that doesn't stop, or is told again, gets SIGTERM, then SIGKILL."""
         if not self._stop_times:
             return
-        if len(self._stop_times) == 1:
+        if self._pressure == 0:
             self.progress.training = False
-            self.progress.phase = "stopping (again Ctrl-C: at once)"
+            self.progress.phase = "stopping (Ctrl-C again: at once)"
         waited = time.monotonic() - self._stop_times[0]
-        if len(self._stop_times) >= 3 or waited > 2 * GRACE_SECONDS:
-            self._signal_group(signal.SIGKILL)
-        elif len(self._stop_times) == 2 or waited > GRACE_SECONDS:
-            self._signal_group(signal.SIGTERM)
+        pressure = max(min(len(self._stop_times), 3), 1 + (waited > GRACE_SECONDS) + (waited > 2 * GRACE_SECONDS))
+        if pressure > self._pressure:
+            self._pressure = pressure
+            self._signal_group({1: self.stopped_by or signal.SIGTERM, 2: signal.SIGTERM, 3: signal.SIGKILL}[pressure])
 
     def end_leftovers(self, patience: float = 10.0) -> int:
         """End the processes of this start that are still there (Ray's, if the command was killed); their number."""
@@ -558,11 +563,26 @@ def processes_of(launch_id: str) -> list[int]:
 
 
 def launch(command: Sequence[str], directory: Path, *, resume_changed: bool = False) -> int:
-    """Start or go on with the run in ``directory``; returns the command's exit code."""
+    """Start the run in ``directory`` or go on with it; returns the command's exit code."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LaunchError(f"can't make {directory}: {error.strerror}") from error
+    with _sole_launch_in(directory):
+        return _launch(command, directory, resume_changed=resume_changed)
+
+
+@contextlib.contextmanager
+def _sole_launch_in(directory: Path) -> Iterator[None]:
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LaunchError(f"another run is going on in {directory}; wait for it or give another --output") from error
+        yield
+
+
+def _launch(command: Sequence[str], directory: Path, *, resume_changed: bool) -> int:
     before = RunState.load(directory)
     if before and before.status != "new":
         differing = settings_that_differ(before.command, command)

@@ -57,9 +57,7 @@ def risk(f):
 
 # E[y_0 | y_1, y_2]: y_2 - 2 y_1 is y_0 and noise of its variance, so half of its deviation is y_0's.
 BEST = predictor(MU / 2, Fraction(-1), Fraction(1, 2))
-PREDICTORS = [
-    (c, u, v) for c in (-1, 0, 2) for u in (-2, Fraction(-1, 2), 1) for v in (-1, Fraction(1, 4), 1, 3)
-]
+PREDICTORS = [(c, u, v) for c in (-1, 0, 2) for u in (-2, Fraction(-1, 2), 1) for v in (-1, Fraction(1, 4), 1, 3)]
 
 
 def test_best_predictor_is_the_conditional_expectation():

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,21 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
         finally:
             self.groups.pop(uid, None)
+
+    async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict) -> None:
+        """verl's grading; a reward function that raises or gives no finite number scores 0 and is counted."""
+        final, problem = outputs[-1], None
+        try:
+            await super()._compute_score(outputs, kwargs=kwargs)
+        except Exception as error:
+            problem = f"raised {error!r}"
+        if problem is None and final.reward_score is not None and not math.isfinite(final.reward_score):
+            problem = f"returned {final.reward_score}"
+        if problem is not None:
+            logger.warning("gcpo: the reward function %s on question %s; scored 0", problem, kwargs.get("index"))
+            final.reward_score = 0.0
+        info = final.extra_fields.setdefault("reward_extra_info", {})
+        info["reward_error"] = float(problem is not None)
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
         """verl stores and grades the session; then it arrives at its group."""

@@ -106,6 +106,7 @@ class GCPOTrainer(PPOTrainerSync):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's old log-probabilities, then the causal stage, which needs them as pi_old(y | q)."""
+        self._count_reward_errors(batch, metrics)
         batch = super()._compute_old_log_prob(batch, metrics)
         self._weight = None
         if self.gcpo.is_grpo:
@@ -115,6 +116,22 @@ class GCPOTrainer(PPOTrainerSync):
         with marked_timer("gcpo_stage", self.timing_raw, color="brown"):
             self._causal_stage(batch, metrics)
         return batch
+
+    def _count_reward_errors(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """Responses that the reward function could not grade; a step in which it graded none ends the run."""
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        errors = [
+            entry.get("reward_extra_info", {}).get("reward_error", 0.0)
+            for entry, tag in zip(list(data["extra_fields"]), batch.tags, strict=True)
+            if not tag.get("is_padding", False)
+        ]
+        metrics["gcpo/reward/errors"] = float(sum(errors))
+        if errors and sum(errors) == len(errors):
+            raise RuntimeError(
+                f"the reward function {self.config.reward.custom_reward_function.path} raised or returned no finite "
+                f"number on all {len(errors)} responses of step {self.global_steps}; the first causes are in the log "
+                'of the agent loop ("gcpo: the reward function")'
+            )
 
     def _score(self, batch: KVBatchMeta) -> None:
         config = self.gcpo

@@ -61,7 +61,7 @@ class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
 
 
 def score_rows(data: TensorDict, wanted: SimpleNamespace, scorer: Scorer, tokenizer: Any) -> TensorDict:
-    """Ask ``scorer`` for everything that the rows of ``data`` need, and lay it out as fields (see ``score_contexts``)."""
+    """Ask ``scorer`` for everything that the rows of ``data`` need, laid out as ``score_contexts`` says."""
     end_ids = {i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None}
 
     def last(ids: torch.Tensor) -> int:
@@ -121,10 +121,10 @@ def _lay_out(rows: list[dict[str, Any]], scores: list[Score], wanted: SimpleName
         kind = "contexts" if wanted.source == "prompt" else "outputs"
         fields["gcpo_z_conditioned"] = nested([states(row[kind]) for row in rows])
     if wanted.contexts and wanted.log_probs:
-        fields["gcpo_log_p"] = nested(
-            [
-                torch.cat([torch.zeros(row["length"]) if at is None else scores[at].log_probs for at in row["contexts"]])
-                for row in rows
-            ]
-        )
+
+        def log_probs(row: dict[str, Any]) -> torch.Tensor:
+            missing = torch.zeros(row["length"])
+            return torch.cat([missing if at is None else scores[at].log_probs for at in row["contexts"]])
+
+        fields["gcpo_log_p"] = nested([log_probs(row) for row in rows])
     return TensorDict(fields, batch_size=len(rows))

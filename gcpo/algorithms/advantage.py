@@ -11,9 +11,7 @@ FORMS = ("product", "signed")
 
 
 @torch.no_grad()
-def group_relative_advantage(
-    rewards: Tensor, group: Tensor, *, norm_by_std: bool = True, eps: float = 1e-6
-) -> Tensor:
+def group_relative_advantage(rewards: Tensor, group: Tensor, *, norm_by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """Computes the group-relative advantage of GRPO, bit for bit as verl does.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), Eq. 8.

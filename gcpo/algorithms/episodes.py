@@ -107,9 +107,7 @@ def token_advantage(
     check_at_least("max_ratio", max_ratio, 0)
     episode = torch.where(response, episode_index, -1)
     if (episode >= sizes["K"]).any():
-        raise ValueError(
-            f"episode_index holds {int(episode.max())} where episode_reward has {sizes['K']} columns."
-        )
+        raise ValueError(f"episode_index holds {int(episode.max())} where episode_reward has {sizes['K']} columns.")
 
     reward, log_prob = as_float(episode_reward, old_log_prob)
     token_reward = _spread(reward, episode, log_prob)

@@ -62,9 +62,7 @@ def causal_reference(
     check_option("reduction", reduction, REDUCTIONS)
     check_at_least("floor", floor, 0)
     check_at_least("relative_floor", relative_floor, 0)
-    dtype, log_p_query, draws = _draws(
-        log_p_collider, log_p_query, valid, projection, log_p_marginal, valid_marginal
-    )
+    dtype, log_p_query, draws = _draws(log_p_collider, log_p_query, valid, projection, log_p_marginal, valid_marginal)
     has_reference = draws.conditioned_valid.any(1) & draws.projected_valid.any(1)
     raw, log_scale = _mixture(draws, log_p_query, reduction)
     log_delta = (log_p_query + _log(relative_floor)).clamp(min=_log(floor))

@@ -37,9 +37,7 @@ class LeaveOneOutPlan:
 
     def __post_init__(self) -> None:
         if sorted(self.permutation) != list(range(self.n)):
-            raise ValueError(
-                f"permutation {self.permutation} is not one of the candidates 0 to {self.n - 1}."
-            )
+            raise ValueError(f"permutation {self.permutation} is not one of the candidates 0 to {self.n - 1}.")
         if len(self.orders) != self.n or any(len(o) != self.draws for o in self.orders):
             raise ValueError(f"orders must hold {self.draws} contexts for each of {self.n} candidates.")
         for i, contexts in enumerate(self.orders):
@@ -124,9 +122,7 @@ def leave_one_out_plan(
         lengths = [1] * n
     _check_lengths(lengths, n)
     candidates = _huffman_orders(lengths, order)
-    orders = tuple(
-        tuple(_with_collider(candidates[i], draw, draws) for draw in range(draws)) for i in range(n)
-    )
+    orders = tuple(tuple(_with_collider(candidates[i], draw, draws) for draw in range(draws)) for i in range(n))
     return LeaveOneOutPlan(n, draws, orders, order)
 
 

@@ -75,9 +75,9 @@ def test_a_weight_of_one_is_verl_bit_for_bit(form):
 
 
 def test_product_and_signed_by_hand():
-    """The weights' mean is 1: signed gives 1 (1 - 1/2), -1 (1 - 1/2), 2 (1 + 0), and 0 stays 0."""
-    advantage, weight = torch.tensor([1.0, -1.0, 2.0, 0.0]), torch.tensor([0.5, 1.5, 1.0, 1.0])
-    torch.testing.assert_close(causal_advantage(advantage, weight), torch.tensor([0.5, -1.5, 2.0, 0.0]))
+    """The weights' mean is 2: signed gives 1 (1 - 1/2), -1 (1 - 1/2), 2 (1 + 0), and 0 stays 0."""
+    advantage, weight = torch.tensor([1.0, -1.0, 2.0, 0.0]), torch.tensor([1.5, 2.5, 2.0, 2.0])
+    torch.testing.assert_close(causal_advantage(advantage, weight), torch.tensor([1.5, -2.5, 4.0, 0.0]))
     signed = causal_advantage(advantage, weight, form="signed")
     torch.testing.assert_close(signed, torch.tensor([0.5, -0.5, 2.0, 0.0]))
 
@@ -112,9 +112,7 @@ def test_dtypes_and_no_gradient(given, returned):
     for out in (advantage, weighted):
         assert out.dtype == returned and not out.requires_grad
     # Worked out in float32, not in the input's type.
-    exact = group_relative_advantage(
-        torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64), torch.zeros(3).long()
-    )
+    exact = group_relative_advantage(torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64), torch.zeros(3).long())
     torch.testing.assert_close(advantage.double(), exact, rtol=1e-6, atol=1e-6)
 
 

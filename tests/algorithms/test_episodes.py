@@ -83,9 +83,7 @@ def test_length_correction_off_by_hand():
     a, b = group_of_two(2.0, 1.0)
     torch.testing.assert_close(token_advantage(*arguments), t([[a, a, a, a], [b, 0, 0, 0]]))
     a, b = group_of_two(0.5, 1.0)
-    torch.testing.assert_close(
-        token_advantage(*arguments, length_correction=False), t([[a, a, a, a], [b, 0, 0, 0]])
-    )
+    torch.testing.assert_close(token_advantage(*arguments, length_correction=False), t([[a, a, a, a], [b, 0, 0, 0]]))
 
 
 @pytest.mark.parametrize(
@@ -120,9 +118,7 @@ def test_max_ratio_by_hand():
 
 def test_a_reward_of_zero_moves_no_token_inside_an_episode():
     """r = 0 over max(0, eps) is 0; a token outside any episode still gets A^."""
-    advantage = token_advantage(
-        t([[0.0], [1.0]]), torch.tensor([[0, -1], [0, 0]]), -torch.ones(2, 2), torch.ones(2, 2)
-    )
+    advantage = token_advantage(t([[0.0], [1.0]]), torch.tensor([[0, -1], [0, 0]]), -torch.ones(2, 2), torch.ones(2, 2))
     a, b = group_of_two(0.0, 1.0)
     torch.testing.assert_close(advantage, t([[0.0, a], [b, b]]))
 
@@ -142,9 +138,10 @@ def test_empty_responses_and_empty_tensors():
     torch.testing.assert_close(advantage, t([[a, a], [0.0, 0.0]]))
     none = token_advantage(torch.zeros(2, 0), -torch.ones(2, 3).long(), torch.zeros(2, 3), torch.ones(2, 3))
     assert torch.equal(none, torch.zeros(2, 3))
-    assert token_advantage(
-        torch.zeros(2, 1), torch.zeros(2, 0).long(), torch.zeros(2, 0), torch.zeros(2, 0)
-    ).shape == (2, 0)
+    assert token_advantage(torch.zeros(2, 1), torch.zeros(2, 0).long(), torch.zeros(2, 0), torch.zeros(2, 0)).shape == (
+        2,
+        0,
+    )
 
 
 def test_surprise_that_is_negative_or_infinite():
@@ -205,16 +202,12 @@ def _random_group(seed, n=4, episodes=3, tokens=50):
     return reward, index, log_prob, mask
 
 
-@pytest.mark.parametrize(
-    "options", [(0.05, True, 10.0), (0.2, False, 10.0), (0.0, True, 1.5), (0.9, True, 3.0)]
-)
+@pytest.mark.parametrize("options", [(0.05, True, 10.0), (0.2, False, 10.0), (0.0, True, 1.5), (0.9, True, 3.0)])
 def test_token_advantage_against_loops(options):
     for seed in range(8):
         group = _random_group(seed)
         trim, length_correction, max_ratio = options
-        advantage = token_advantage(
-            *group, trim=trim, length_correction=length_correction, max_ratio=max_ratio
-        )
+        advantage = token_advantage(*group, trim=trim, length_correction=length_correction, max_ratio=max_ratio)
         torch.testing.assert_close(advantage, t(_referee(*(x.tolist() for x in group), *options)))
 
 
@@ -234,15 +227,11 @@ def test_permutation_and_padding():
     assert not wide[:, 50:].any()
 
 
-@pytest.mark.parametrize(
-    ("given", "returned"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
-)
+@pytest.mark.parametrize(("given", "returned"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_dtypes_and_no_gradient(given, returned):
     one = torch.ones(2, 1, dtype=given, requires_grad=True)
     reward = episode_reward(one[:, 0], one, one, torch.ones(2, 1))
-    advantage = token_advantage(
-        one, torch.zeros(2, 3).long(), -torch.ones(2, 3, dtype=given), torch.ones(2, 3)
-    )
+    advantage = token_advantage(one, torch.zeros(2, 3).long(), -torch.ones(2, 3, dtype=given), torch.ones(2, 3))
     for out in (reward, advantage):
         assert out.dtype == returned and not out.requires_grad
 

@@ -64,9 +64,7 @@ def test_floor_by_hand():
 
 def test_without_floors_nothing_breaks():
     """Both floors 0: a negative mixture is log 0; the divergence from it is the cap, its gradient zero."""
-    log_ref, floored, _ = causal_reference(
-        logs([[[0.1], [0.9]]]), logs([[0.2]]), floor=0.0, relative_floor=0.0
-    )
+    log_ref, floored, _ = causal_reference(logs([[[0.1], [0.9]]]), logs([[0.2]]), floor=0.0, relative_floor=0.0)
     assert log_ref.tolist() == [[-math.inf]] and floored.tolist() == [[True]]
     log_prob = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
     kl = causal_kl(log_prob, log_ref)
@@ -160,9 +158,7 @@ def test_reference_against_decimals(marginal, projection, reduction):
         )
         for i in range(4):
             rest = [None if x is None else x[i].tolist() for x in other]
-            tokens = _referee(
-                collider[i].tolist(), query[i].tolist(), valid[i].tolist(), *rest, projection, reduction
-            )
+            tokens = _referee(collider[i].tolist(), query[i].tolist(), valid[i].tolist(), *rest, projection, reduction)
             seen.add(tokens is None)
             assert bool(has_reference[i]) == (tokens is not None)
             if tokens is None:
@@ -217,10 +213,7 @@ def test_shared_draws_average_to_the_query():
 
 def test_exclusive_is_inclusive_times_l_over_l_minus_1():
     collider, query = logs([[[0.5], [0.3], [0.4]]]), logs([[0.4]])
-    parts = [
-        causal_reference(collider, query, projection=p)[0].exp() - query.exp()
-        for p in ("inclusive", "exclusive")
-    ]
+    parts = [causal_reference(collider, query, projection=p)[0].exp() - query.exp() for p in ("inclusive", "exclusive")]
     torch.testing.assert_close(parts[1], parts[0] * 3 / 2)
 
 
@@ -268,16 +261,12 @@ def test_no_gradient_beyond_the_clamps():
     expected = torch.tensor([[10, 8 + small, 10, 10, 10, 10, 10]], dtype=torch.float64)
     torch.testing.assert_close(kl, expected)
     kl.sum().backward()
-    torch.testing.assert_close(
-        log_prob.grad, torch.tensor([[0, 1 - small, 0, 0, 0, 0, 0]], dtype=torch.float64)
-    )
+    torch.testing.assert_close(log_prob.grad, torch.tensor([[0, 1 - small, 0, 0, 0, 0, 0]], dtype=torch.float64))
     # Without a cap in reach the clamp of log rho alone: e^20 - 21 above, 19 + e^-20 below, no slope either.
     log_prob.grad = None
     kl = causal_kl(log_prob, log_rho - 1, max_kl=1e12)
     kl.sum().backward()
-    assert kl[0, 3].item() == pytest.approx(math.exp(20) - 21) and kl[0, 4].item() == pytest.approx(
-        19 + math.exp(-20)
-    )
+    assert kl[0, 3].item() == pytest.approx(math.exp(20) - 21) and kl[0, 4].item() == pytest.approx(19 + math.exp(-20))
     assert log_prob.grad[0, 3:].tolist() == [0.0] * 4
     assert log_prob.grad[0, 0].item() == pytest.approx(1 - math.exp(3))
 
@@ -303,9 +292,7 @@ def test_close_to_the_reference_float32_keeps_its_digits():
     assert kl.item() == pytest.approx(5.00017e-9, rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("given", "returned"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
-)
+@pytest.mark.parametrize(("given", "returned"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_dtypes(given, returned):
     log_prob = torch.tensor([[-1.0, -2.0]], dtype=given, requires_grad=True)
     log_ref, floored, has_reference = causal_reference(log_prob.unsqueeze(1), log_prob)

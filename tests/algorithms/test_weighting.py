@@ -74,9 +74,7 @@ def test_rows_without_a_target():
         # Row 1, inclusive: Zbar equals Zbar', so the target is zbar.
         assert torch.equal(target, torch.where(has_target[:, None], z, 0))
     z_marginal, valid_marginal = torch.full((3, 1, 2, 2), 4.0), t([[[1, 0]], [[0, 0]], [[1, 1]]], torch.bool)
-    target, has_target = causal_target(
-        z, z_conditioned, valid, z_marginal=z_marginal, valid_marginal=valid_marginal
-    )
+    target, has_target = causal_target(z, z_conditioned, valid, z_marginal=z_marginal, valid_marginal=valid_marginal)
     assert has_target.tolist() == [True, False, False]
     assert target.tolist() == [[-2.0, -2.0], [0.0, 0.0], [0.0, 0.0]]  # 1 - 4 + 1
 
@@ -111,31 +109,19 @@ def _referee(z, z_conditioned, valid, projection, z_marginal, valid_marginal):
     """Steps 1 to 4 with lists: Zbar_i, Zbar'_i and t_i of each response, None where there is none."""
     n, d, rows = len(z), len(z[0]), []
     for i in range(n):
-        drawn = [
-            (draw, v)
-            for draw, ms in enumerate(z_conditioned[i])
-            for m, v in enumerate(ms)
-            if valid[i][draw][m]
-        ]
+        drawn = [(draw, v) for draw, ms in enumerate(z_conditioned[i]) for m, v in enumerate(ms) if valid[i][draw][m]]
         if z_marginal is None:
             inside = _mean([v for draw, v in drawn if draw == 0], d)
             outside = _mean([v for draw, v in drawn if draw >= 1 or projection == "inclusive"], d)
         else:
             inside = _mean([v for _, v in drawn], d)
             outside = _mean(
-                [
-                    v
-                    for k, ms in enumerate(z_marginal[i])
-                    for m, v in enumerate(ms)
-                    if valid_marginal[i][k][m]
-                ],
+                [v for k, ms in enumerate(z_marginal[i]) for m, v in enumerate(ms) if valid_marginal[i][k][m]],
                 d,
             )
         both = inside is not None and outside is not None
         mean = _mean(z, d)
-        rows.append(
-            (outside, [a - b + c for a, b, c in zip(inside, outside, mean, strict=True)] if both else None)
-        )
+        rows.append((outside, [a - b + c for a, b, c in zip(inside, outside, mean, strict=True)] if both else None))
     return rows
 
 
@@ -225,10 +211,7 @@ def test_shared_draws_average_to_nothing(projection):
     """Averaged over which draw is called l = 0, the causal part of shared draws is zero."""
     z, z_conditioned, _, _ = _random_group(0, False, draws=4, generations=3)
     z_conditioned = z_conditioned.nan_to_num(posinf=0.5)
-    parts = [
-        causal_target(z, z_conditioned.roll(shift, 1), projection=projection)[0] - z.mean(0)
-        for shift in range(4)
-    ]
+    parts = [causal_target(z, z_conditioned.roll(shift, 1), projection=projection)[0] - z.mean(0) for shift in range(4)]
     torch.testing.assert_close(torch.stack(parts).mean(0), torch.zeros_like(z))
     assert torch.stack(parts).abs().mean() > 0.1  # while no single one of them is
 
@@ -256,9 +239,7 @@ def test_cosine_by_hand():
 
 def test_euclidean_by_hand():
     """Distances 5 and 0: alpha / 6 and alpha."""
-    weight = causal_weight(
-        t([[3.0, 4.0], [1.0, 1.0]]), t([[0.0, 0.0], [1.0, 1.0]]), alpha=3.0, similarity="euclidean"
-    )
+    weight = causal_weight(t([[3.0, 4.0], [1.0, 1.0]]), t([[0.0, 0.0], [1.0, 1.0]]), alpha=3.0, similarity="euclidean")
     torch.testing.assert_close(weight, t([0.5, 3.0]))
 
 
@@ -306,9 +287,7 @@ def test_weight_against_loops_and_rows_without_a_target(similarity, alpha):
         masked = t([row if h else [math.nan] * d for row, h in zip(target, has, strict=True)])
         weight = causal_weight(t(z), masked, t(has, torch.bool), alpha=alpha, similarity=similarity)
         torch.testing.assert_close(weight, t(expected))
-        assert [w == 1.0 for w, h in zip(weight.tolist(), has, strict=True) if not h] == [True] * has.count(
-            False
-        )
+        assert [w == 1.0 for w, h in zip(weight.tolist(), has, strict=True) if not h] == [True] * has.count(False)
 
 
 def test_group_mean_target():
@@ -404,9 +383,7 @@ def test_errors_name_the_argument():
         causal_target(z, z_conditioned, valid_marginal=torch.ones(3, 2, 1))
     with pytest.raises(ValueError, match="projection is 'all' where one of 'inclusive', 'exclusive'"):
         causal_target(z, z_conditioned, projection="all")
-    with pytest.raises(
-        ValueError, match="similarity is 'dot' where one of 'cosine', 'euclidean', 'gaussian'"
-    ):
+    with pytest.raises(ValueError, match="similarity is 'dot' where one of 'cosine', 'euclidean', 'gaussian'"):
         causal_weight(z, z, similarity="dot")
     with pytest.raises(ValueError, match=r"target has shape \[3, 5\] where \[n=3, d=4\]"):
         causal_weight(z, torch.zeros(3, 5))

@@ -24,9 +24,7 @@ def tree_tokens(orders, lengths):
 
 
 def candidate_orders(plan):
-    return [
-        [k for kind, k in blocks if kind == "candidate"] for contexts in plan.orders for blocks in contexts
-    ]
+    return [[k for kind, k in blocks if kind == "candidate"] for contexts in plan.orders for blocks in contexts]
 
 
 def binary_tree_costs(leaves, lengths):
@@ -38,9 +36,7 @@ def binary_tree_costs(leaves, lengths):
     for size in range(len(rest)):
         for with_first in itertools.combinations(rest, size):
             a, b = [first, *with_first], [k for k in rest if k not in with_first]
-            for cost_a, cost_b in itertools.product(
-                binary_tree_costs(a, lengths), binary_tree_costs(b, lengths)
-            ):
+            for cost_a, cost_b in itertools.product(binary_tree_costs(a, lengths), binary_tree_costs(b, lengths)):
                 yield weight + cost_a + cost_b
 
 
@@ -106,9 +102,7 @@ def test_every_context_holds_every_other_candidate_and_its_draw_once(n, draws):
             assert len(blocks) == n
             assert blocks[0 if draws == 1 else -1] == ("collider", draw)
     assert plan.collider_order() == plan.permutation == tuple(permutation)
-    assert [len(set(map(tuple, candidate_orders(plan)[i * draws : (i + 1) * draws]))) for i in range(n)] == [
-        1
-    ] * n
+    assert [len(set(map(tuple, candidate_orders(plan)[i * draws : (i + 1) * draws]))) for i in range(n)] == [1] * n
 
 
 def test_where_the_collider_stands():

@@ -1,0 +1,189 @@
+"""The real stack: verl, Ray, FSDP2 and vLLM on the CPU, in three start-ups.
+
+What this does not show is learning; that takes more steps than a test has (docs/results.md).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.arithmetic import prepare
+from data_prep.warm_start import Recipe, make_model, make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+STEPS = [
+    "data.max_prompt_length=48",
+    "data.max_response_length=16",
+    "data.train_batch_size=4",
+    "data.val_max_samples=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048",
+    "actor_rollout_ref.actor.optim.lr=1e-4",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.rollout.max_model_len=1024",
+    f"reward.custom_reward_function.path={ROOT}/tests/end_to_end/length_reward.py",
+    "trainer.test_freq=-1",
+    "trainer.val_before_train=False",
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Arithmetic questions and an untrained model with the quick start's tokenizer."""
+    folder = tmp_path_factory.mktemp("inputs")
+    prepare(folder / "data", train_size=32, test_size=6)
+    recipe = Recipe()
+    tokenizer = make_tokenizer(recipe)
+    make_model(recipe, tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def train(module: str, inputs: Path, output: Path, name: str, *overrides: str) -> tuple[list[dict], str]:
+    """Run a training command; the metrics of its steps and what it printed."""
+    output.mkdir(parents=True, exist_ok=True)
+    metrics = output / f"{name}.jsonl"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "VERL_FILE_LOGGER_PATH": str(metrics),
+        "TENSORBOARD_DIR": str(output / "tensorboard"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        f"hydra.run.dir={output}/hydra",
+        f"data.train_files={inputs}/data/train.parquet",
+        f"data.val_files={inputs}/data/test.parquet",
+        f"actor_rollout_ref.model.path={inputs}/model",
+        f"trainer.default_local_dir={output}/checkpoints",
+        *STEPS,
+        *overrides,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    log = done.stdout + done.stderr
+    (output / f"{name}.log").write_text(log)
+    assert done.returncode == 0, log[-6000:]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{"step": line["step"], **line["data"]} for line in lines], log
+
+
+def our_yaml(*overrides: str) -> list[str]:
+    return ["device=cpu", *overrides]
+
+
+@pytest.fixture(scope="module")
+def first_run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """Two steps of GCPO with everything that METHOD asks for: O, reference, beta, LoRA off, parts measured."""
+    output = tmp_path_factory.mktemp("first")
+    steps, _ = train(
+        "recipe.gcpo.main_gcpo",
+        inputs,
+        output,
+        "first",
+        *our_yaml(
+            "gcpo.preset=paper",
+            "gcpo.collider.num_draws=2",
+            "gcpo.collider.num_generations=1",
+            "gcpo.metrics.grad_norm_every=2",
+            "gcpo.metrics.graded_fraction=1.0",
+            "trainer.total_training_steps=2",
+            "trainer.save_freq=2",
+            f"trainer.rollout_data_dir={output}/rollouts",
+        ),
+    )
+    return output, steps
+
+
+def test_two_steps_train(first_run: tuple[Path, list[dict]]) -> None:
+    """Both steps report Upsilon, the reference and their costs, and the weights move."""
+    _, steps = first_run
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["actor/grad_norm"] > 0
+        assert step["gcpo/rollout/failed_groups"] == 0
+        assert step["gcpo/reward/errors"] == 0
+        assert step["gcpo/tokens/generated/collider"] > 0
+        assert 0 <= step["gcpo/tokens/prefix_cache_hit_share"] <= 1
+        assert step["timing_s/gcpo_score"] > 0
+        assert all(math.isfinite(value) for value in step.values() if isinstance(value, float))
+    assert any(-2 <= step.get("gcpo/upsilon/mean", math.nan) <= 2 for step in steps)
+    assert any(step.get("gcpo/reference/kl_mean", 0) > 0 for step in steps)
+    assert {"policy", "beta", "kappa"} == {
+        name.rsplit("/", 1)[1] for name in steps[1] if name.startswith("gcpo/grad_norm/")
+    }
+
+
+def test_rollout_and_actor_agree(first_run: tuple[Path, list[dict]]) -> None:
+    """vLLM and the actor give the responses the same probability, after the weight sync too."""
+    _, steps = first_run
+    assert all(step["training/rollout_probs_diff_mean"] < 1e-5 for step in steps)
+
+
+def test_auxiliary_generations_are_dumped_and_not_trained_on(first_run: tuple[Path, list[dict]]) -> None:
+    """verl's dump holds 4 x 4 responses a step; the draws stand in a file of their own, each with its kind."""
+    output, _ = first_run
+    plain = (output / "rollouts" / "1.jsonl").read_text().splitlines()
+    assert len(plain) == 16
+    draws = [json.loads(line) for line in (output / "rollouts" / "auxiliary" / "1.jsonl").read_text().splitlines()]
+    assert {draw["kind"] for draw in draws} <= {"collider", "conditioned"}
+    assert sum(draw["kind"] == "collider" for draw in draws) == 4 * 2
+    assert all(draw["outcome"] in ("ok", "cut", "empty", "failed") for draw in draws)
+
+
+def test_resume_through_verls_entry_point(first_run: tuple[Path, list[dict]], inputs: Path) -> None:
+    """`verl.trainer.main_ppo` with `+gcpo.` overrides goes on from the checkpoint with step 3, on two ranks' data."""
+    output, _ = first_run
+    steps, log = train(
+        "verl.trainer.main_ppo",
+        inputs,
+        output,
+        "resumed",
+        *verl_overrides(),
+        "trainer.total_training_steps=3",
+        "+gcpo.preset=light",
+        "+gcpo.kappa=0.02",
+    )
+    assert [step["step"] for step in steps] == [3]
+    assert re.search(r"Resuming from .*global_step_2", log)
+    assert steps[0]["gcpo/tokens/generated/conditioned"] == 0
+    assert steps[0]["gcpo/tokens/generated/marginal"] > 0
+
+
+def test_two_ranks_balanced(inputs: Path, tmp_path: Path) -> None:
+    """A step on two FSDP ranks and two vLLM servers, with a batch that verl has to pad."""
+    steps, _ = train(
+        "recipe.gcpo.main_gcpo",
+        inputs,
+        tmp_path,
+        "ranks",
+        *our_yaml(
+            "gcpo.preset=balanced",
+            "trainer.n_gpus_per_node=2",
+            "actor_rollout_ref.rollout.agent.num_workers=2",
+            "trainer.total_training_steps=1",
+            "data.train_batch_size=3",
+        ),
+    )
+    assert steps[0]["actor/grad_norm"] > 0
+    assert steps[0]["gcpo/tokens/generated/marginal"] > 0
+
+
+def verl_overrides() -> list[str]:
+    """What the README names for `verl.trainer.main_ppo` on a CPU, without our yaml."""
+    text = (ROOT / "docs" / "verl_overrides.txt").read_text()
+    return [line for line in text.splitlines() if line and not line.startswith("#")]

@@ -1,0 +1,144 @@
+"""The reward function: what counts as the answer, what counts as the same answer, and that it never raises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from gcpo.rewards import boxed_answer, compute_score, normalize, same_answer
+
+
+def score(response: object, truth: object) -> tuple[float, float]:
+    result = compute_score("source", response, truth, extra_info={"index": 1}, unknown=2)
+    assert result["score"] == result["acc"] and set(result) == {"score", "acc", "format"}
+    assert all(type(value) is float for value in result.values())
+    return result["score"], result["format"]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"first \boxed{1}, no: \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{1} and then \boxed{2", "1"),
+        ("no box, 42", None),
+        (r"\boxed{", None),
+        ("", None),
+        (r"<think>\boxed{1}</think> \boxed{2}", "2"),
+        (r"\boxed{1}</think> so it is 1", None),
+        (r"\boxed{1}</think>\boxed{2}</think>\boxed{3}", "3"),
+        (r"<think> it is \boxed{1}", None),
+        (r"\boxed{1} <think> hm", None),
+    ],
+)
+def test_boxed_answer(response, answer):
+    assert boxed_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"),
+    [
+        ("080", "80"),
+        ("27", 27.0),
+        ("27", np.float64(27)),
+        ("-0", "0"),
+        (r"10,\!080", "10080"),
+        (r"\$32,\!348", "32348"),
+        ("1,000", 1000),
+        (r"90^\circ", "90"),
+        (r"\text{(C)}", "(C)"),
+        (r"\dfrac12", r"\frac12"),
+        (r"\left(3, \frac{\pi}{2}\right)", r"(3,\frac{\pi}{2})"),
+        (r"\frac{1}{2}", "0.5"),
+        (r"\frac{2}{4}", r"\frac{1}{2}"),
+        (r"2\sqrt{8}", r"4\sqrt{2}"),
+        ("x^2+2x+1", "1+2x+x^2"),
+        (r"2^{10}", "1024"),
+        ("5!", "120"),
+        ("4", ["3", "4"]),
+        ("204", r"\boxed{204}"),
+    ],
+)
+def test_same_answer(answer, truth):
+    assert score(f"so \\boxed{{{answer}}}", truth) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"), [("81", "80"), ("-5", "5"), ("", ""), ("(1,2)", "(2,1)"), ("0.33", r"\frac{1}{3}"), (".", ".")]
+)
+def test_other_answer(answer, truth):
+    assert score(f"\\boxed{{{answer}}}", truth) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("response", [None, 3, b"x", ["a"], float("nan")])
+def test_response_of_a_wrong_type(response):
+    assert score(response, "1") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("truth", [None, True, float("nan"), {}, object(), [], [None], b"1", np.array([1, 2])])
+def test_truth_of_a_wrong_type(truth):
+    assert score(r"\boxed{1}", truth) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "9^{9^{9}}",
+        "9^9^9",
+        "(9^9)^{99999}",
+        "9^{999999999}",
+        r"9^{999 \cdot 999 \cdot 999}",
+        "9**9**9",
+        "99999!",
+        "9!!!!",
+        "(99)!!",
+        "10^{99}!",
+        "1e999999999",
+        "9" * 10_000,
+        "(x+y+z)^{5000}",
+        r"\prod_{k=1}^{99999} k",
+        r"\sum_{k=1}^{9999999} k",
+        "(" * 350,
+        "{" * 10_000 + "}" * 10_000,
+        r"\frac" * 80,
+        "x" * 390,
+    ],
+)
+def test_answers_that_could_blow_up(answer):
+    started = time.monotonic()
+    assert score(f"\\boxed{{{answer}}}", "7")[0] == 0.0
+    assert score(r"\boxed{7}", answer)[0] == 0.0
+    assert time.monotonic() - started < 10
+
+
+def test_a_million_characters_are_fast():
+    for response in (r"\boxed{" * 100_000, "{" * 1_000_000, "<think>" + "a" * 1_000_000 + r"</think>\boxed{3}"):
+        started = time.monotonic()
+        compute_score("source", response, "3")
+        assert time.monotonic() - started < 5
+
+
+def test_works_off_the_main_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(same_answer(r"\frac{3}{6}", "0.5")))
+    thread.start()
+    thread.join()
+    assert results == [True]
+
+
+def test_normalize_keeps_tuples():
+    assert normalize("(1,000)") == "(1,000)" and normalize("1,00") == "1,00"
+
+
+def test_import_is_fast():
+    code = "import sys, gcpo.rewards; print(sorted(m for m in ('math_verify', 'sympy', 'torch') if m in sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
