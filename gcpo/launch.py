@@ -153,18 +153,24 @@ _EXCEPTION = re.compile(
     r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Died)\w*(?:\([\w.]+\))?(?::|$)"
 )
 _RAY_WRAPPER = re.compile(r"^ray\.exceptions\.RayTaskError")
+_WORKER_DIED = re.compile(r"^ray\.exceptions\.\w*(?:Died|Crashed|Actor|OutOfMemory)")
 _FRAME = re.compile(r'^\s*File "([^"]+)", line \d+')
 
 
 def error_summary(lines: Sequence[str], limit: int = 12) -> list[str]:
-    """The lines of a failed run's output that say why: the last exception of the main process with the place where it
-    was raised, the last one of a worker where the main process only says that a worker died, else the last lines."""
-    own = [line for line in lines if not _RAY_PREFIX.match(line)]
+    """The lines of a failed run's output that say why.
+
+    That is a refusal of our own; else the last exception of the main process and where it was raised; with it the last
+    one of a worker where the main process only says that a worker died; else the last lines.
+    """
+    own = [line for line in lines if line.strip() and not _RAY_PREFIX.match(line)]
+    if own and own[-1].startswith(("gcpo: ", "error: ")):
+        return [own[-1]]
     found = _last_exception(own, limit)
-    if found and not re.match(r"^ray\.exceptions\.\w*(Died|Actor|Worker|OutOfMemory)", found[-1] if len(found) == 1 else found[1]):
+    if found and not any(_WORKER_DIED.match(line) for line in found):
         return found
-    workers = [_RAY_PREFIX.sub("", line) for line in lines if _RAY_PREFIX.match(line)]
-    return (found or []) + (_last_exception(workers, limit) or []) or [line for line in own if line.strip()][-6:]
+    workers = _last_exception([_RAY_PREFIX.sub("", line) for line in lines if _RAY_PREFIX.match(line)], limit)
+    return (found or []) + (workers or []) or own[-6:]
 
 
 def _last_exception(lines: Sequence[str], limit: int) -> list[str] | None:
@@ -252,7 +258,9 @@ def step_line(step: int, metrics: Mapping[str, float], total: int | None = None)
     seconds = report.stage_seconds(metrics)
     whole = metrics.get("timing_s/step")
     if whole is not None:
-        split = ", ".join(f"{stage} {seconds[stage]:.1f}" for stage in ("generate", "score", "update") if stage in seconds)
+        split = ", ".join(
+            f"{stage} {seconds[stage]:.1f}" for stage in ("generate", "score", "update") if stage in seconds
+        )
         parts.append(f"{whole:.1f} s" + (f" ({split})" if split else ""))
     return "  ".join(parts)
 
@@ -578,7 +586,9 @@ def _sole_launch_in(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise LaunchError(f"another run is going on in {directory}; wait for it or give another --output") from error
+            raise LaunchError(
+                f"a run is going on in {directory}; wait for it or give another --output"
+            ) from error
         yield
 
 

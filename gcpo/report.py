@@ -257,8 +257,7 @@ def _stages(runs: Sequence[Run], colors: Sequence[str]) -> list[_Curve]:
     """One run: a curve per stage of a step. Several: the whole step of each, or the panel can't be read."""
     if len(runs) > 1:
         curves = [
-            _Curve(*run.series("timing_s/step"), color, run.name)
-            for run, color in zip(runs, colors, strict=True)
+            _Curve(*run.series("timing_s/step"), color, run.name) for run, color in zip(runs, colors, strict=True)
         ]
         return [curve for curve in curves if curve.x]
     curves = []

@@ -2,7 +2,6 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
-VENV="${GCPO_VENV:-$ROOT/.venv}"
 
 say() { printf '%s\n' "$*"; }
 
@@ -32,17 +31,32 @@ choose_profile() {
         cpu | gpu) ;;
         *) die "GCPO_PROFILE is '$GCPO_PROFILE'; it must be cpu or gpu" 2 ;;
     esac
+    # Two environments: the two vLLM packages own the same files.
+    case "$GCPO_PROFILE" in
+        cpu) VENV="${GCPO_VENV:-$ROOT/.venv}" ;;
+        gpu) VENV="${GCPO_VENV:-$ROOT/.venv-gpu}" ;;
+    esac
+    PY="$VENV/bin/python"
+}
+
+# For what runs on the CPU even where there is a GPU: the CPU profile, unless the caller says otherwise.
+prefer_cpu() { # prefer_cpu REASON
+    if [ -z "${GCPO_PROFILE:-}" ]; then
+        GCPO_PROFILE=cpu
+        GCPO_PROFILE_REASON="$1"
+    fi
 }
 
 # Installs what is not installed yet and sets PY to the environment's interpreter.
 ensure_environment() {
     choose_profile
     bash "$ROOT/run_scripts/setup.sh"
-    PY="$VENV/bin/python"
     if [ "$GCPO_PROFILE" = cpu ]; then
         # Several processes share few cores, and the first torch.compile costs more than it saves in so short a run.
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
         export TORCHDYNAMO_DISABLE="${TORCHDYNAMO_DISABLE:-1}"
         export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
+        # Without this verl takes the GPU that it sees.
+        if has_gpu; then export VERL_PLATFORM="${VERL_PLATFORM:-cpu}"; fi
     fi
 }

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the project's environment in .venv and installs the pinned packages of requirements/<profile>.txt into it.
+# Makes the project's environment (.venv, for GPUs .venv-gpu) and installs the pinned packages of
+# requirements/<profile>.txt into it.
 # Done once: it is done again only when the lock, pyproject.toml, the profile or the interpreter changes.
 #
 #   bash run_scripts/setup.sh
@@ -7,14 +8,14 @@
 # Environment variables, all optional:
 #   GCPO_PROFILE=cpu|gpu    which set of packages (default: gpu where nvidia-smi lists a GPU, else cpu)
 #   GCPO_PYTHON=PATH        the Python 3.11 or 3.12 to use (default: the first one found)
-#   GCPO_VENV=DIR           where the environment is made (default: .venv in the repository)
+#   GCPO_VENV=DIR           where the environment is made
 #   GCPO_INSTALLER=pip      leave uv out even where it is installed
 #   GCPO_TORCH_INDEX_URL=URL  a package index that has the CPU build of torch, for installs with pip
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
 LOCK=""
-STAMP="$VENV/.gcpo-installed"
+STAMP=""
 
 python_is_fit() { # one line "VERSION PATH" where "$1" is a CPython 3.11 or 3.12
     "$1" -c 'import platform, sys
@@ -64,11 +65,13 @@ make_environment() {
     BASE_PYTHON="$(find_python)"
     find_uv
     if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.gcpo-profile" 2>/dev/null)" != "$GCPO_PROFILE" ]; then
-        # The two vLLM packages own the same files: one environment can't hold both profiles.
-        [ -f "$VENV/.gcpo-profile" ] || die "$VENV is an environment that this script did not make; move it away or set GCPO_VENV"
+        [ -f "$VENV/.gcpo-profile" ] ||
+            die "$VENV is an environment that this script did not make; move it away or set GCPO_VENV"
         say "$VENV holds the other profile: made anew"
         rm -rf "$VENV"
     fi
+    mkdir -p "$VENV"
+    printf '%s\n' "$GCPO_PROFILE" > "$VENV/.gcpo-profile"
     if ! { [ -x "$VENV/bin/python" ] && [ -n "$(python_is_fit "$VENV/bin/python" || true)" ]; }; then
         if [ -n "$BASE_PYTHON" ]; then
             say "making $VENV with $("$BASE_PYTHON" -V 2>&1)"
@@ -86,7 +89,6 @@ make_environment() {
             die "no Python 3.11 or 3.12 was found (tried python3.11, python3.12, python3, python); install one or set GCPO_PYTHON"
         fi
     fi
-    printf '%s\n' "$GCPO_PROFILE" > "$VENV/.gcpo-profile"
     if [ "${#UV[@]}" -eq 0 ] && [ "${GCPO_INSTALLER:-}" != pip ]; then
         say "no uv here: trying to install it into the environment (pip does the work where that fails)"
         "$VENV/bin/python" -m pip install --quiet uv >/dev/null 2>&1 || true
@@ -147,14 +149,14 @@ install_cpu() {
 
 install_gpu() {
     grep -v '^flash-attn==' "$LOCK" > "$VENV/.gcpo-lock.txt"
-    install --no-deps -r "$VENV/.gcpo-lock.txt"
+    install --no-deps -r "$VENV/.gcpo-lock.txt" || return 1
     # flash-attn is published as source: it is built against the torch that was just installed.
     install --no-deps --no-build-isolation "$(grep '^flash-attn==' "$LOCK" | cut -d' ' -f1)" ||
-        die "flash-attn could not be built (it needs nvcc of CUDA 13 and some minutes); put a wheel for this torch into a directory, name it in PIP_FIND_LINKS and run this again"
+        die "flash-attn could not be built (it needs nvcc of CUDA 13 and some minutes); put a wheel for this torch into \
+a directory, name that in PIP_FIND_LINKS and run this again"
 }
 
 main() {
-    choose_profile
     LOCK="$ROOT/requirements/$GCPO_PROFILE.txt"
     [ "$(uname -s)" = Linux ] || die "gcpo runs on Linux; this is $(uname -s)"
     [ "$(uname -m)" = x86_64 ] || say "warning: the pinned packages are for x86-64; this is $(uname -m)"
@@ -168,7 +170,8 @@ main() {
     make_environment
     choose_sources
     say "installing $(grep -c '==' "$LOCK") pinned packages (the first time this downloads a few hundred MB)"
-    "install_$GCPO_PROFILE" || die "the packages of $LOCK could not be installed; the lines above say why (run this again to go on)"
+    "install_$GCPO_PROFILE" ||
+        die "the packages of $LOCK could not be installed; the lines above say why (run this again to go on)"
     install --no-deps --no-build-isolation --editable "$ROOT"
     if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
         say "torch is the CUDA build here: adding the libraries that it loads"
@@ -180,6 +183,8 @@ main() {
     say "environment ready in $((SECONDS - started)) s"
 }
 
+choose_profile
+STAMP="$VENV/.gcpo-installed"
 mkdir -p "$(dirname "$VENV")"
 if command -v flock >/dev/null 2>&1; then
     # Two scripts started together: the second waits for the first instead of installing into the same place.

@@ -6,6 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
+prefer_cpu "the tests need no GPU"
 ensure_environment
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 exec "$PY" -m pytest tests "$@" </dev/null

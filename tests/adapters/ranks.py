@@ -1,0 +1,150 @@
+"""What the ranks of the engine tests run: real FSDP2 engines on gloo, in processes of their own, without Ray."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from tensordict import TensorDict
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _entry(rank: int, world: int, port: int, work: Callable[..., Any], args: tuple, queue: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        import gcpo.adapters  # noqa: F401  (loads verl and its plug-ins)
+
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+        # As bytes: a tensor in a queue is a handle that dies with its process.
+        stream = io.BytesIO()
+        torch.save(work(rank, world, *args), stream)
+        queue.put((rank, "ok", stream.getvalue()))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        queue.put((rank, "error", traceback.format_exc()))
+        raise
+
+
+def run_on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """``work(rank, world, *args)`` on every rank; what each returned. A rank that raises fails the test with its
+    traceback."""
+    context = mp.get_context("spawn")
+    queue, port = context.Queue(), free_port()
+    processes = [context.Process(target=_entry, args=(r, world, port, work, args, queue)) for r in range(world)]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    try:
+        while len(found) < world:
+            rank, status, value = queue.get(timeout=240)
+            assert status == "ok", f"rank {rank}:\n{value}"
+            found[rank] = torch.load(io.BytesIO(value), weights_only=False)
+    finally:
+        for process in processes:
+            process.join(timeout=20)
+            if process.is_alive():
+                process.terminate()
+    return [found[rank] for rank in range(world)]
+
+
+def actor_config(**changes: Any) -> Any:
+    """verl's actor configuration with the loss of Eq. 10."""
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.config.actor import PolicyLossConfig
+
+    settings: dict[str, Any] = dict(
+        strategy="fsdp2",
+        rollout_n=4,
+        ppo_mini_batch_size=2,
+        use_dynamic_bsz=True,
+        ppo_max_token_len_per_gpu=4096,
+        loss_agg_mode="seq-mean-token-mean",
+        use_kl_loss=True,
+        kl_loss_coef=0.04,
+        kl_loss_type="low_var_kl",
+        policy_loss=PolicyLossConfig(loss_mode="gcpo"),
+    )
+    return FSDPActorConfig(**{**settings, **changes})
+
+
+def build_engine(model: str, *, lora_rank: int = 0, lr: float = 0.0, cls: type | None = None) -> Any:
+    """An initialised engine in float32; ours unless ``cls`` says otherwise."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+
+    from gcpo.adapters.engine import GCPOFSDPEngine
+
+    model_config = HFModelConfig(
+        path=model,
+        use_remove_padding=False,
+        enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+        lora_rank=lora_rank,
+    )
+    engine_config = FSDPEngineConfig(
+        strategy="fsdp2",
+        model_dtype="fp32",
+        mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        use_torch_compile=False,
+        use_dynamic_bsz=True,
+        max_token_len_per_gpu=4096,
+        infer_max_token_len_per_gpu=4096,
+    )
+    engine = (cls or GCPOFSDPEngine)(
+        model_config=model_config,
+        engine_config=engine_config,
+        optimizer_config=FSDPOptimizerConfig(lr=lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=10),
+        checkpoint_config=CheckpointConfig(),
+    )
+    engine.initialize()
+    return engine
+
+
+def loss_function(config: Any) -> Callable[..., Any]:
+    """The actor's loss as the worker builds it."""
+    from verl.workers.utils.losses import ppo_loss
+
+    from gcpo.adapters.losses import gcpo_loss
+
+    return partial(gcpo_loss, base=partial(ppo_loss, config=config), config=config)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor as a whole one."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def gradients(engine: Any) -> dict[str, torch.Tensor]:
+    """The whole gradient, by parameter name."""
+    return {n: full(p.grad) for n, p in engine.module.named_parameters() if p.grad is not None}
+
+
+def pack(rows: list[dict[str, torch.Tensor]], **non_tensor: Any) -> TensorDict:
+    """Rows of 1-D tensors as the batch that a worker gets."""
+    from verl.utils import tensordict_utils as tu
+
+    from gcpo.adapters.fields import nested
+
+    batch = TensorDict({name: nested([row[name] for row in rows]) for name in rows[0]}, batch_size=len(rows))
+    tu.assign_non_tensor(
+        batch, use_remove_padding=False, use_fused_kernels=False, temperature=1.0, calculate_entropy=False, **non_tensor
+    )
+    return batch
