@@ -44,10 +44,10 @@ class Recipe:
     heads: int = 3
     context: int = 2048
     initializer_range: float = 0.08
-    plain_examples: int = 32_000
+    plain_examples: int = 24_000
     plain_first: float = 0.6
     """Share of the plain examples that come before any example with candidates."""
-    candidate_examples: int = 7_000
+    candidate_examples: int = 9_000
     max_blocks: int = 8
     batch_tokens: int = 1024
     learning_rate: float = 3e-3
@@ -219,7 +219,7 @@ def train(recipe: Recipe, tokenizer: Any, model: Any, excluded: set[tuple[str, i
     plain, candidates = make_examples(recipe, tokenizer, excluded)
     first = int(len(plain) * recipe.plain_first)
     mixed = make_batches(plain[first:], recipe.batch_tokens, rng)
-    mixed += make_batches(candidates, 2 * recipe.batch_tokens, rng)
+    mixed += make_batches(candidates, recipe.batch_tokens, rng)
     rng.shuffle(mixed)
     batches = make_batches(plain[:first], recipe.batch_tokens, rng) + mixed
     arguments = TrainingArguments(

@@ -1,5 +1,6 @@
 # What the run scripts share; sourced, never run. After `source`, the working directory is the repository's root.
 
+CALLER="$PWD"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 
@@ -11,6 +12,20 @@ die() { # die MESSAGE [EXIT_CODE]
 }
 
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+
+count_gpus() { # count_gpus DEFAULT
+    if has_gpu; then nvidia-smi -L | grep -c '^GPU'; else printf '%s' "$1"; fi
+}
+
+is_count() { [[ "$1" =~ ^[1-9][0-9]*$ ]]; }
+
+# A path that exists from where the caller stands, made absolute; anything else (a hub id) unchanged.
+from_caller() { if [ -n "$1" ] && [ -e "$CALLER/$1" ]; then (cd "$CALLER" && realpath "$1"); else printf '%s' "$1"; fi; }
+
+absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$ROOT/$1" ;; esac; }
+
+# The comment at the top of the script that runs.
+print_help() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
 
 # The value of an option that needs one: need_value "$@" inside a `case` over "$1".
 need_value() { [ "$#" -ge 2 ] && [ -n "$2" ] || die "$1 needs a value (see --help)" 2; }

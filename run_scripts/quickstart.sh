@@ -15,10 +15,7 @@ LAUNCH=()
 OVERRIDES=()
 while [ "$#" -gt 0 ]; do
     case "$1" in
-        -h | --help)
-            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-            exit 0
-            ;;
+        -h | --help) print_help; exit 0 ;;
         --method) need_value "$@"; METHOD="$2"; shift 2 ;;
         --preset) need_value "$@"; SETTINGS+=("gcpo.preset=$2"); shift 2 ;;
         --seed)
@@ -43,10 +40,7 @@ case "$METHOD" in
     *) die "--method is '$METHOD'; it must be gcpo or grpo" 2 ;;
 esac
 OUTPUT="${OUTPUT%/}"
-case "$OUTPUT" in
-    /*) ABSOLUTE="$OUTPUT" ;;
-    *) ABSOLUTE="$ROOT/$OUTPUT" ;;
-esac
+ABSOLUTE="$(absolute "$OUTPUT")"
 
 prefer_cpu "the embedded task is made for the CPU"
 ensure_environment
