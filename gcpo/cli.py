@@ -7,6 +7,7 @@ as "Unknown trainer" when the run starts.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -89,7 +90,7 @@ def check_entry_points(report: Report) -> None:
             )
 
 
-def check_plugin(report: Report) -> None:
+def check_plugin(report: Report, profile: str) -> None:
     """Import verl, as every process of a run does, and see that what gcpo registers is there."""
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     if policy != "auto" and "gcpo" not in policy.split(","):
@@ -98,17 +99,43 @@ def check_plugin(report: Report) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import verl  # noqa: F401
-            from gcpo.checks import plugin_problem
-
-            problem = plugin_problem()
+            import verl  # noqa: F401  (loads the plug-ins)
+            from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+            from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+            from verl.workers.engine.base import EngineRegistry
     except Exception as error:
-        report.problems.append(f"verl or gcpo can't be imported: {type(error).__name__}: {error}")
+        report.problems.append(f"verl can't be imported: {type(error).__name__}: {error}")
         return
-    if problem:
-        report.problems.append(problem)
+    device = "cpu" if profile == "cpu" else "cuda"
+    engines = EngineRegistry._engines.get("language_model", {}).get("fsdp2", {})
+    ours = [key for key, engine in engines.items() if engine.__module__.startswith("gcpo.") and device in (key, key[0])]
+    registered = {
+        "advantage estimator": "gcpo" in ADV_ESTIMATOR_REGISTRY,
+        "policy loss": "gcpo" in POLICY_LOSS_REGISTRY,
+        "trainer mode": "gcpo" in TRAINER_REGISTRY,
+        f"FSDP2 engine for {device}": bool(ours),
+    }
+    missing = [name for name, there in registered.items() if not there]
+    if missing:
+        report.problems.append(
+            f"verl does not know gcpo's {', '.join(missing)}: {_plugin_error() or 'the plug-in did not register it'}"
+        )
     else:
-        report.fact("plug-in", "advantage estimator, policy loss, trainer and engine are registered")
+        report.fact("plug-in", f"registered: {', '.join(registered)}")
+    if profile == "cpu":
+        try:
+            importlib.import_module("gcpo.cpu.patches")
+        except Exception as error:
+            report.problems.append(f"the patches for vLLM on the CPU can't be imported: {type(error).__name__}: {error}")
+
+
+def _plugin_error() -> str | None:
+    """Why the plug-in can't be imported, None where it can."""
+    try:
+        importlib.import_module("gcpo.plugin")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def check_machine(
@@ -177,7 +204,7 @@ def doctor() -> int:
     check_machine(report, profile)
     check_entry_points(report)
     check_device(report, profile)
-    check_plugin(report)
+    check_plugin(report, profile)
     width = max(len(name) for name, _ in report.facts)
     for name, value in report.facts:
         print(f"{name:<{width}}  {value}")

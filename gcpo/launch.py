@@ -459,7 +459,7 @@ class Launcher:
                 self._press_on()
                 time.sleep(0.25)
             # Workers that outlive the command keep its output open: don't wait for them, end them.
-            reader.join(timeout=5)
+            reader.join(timeout=2)
             self.end_leftovers()
             reader.join(timeout=5)
             self._show(tail)

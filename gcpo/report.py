@@ -28,7 +28,8 @@ GRAD_NORM = "actor/grad_norm"
 
 STAGES: dict[str, tuple[str, ...]] = {
     "generate": ("timing_s/gen",),
-    "score": ("timing_s/old_log_prob", "timing_s/ref", "timing_s/gcpo_score", "timing_s/gcpo_stage", "timing_s/adv"),
+    # The causal stage (timing_s/gcpo_*) runs inside verl's timer of the old log-probabilities.
+    "score": ("timing_s/old_log_prob", "timing_s/ref", "timing_s/adv"),
     "update": ("timing_s/update_actor",),
     "sync": ("timing_s/update_weights",),
     "validate": ("timing_s/testing",),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import json
+import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gcpo.rewards import boxed_answer, compute_score, normalize, same_answer
+from gcpo.rewards import boxed_answer, compute_score, guarded, normalize, same_answer
 
 
 def score(response: object, truth: object) -> tuple[float, float]:
@@ -142,3 +147,60 @@ def test_import_is_fast():
     code = "import sys, gcpo.rewards; print(sorted(m for m in ('math_verify', 'sympy', 'torch') if m in sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_alternatives_in_one_string():
+    assert [score(rf"\boxed{{{n}}}", "080 or 081 (both were accepted)")[0] for n in (80, 81, 80081)] == [1.0, 1.0, 0.0]
+
+
+def test_real_rollouts_agree_with_their_labels():
+    """Of 800 real responses, a label and our grade differ on few; the labels are not perfect themselves."""
+    shared = Path(os.environ.get("GCPO_SHARED_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
+    file = shared / "rollouts" / "qwen25math_math_cot_100.jsonl"
+    if not file.is_file():
+        pytest.skip(f"{file} is not on this machine (GCPO_SHARED_DATA names another place)")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    pairs = [
+        (compute_score("math", response, row["answer"])["acc"] == 1.0, bool(label))
+        for row in rows
+        for response, label in zip(row["response"], row["score"], strict=True)
+    ]
+    agree = sum(ours == label for ours, label in pairs) / len(pairs)
+    assert len(pairs) >= 800 and agree > 0.97
+
+
+def test_guarded_passes_results_on():
+    reward = guarded(lambda data_source, solution_str, **kwargs: {"score": 1, "acc": 0.5})
+    assert reward(data_source="x", solution_str="y") == {"score": 1.0, "acc": 0.5, "reward_error": 0.0}
+    assert guarded(lambda: 0.25)() == {"score": 0.25, "reward_error": 0.0}
+
+
+@pytest.mark.parametrize("result", [float("nan"), float("inf"), None, "no", {}, {"score": None}, [1]])
+def test_guarded_replaces_what_is_no_score(result, caplog):
+    reward = guarded(lambda: result)
+    assert reward() == {"score": 0.0, "reward_error": 1.0}
+    assert reward() == {"score": 0.0, "reward_error": 1.0}
+    assert len(caplog.records) == 1
+
+
+def test_guarded_keeps_the_keys_together(caplog):
+    def reward(right):
+        if right is None:
+            raise KeyError("answer")
+        return {"score": right, "acc": right}
+
+    safe = guarded(reward)
+    assert safe.__name__ == "reward"
+    assert safe(right=1.0) == {"score": 1.0, "acc": 1.0, "reward_error": 0.0}
+    assert safe(right=None) == {"score": 0.0, "acc": 0.0, "reward_error": 1.0}
+    assert "KeyError('answer')" in caplog.text
+
+
+def test_guarded_coroutine():
+    async def reward(value):
+        return 1.0 / value
+
+    safe = guarded(reward)
+    assert inspect.iscoroutinefunction(safe)
+    assert asyncio.run(safe(value=2.0)) == {"score": 0.5, "reward_error": 0.0}
+    assert asyncio.run(safe(value=0.0)) == {"score": 0.0, "reward_error": 1.0}

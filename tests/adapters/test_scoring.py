@@ -1,0 +1,163 @@
+"""The scorer on the real engine against one sequence at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from gcpo.adapters.scoring import DenseScorer, Score, ScoreRequest
+from gcpo.adapters.workers import score_rows
+from tests.adapters.ranks import build_engine, pack, run_on_ranks
+
+
+def make_requests(count: int) -> list[ScoreRequest]:
+    """Requests of all kinds: log-probs alone, states alone, both, an empty context."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(length: int) -> torch.Tensor:
+        return torch.randint(3, 320, (length,), generator=generator)
+
+    requests = []
+    for i in range(count):
+        context, target = tokens(3 + 5 * (i % 4)), tokens(1 + i % 6)
+        kind = i % 4
+        if kind == 0:
+            requests.append(ScoreRequest(context, target, log_probs=True))
+        elif kind == 1:
+            requests.append(ScoreRequest(context[:0], target, state_at=len(target) - 1))
+        elif kind == 2:
+            requests.append(ScoreRequest(context, target, log_probs=True, state_at=len(context) - 1))
+        else:
+            requests.append(ScoreRequest(context, target[:0], state_at=len(context) - 1))
+    return requests
+
+
+def score(rank: int, world: int, path: str, counts: tuple[int, ...], layer: int, budgets: tuple[int, ...]) -> Any:
+    engine = build_engine(path)
+    head_positions: list[int] = []
+    engine.module.lm_head.register_forward_hook(lambda m, args, out: head_positions.append(args[0].shape[1]))
+    found = []
+    with engine.eval_mode():
+        for budget in budgets:
+            scorer = DenseScorer(
+                engine,
+                settings={"use_remove_padding": False, "use_fused_kernels": False},
+                temperature=0.7,
+                layer=layer,
+                max_tokens=budget,
+            )
+            head_positions.clear()
+            scores = scorer(make_requests(counts[rank]))
+            found.append([(s.log_probs, s.state) for s in scores])
+    return found, head_positions
+
+
+def expected(path: str, requests: list[ScoreRequest], layer: int) -> list[tuple]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    answers = []
+    for request in requests:
+        ids = torch.cat([request.context, request.target])
+        with torch.no_grad():
+            output = model(ids[None], output_hidden_states=True)
+        log_probs = state = None
+        if request.log_probs:
+            start = len(request.context) - 1
+            logits = output.logits[0, start : start + len(request.target)] / 0.7
+            log_probs = logits.log_softmax(-1).gather(-1, request.target[:, None])[:, 0]
+        if request.state_at is not None:
+            state = output.hidden_states[layer][0, request.state_at]
+        answers.append((log_probs, state))
+    return answers
+
+
+def assert_scores(found: list[tuple], wanted: list[tuple]) -> None:
+    assert len(found) == len(wanted)
+    for pair, answer in zip(found, wanted, strict=True):
+        for value, right in zip(pair, answer, strict=True):
+            assert (value is None) == (right is None)
+            if right is not None:
+                torch.testing.assert_close(value.double(), right, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_equal_one_at_a_time_for_any_budget(tiny_model: Path) -> None:
+    """Log-probs under the temperature and states after the final norm, whatever the token budget; requests without
+    log-probs give the head no position to work on."""
+    found, head = run_on_ranks(1, score, str(tiny_model), (10,), -1, (4096, 45))[0]
+    wanted = expected(str(tiny_model), make_requests(10), -1)
+    for scores in found:
+        assert_scores(scores, wanted)
+    assert 0 in head and any(head)
+
+
+def test_an_inner_layer(tiny_model: Path) -> None:
+    """``features.layer`` k is transformers' hidden state k."""
+    found, _ = run_on_ranks(1, score, str(tiny_model), (8,), 1, (4096,))[0]
+    assert_scores(found[0], expected(str(tiny_model), make_requests(8), 1))
+
+
+def test_ranks_with_different_numbers_of_requests(tiny_model: Path) -> None:
+    """A rank with fewer requests, or none, takes part in every collective and returns its own."""
+    found = run_on_ranks(2, score, str(tiny_model), (9, 0), -1, (45,))
+    assert_scores(found[0][0][0], expected(str(tiny_model), make_requests(9), -1))
+    assert found[1][0][0] == []
+
+
+def fake_scorer(requests: list[ScoreRequest]) -> list[Score]:
+    """A state that names its sequence and place; log-probs that count the context."""
+    return [
+        Score(
+            torch.full((len(r.target),), -float(len(r.context))) if r.log_probs else None,
+            None
+            if r.state_at is None
+            else torch.tensor([float(torch.cat([r.context, r.target])[r.state_at]), float(len(r.context))]),
+        )
+        for r in requests
+    ]
+
+
+def layout(**changes: Any) -> dict[str, list[list[float]]]:
+    wanted = dict(
+        states=True,
+        contexts=True,
+        conditioned=True,
+        log_probs=True,
+        source="response",
+        context="response",
+        token="last",
+        layer=-1,
+    )
+    eos = 2
+    row = {
+        "prompts": torch.tensor([10, 11]),
+        "responses": torch.tensor([20, 21, eos]),
+        "gcpo_contexts": torch.tensor([30, 31, 32, 40]),
+        "gcpo_context_lengths": torch.tensor([3, 0, 1]),
+        "gcpo_outputs": torch.tensor([50, 51, eos, 60]),
+        "gcpo_output_lengths": torch.tensor([3, 0, 1]),
+    }
+    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=0)
+    batch = score_rows(pack([row]), SimpleNamespace(**{**wanted, **changes}), fake_scorer, tokenizer)
+    return {name: [value[0].tolist()] for name, value in batch.items()}
+
+
+def test_row_layout() -> None:
+    """Places without a context or a generation are zeros; the others stand where they belong."""
+    fields = layout()
+    assert fields["gcpo_z"] == [[2.0, 0.0]]
+    assert fields["gcpo_z_conditioned"] == [[2.0, 0.0, 0.0, 0.0, 60.0, 0.0]]
+    assert fields["gcpo_log_p"] == [[-3.0] * 3 + [0.0] * 3 + [-1.0] * 3]
+
+
+def test_row_options() -> None:
+    """Last content token, prompt and response, and the state at the end of the prompt."""
+    assert layout(token="last_content")["gcpo_z"] == [[21.0, 0.0]]
+    fields = layout(context="prompt_response")
+    assert fields["gcpo_z"] == [[2.0, 2.0]]
+    assert fields["gcpo_z_conditioned"] == [[2.0, 3.0, 0.0, 0.0, 60.0, 1.0]]
+    assert layout(source="prompt")["gcpo_z_conditioned"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]
+    assert "gcpo_log_p" not in layout(log_probs=False)

@@ -1,0 +1,123 @@
+"""The collider stage of one group, with a scripted server."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data_prep.warm_start import Recipe, make_tokenizer
+from gcpo.collider.draws import ColliderStage, GroupResult
+from gcpo.collider.prompts import CandidatePrompts
+from gcpo.config import GCPOConfig
+
+RESPONSES = [[31, 32, 2], [33, 2], [34, 35, 36, 2], [37, 2]]
+END = 2
+
+
+class Server:
+    """Answers with ``reply(prompt, params)`` and remembers what it was asked."""
+
+    def __init__(self, reply: Any = None) -> None:
+        self.reply = reply or (lambda prompt, params: [60 + params["seed"] % 50, END])
+        self.asked: list[tuple[list[int], dict]] = []
+
+    async def __call__(self, prompt: list[int], params: dict) -> Any:
+        self.asked.append((prompt, params))
+        ids = self.reply(prompt, params)
+        if isinstance(ids, Exception):
+            raise ids
+        return SimpleNamespace(token_ids=ids, stop_reason="completed", extra_fields={"num_cached_tokens": 1})
+
+
+def run(server: Server, *, equal: bool = False, key: tuple = (1, "q"), limit: int = 2048, **config: Any) -> GroupResult:
+    tokenizer = make_tokenizer(Recipe())
+    gcpo = GCPOConfig.from_config(config, n=4, response_length=16)
+    stage = ColliderStage(
+        gcpo, CandidatePrompts(tokenizer), server, {"temperature": 1.0}, limit, frozenset({END})
+    )
+    messages = [{"role": "user", "content": "What is 12 + 39?"}]
+    return asyncio.run(stage.run(messages, RESPONSES, seed_parts=key, equal_rewards=equal))
+
+
+@pytest.mark.parametrize(
+    ("config", "counts"),
+    [
+        ({"preset": "paper"}, (4, 0, 4 * 4 * 4)),
+        ({"preset": "balanced"}, (2, 4, 4 * 3)),
+        ({"preset": "light"}, (1, 4, 0)),
+        ({"preset": "balanced", "weighting": "off"}, (2, 4, 0)),
+        ({"preset": "balanced", "collider": {"num_generations": 2, "num_marginal_draws": 3}}, (2, 12, 4 * 5 * 2)),
+    ],
+)
+def test_numbers_of_requests(config: dict, counts: tuple[int, int, int]) -> None:
+    """L shared draws, n L' leave-one-out draws, and M generations for every context, where Upsilon needs them."""
+    server = Server()
+    result = run(server, **config)
+    kinds = [draw.kind for draw in result.draws]
+    assert tuple(kinds.count(kind) for kind in ("collider", "marginal", "conditioned")) == counts
+    assert len(server.asked) == sum(counts)
+
+
+def test_equal_rewards_skip_what_cannot_matter() -> None:
+    """A = 0: no conditioned generation; with kappa = 0 nothing at all, and the group is counted."""
+    server = Server()
+    result = run(server, equal=True, preset="balanced")
+    assert {draw.kind for draw in result.draws} == {"collider", "marginal"}
+    silent = Server()
+    result = run(silent, equal=True, preset="balanced", kappa=0.0)
+    assert silent.asked == [] and result.stats["skipped"] == 1
+    assert all(context == [] for row in result.contexts for context in row)
+
+
+def test_seeds_are_repeatable_and_all_different() -> None:
+    """Every request has a seed of its own, the same in another run, another for another question."""
+    first, second, other = Server(), Server(), Server()
+    run(first, preset="balanced")
+    run(second, preset="balanced")
+    run(other, preset="balanced", key=(1, "other"))
+    seeds = [params["seed"] for _, params in first.asked]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds == [params["seed"] for _, params in second.asked]
+    assert not set(seeds) & {params["seed"] for _, params in other.asked}
+
+
+@pytest.mark.parametrize(
+    ("reply", "outcome"),
+    [([END], "empty"), ([], "empty"), ([40] * 16, "cut"), (RuntimeError("server gone"), "failed")],
+)
+def test_draws_that_are_left_out(reply: Any, outcome: str) -> None:
+    """A failed, empty or cut draw leaves an empty context and is counted; nothing is zero-filled."""
+    result = run(Server(lambda prompt, params: reply), preset="paper")
+    assert result.stats[f"collider/{outcome}"] == 4
+    assert all(context == [] for row in result.contexts for context in row)
+    assert all(output == [] for row in result.outputs for output in row)
+
+
+def test_a_full_length_answer_that_ends_is_whole() -> None:
+    """A draw of exactly max_tokens whose last token is the end token was not cut."""
+    result = run(Server(lambda prompt, params: [40] * 15 + [END]), preset="light")
+    assert result.stats["collider/ok"] == 1
+
+
+def test_lengths_by_kind_and_the_context_limit() -> None:
+    """Each kind has its own max_tokens; a prompt that leaves no room counts as failed and asks nothing."""
+    server = Server()
+    run(server, preset="balanced", collider={"max_tokens": 9}, conditioned={"max_tokens": 5})
+    assert {params["max_tokens"] for _, params in server.asked} == {9, 5}
+    assert all(params["logprobs"] is False for _, params in server.asked)
+    full = Server()
+    result = run(full, preset="light", limit=10)
+    assert full.asked == [] and result.stats["collider/failed"] == 1
+
+
+def test_generations_stand_beside_their_context() -> None:
+    """outputs[i][slot * M + m] was generated from contexts[i][slot]."""
+    server = Server(lambda prompt, params: [sum(prompt) % 250 + 3, END])
+    result = run(server, preset="paper", collider={"num_draws": 2, "num_generations": 3})
+    for contexts, outputs in zip(result.contexts, result.outputs, strict=True):
+        for slot, context in enumerate(contexts):
+            for m in range(3):
+                assert outputs[slot * 3 + m][0] == sum(context) % 250 + 3

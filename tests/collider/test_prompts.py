@@ -1,0 +1,105 @@
+"""Prompts with candidates, built by joining token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from data_prep.warm_start import Recipe, make_tokenizer
+from gcpo.collider.plan import leave_one_out_plan
+from gcpo.collider.prompts import BlockBudget, CandidatePrompts, GroupPrompts
+
+QUESTION = [{"role": "user", "content": "What is 12 + 39?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(Recipe())
+
+
+def contains(sequence: list[int], piece: list[int]) -> int:
+    return sum(sequence[i : i + len(piece)] == piece for i in range(len(sequence) - len(piece) + 1))
+
+
+def test_frame_is_the_chat_template_with_the_blocks_cut_out(tokenizer) -> None:
+    """Head and tail around nothing decode to the question with intro and outro."""
+    prompts = CandidatePrompts(tokenizer)
+    frame = prompts.frame([{"role": "system", "content": "Be brief."}, *QUESTION])
+    text = tokenizer.decode(prompts.join(frame, []))
+    assert "Be brief." in text and "What is 12 + 39?" in text
+    assert text.index("Other answers") < text.index("Write your own answer.") < text.index("assistant")
+
+
+def test_a_block_is_the_same_tokens_wherever_it_stands(tokenizer) -> None:
+    """Ids that no text would give survive: a response is never decoded and encoded again."""
+    weird = [7, 7, 300, 5, 299, 7]
+    responses = [weird, [9, 10, 11], [12, 13], [14]]
+    prompts = CandidatePrompts(tokenizer)
+    blocks = tuple(tuple(prompts.candidate_block(k, ids)) for k, ids in enumerate(responses))
+    plan = leave_one_out_plan(4, 2, lengths=[len(b) for b in blocks], permutation=[2, 0, 3, 1])
+    group = GroupPrompts(prompts.frame(QUESTION), blocks, plan)
+    assert all(contains(group.collider_prompt(), list(block)) == 1 for block in blocks)
+    collider = prompts.collider_block([21, 22])
+    for i in range(4):
+        for slot in range(2):
+            context = group.context(i, slot, collider)
+            assert [contains(context, list(block)) for block in blocks] == [int(k != i) for k in range(4)]
+            assert contains(context, collider) == 1
+        assert contains(group.marginal_prompt(i), list(blocks[i])) == 0
+
+
+def test_append_keeps_y_n_before_the_draw(tokenizer) -> None:
+    """``collider_context: append`` puts y_{n,l} after y_n."""
+    prompts = CandidatePrompts(tokenizer)
+    blocks = tuple(tuple(prompts.candidate_block(k, [40 + k])) for k in range(3))
+    group = GroupPrompts(prompts.frame(QUESTION), blocks, leave_one_out_plan(3, 2))
+    first, second = prompts.collider_block([50]), prompts.collider_block([51])
+    assert contains(group.context(0, 1, second, first), first + second) == 1
+
+
+def test_labels_are_identities(tokenizer) -> None:
+    """The label names the response, so it is the same in every prompt, and differs between responses."""
+    prompts = CandidatePrompts(tokenizer)
+    assert tokenizer.decode(prompts.candidate_block(4, [22])).strip().startswith("[Answer 5]")
+    assert prompts.candidate_block(0, [22]) != prompts.candidate_block(1, [22])
+
+
+def test_budget(tokenizer) -> None:
+    """End tokens go; the end or the beginning stays."""
+    end = tokenizer.eos_token_id
+    keep_end = CandidatePrompts(tokenizer, BlockBudget(3))
+    assert keep_end.trim([5, 6, 7, 8, end]) == [6, 7, 8]
+    assert CandidatePrompts(tokenizer, BlockBudget(3, "keep_start")).trim([5, 6, 7, 8, end]) == [5, 6, 7]
+    assert keep_end.trim([end]) == [] and keep_end.trim([5, end, end]) == [5]
+
+
+def test_thinking_goes_first(tokenizer) -> None:
+    """A response that does not fit loses its thinking part; one that never closes it keeps its end."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    answer = ids(" 5+1=6")
+    long = ids("<think>1+1=2 2+2=4 3+3=6</think>") + answer
+    prompts = CandidatePrompts(tokenizer, BlockBudget(len(answer)))
+    assert prompts.trim(long) == answer
+    assert CandidatePrompts(tokenizer, BlockBudget(len(long))).trim(long) == long
+    unclosed = ids("<think>1+1=2 2+2=4 3+3=6")
+    assert prompts.trim(unclosed) == unclosed[-len(answer) :]
+
+
+def test_errors(tokenizer) -> None:
+    """No chat template, no user, nothing asked, no room: each is one sentence."""
+    bare = SimpleNamespace(chat_template=None, eos_token_id=2, pad_token_id=0)
+    with pytest.raises(ValueError, match="no chat template"):
+        CandidatePrompts(bare)
+    with pytest.raises(ValueError, match="at least one token"):
+        CandidatePrompts(tokenizer, dataclasses.replace(BlockBudget(), max_tokens=0))
+    prompts = CandidatePrompts(tokenizer)
+    with pytest.raises(ValueError, match="no user message"):
+        prompts.frame([{"role": "system", "content": "x"}])
+    for content in ("", "  ", [{"type": "image"}]):
+        with pytest.raises(ValueError, match="empty or is not plain text"):
+            prompts.frame([{"role": "user", "content": content}])
