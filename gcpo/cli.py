@@ -68,7 +68,9 @@ def check_versions(report: Report, version_of: Callable[[str], str | None] = ins
         found = version_of(package)
         report.fact(package, "missing" if found is None else found if _same(found, wanted) else f"{found} ({wanted})")
         if found is None:
-            report.problems.append(f"{package} is not installed; run run_scripts/setup.sh, or install {package}=={wanted}")
+            report.problems.append(
+                f"{package} is not installed; run run_scripts/setup.sh, or install {package}=={wanted}"
+            )
         elif package == "verl" and not _same(found, wanted):
             report.problems.append(f"verl is {found}; gcpo is made for verl {wanted}, install that")
         elif not _same(found, wanted):
@@ -126,7 +128,9 @@ def check_plugin(report: Report, profile: str) -> None:
         try:
             importlib.import_module("gcpo.cpu.patches")
         except Exception as error:
-            report.problems.append(f"the patches for vLLM on the CPU can't be imported: {type(error).__name__}: {error}")
+            report.problems.append(
+                f"the patches for vLLM on the CPU can't be imported: {type(error).__name__}: {error}"
+            )
 
 
 def _plugin_error() -> str | None:
@@ -157,7 +161,9 @@ def check_machine(
     threads = environment.get("OMP_NUM_THREADS")
     report.fact("cores", f"{cores} (OMP_NUM_THREADS={threads or 'unset'})")
     if profile == "cpu" and threads is None:
-        report.notes.append("OMP_NUM_THREADS is unset; the run scripts set it to 1, since many processes share the cores")
+        report.notes.append(
+            "OMP_NUM_THREADS is unset; the run scripts set it to 1, since many processes share the cores"
+        )
     try:
         size = os.statvfs(shm)
         free = size.f_bavail * size.f_frsize

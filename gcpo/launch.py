@@ -586,9 +586,7 @@ def _sole_launch_in(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise LaunchError(
-                f"a run is going on in {directory}; wait for it or give another --output"
-            ) from error
+            raise LaunchError(f"a run is going on in {directory}; wait for it or give another --output") from error
         yield
 
 

@@ -1,8 +1,9 @@
+# shellcheck shell=bash
 # What the run scripts share; sourced, never run. After `source`, the working directory is the repository's root.
 
 CALLER="$PWD"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$ROOT"
+cd "$ROOT" || exit
 
 say() { printf '%s\n' "$*"; }
 
@@ -11,7 +12,8 @@ die() { # die MESSAGE [EXIT_CODE]
     exit "${2:-1}"
 }
 
-has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+# No pipe: with pipefail, `grep -q` closing it early would look like no GPU.
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && [[ "$(nvidia-smi -L 2>/dev/null)" == "GPU "* ]]; }
 
 count_gpus() { # count_gpus DEFAULT
     if has_gpu; then nvidia-smi -L | grep -c '^GPU'; else printf '%s' "$1"; fi
@@ -28,7 +30,7 @@ absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$ROOT/$1" ;; e
 print_help() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
 
 # The value of an option that needs one: need_value "$@" inside a `case` over "$1".
-need_value() { [ "$#" -ge 2 ] && [ -n "$2" ] || die "$1 needs a value (see --help)" 2; }
+need_value() { if [ "$#" -lt 2 ] || [ -z "$2" ]; then die "$1 needs a value (see --help)" 2; fi; }
 
 # Decides the profile once: what the caller says, else by the machine.
 choose_profile() {
@@ -65,7 +67,11 @@ prefer_cpu() { # prefer_cpu REASON
 # Installs what is not installed yet and sets PY to the environment's interpreter.
 ensure_environment() {
     choose_profile
-    bash "$ROOT/run_scripts/setup.sh"
+    if [ "${GCPO_SKIP_SETUP:-}" = 1 ]; then
+        [ -x "$PY" ] || PY=python
+    else
+        bash "$ROOT/run_scripts/setup.sh"
+    fi
     if [ "$GCPO_PROFILE" = cpu ]; then
         # Several processes share few cores, and the first torch.compile costs more than it saves in so short a run.
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

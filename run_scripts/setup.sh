@@ -9,6 +9,7 @@
 #   GCPO_PROFILE=cpu|gpu    which set of packages (default: gpu where nvidia-smi lists a GPU, else cpu)
 #   GCPO_PYTHON=PATH        the Python 3.11 or 3.12 to use (default: the first one found)
 #   GCPO_VENV=DIR           where the environment is made
+#   GCPO_SKIP_SETUP=1       the other run scripts leave this one out: GCPO_VENV, or `python`, is used as it is
 #   GCPO_INSTALLER=pip      leave uv out even where it is installed
 #   GCPO_TORCH_INDEX_URL=URL  a package index that has the CPU build of torch, for installs with pip
 set -euo pipefail

@@ -26,7 +26,7 @@ FAKE = textwrap.dedent(
     saved = os.path.join(output, "saved")
     start = int(open(saved).read()) if os.path.exists(saved) else 0
     if start:
-        print(f"(TaskRunnerV1 pid=7) INFO:now:Resuming from {output}/global_step_{start}, setting global step to {start}")
+        print(f"(TaskRunnerV1 pid=7) Resuming from {output}/global_step_{start}, setting global step to {start}")
     log = open(os.environ["VERL_FILE_LOGGER_PATH"], "wb", buffering=0)  # empties the file, as verl does
     def write(step, data):
         log.write(json.dumps({"step": step, "data": data}).encode() + b"\\n")

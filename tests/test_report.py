@@ -116,8 +116,17 @@ def test_checkpoint_of(tmp_path):
 def test_command_line(tmp_path, capsys):
     assert report.main([str(training_run(tmp_path / "run"))]) == 0
     shown = capsys.readouterr().out
-    for text in ("40.0 % (step 0)", "65.0 % (step 4)", "+25.0 points", "0.500 → 0.800", "curves.png", "checkpoint: none"):
+    for text in (
+        "40.0 % (step 0)",
+        "65.0 % (step 4)",
+        "+25.0 points",
+        "0.500 → 0.800",
+        "curves.png",
+        "checkpoint: none",
+    ):
         assert text in shown
     assert "\x1b" not in shown
     assert report.main([str(tmp_path / "nothing")]) == 2
-    assert capsys.readouterr().err == f"error: there is no directory {tmp_path / 'nothing'}; give the --output of a run\n"
+    assert (
+        capsys.readouterr().err == f"error: there is no directory {tmp_path / 'nothing'}; give the --output of a run\n"
+    )

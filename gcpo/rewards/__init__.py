@@ -18,6 +18,8 @@ from typing import Any
 __all__ = ["boxed_answer", "compute_score", "guarded", "normalize", "same_answer"]
 
 logger = logging.getLogger(__name__)
+# It warns once in every process that no time limit is set; see `_is_tame`.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 MAX_ANSWER_CHARS = 1000
 """A longer boxed answer is wrong: no answer of the supported data sets comes near."""
@@ -58,6 +60,7 @@ def normalize(answer: str) -> str:
     answer = answer.strip()
     if _BOXED.match(answer):
         answer = _last_boxed(answer) or answer
+    answer = answer.replace("{,}", ",")
     answer = re.sub(r"\\[!,;: ]|\\q?quad\b|~|\\\$|\$", "", answer)
     answer = re.sub(r"(?<=\S)\\(?:text|mathrm|mbox)\s*\{\s*[A-Za-z .^0-9]*\}$", "", answer)
     answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", answer)
@@ -126,7 +129,9 @@ _WILD = re.compile(
     r"|(?<!\d)!|(?<![\d^{])\d{3,}!|!!|\^\{?[^{}]*\}?!"  # factorials of more than two digits
 )
 _POWER = re.compile(r"(?:\^|\*\*)")
-_EXPONENT = re.compile(r"(?:\{[+-]?(?:\d{1,2}|[A-Za-z]|\d{1,2}[A-Za-z]|\\frac\{\d{1,2}\}\{\d{1,2}\}|\d/\d)\}|\d|[A-Za-z])")
+_EXPONENT = re.compile(
+    r"(?:\{[+-]?(?:\d{1,2}|[A-Za-z]|\d{1,2}[A-Za-z]|\\frac\{\d{1,2}\}\{\d{1,2}\}|\d/\d)\}|\d|[A-Za-z])"
+)
 
 
 def _is_tame(answer: str) -> bool:

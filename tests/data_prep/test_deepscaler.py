@@ -17,7 +17,13 @@ SHARED_DATA = Path(os.environ.get("GCPO_SHARED_DATA", Path(__file__).resolve().p
 
 HUB_ROWS = [
     {"ID": "1983-1", "Year": 1983, "Problem Number": 1, "Question": "Find x.", "Answer": "060", "Part": None},
-    {"ID": "1995-3", "Year": 1995, "Problem Number": 3, "Question": "Find y.", "Answer": "080 or 081 (both were accepted)"},
+    {
+        "ID": "1995-3",
+        "Year": 1995,
+        "Problem Number": 3,
+        "Question": "Find y.",
+        "Answer": "080 or 081 (both were accepted)",
+    },
     {"ID": "1995-4", "Year": 1995, "Problem Number": 4, "Question": "  ", "Answer": "1"},
     {"ID": "1995-5", "Year": 1995, "Problem Number": 5, "Question": "Find  x.", "Answer": "60"},
     {"ID": "1996-1", "Year": 1996, "Problem Number": 1, "Question": "Find z.", "Answer": None},

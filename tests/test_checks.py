@@ -1,0 +1,120 @@
+"""What a run is refused for before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from data_prep.arithmetic import prepare
+from gcpo.checks import check_run, longest_prompt, plugin_problem
+from gcpo.config import ConfigError
+
+CONFIG = Path(__file__).parents[1] / "recipe" / "gcpo" / "config"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    prepare(folder, train_size=6, test_size=6)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    return folder
+
+
+def config_of(inputs: Path, *overrides: str, name: str = "gcpo_quickstart") -> DictConfig:
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        return compose(
+            name,
+            overrides=[
+                f"data.train_files={inputs}/train.parquet",
+                f"data.val_files={inputs}/test.parquet",
+                f"actor_rollout_ref.model.path={inputs}/model",
+                *overrides,
+            ],
+        )
+
+
+@pytest.mark.parametrize("preset", ["paper", "balanced", "light"])
+def test_the_quick_start_passes(inputs: Path, preset: str) -> None:
+    """The shipped configuration is accepted, and the context is set to what its longest prompt needs."""
+    config = config_of(inputs, f"gcpo.preset={preset}")
+    gcpo = check_run(config)
+    assert config.actor_rollout_ref.rollout.max_model_len >= longest_prompt(config, gcpo) + 64
+
+
+REFUSED = [
+    ("trainer.v1.trainer_mode=colocate_async", "asynchronous"),
+    ("algorithm.adv_estimator=grpo", "algorithm.adv_estimator"),
+    ("actor_rollout_ref.actor.strategy=fsdp", "other engines"),
+    ("actor_rollout_ref.rollout.name=sglang", "other rollout engines"),
+    ("actor_rollout_ref.rollout.multi_turn.enable=True", "multi-turn"),
+    ("actor_rollout_ref.rollout.full_determinism=True", "same seed"),
+    ("actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent", "tool use"),
+    ("actor_rollout_ref.actor.use_prefix_grouper=True", "prefix_grouper"),
+    ("algorithm.filter_groups.enable=True", "group filtering"),
+    ("algorithm.rollout_correction.bypass_mode=True", "old log-probabilities"),
+    ("reward.reward_model.enable=True", "reward function"),
+    ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2", "sequence parallelism"),
+    ("actor_rollout_ref.model.use_fused_kernels=True", "hidden states"),
+    ("actor_rollout_ref.model.lora_rank=4", "lora.merge"),
+    ("actor_rollout_ref.rollout.agent.agent_loop_manager_class=null", "agent_loop_manager_class"),
+    ("actor_rollout_ref.rollout.enable_chunked_prefill=True", "chunk"),
+    ("actor_rollout_ref.model.path=/no/such/model", "no folder"),
+    ("data.train_files=/no/such/file.parquet", "no file"),
+    ("data.max_prompt_length=2040", "the model's context 2048"),
+    ("gcpo.blocks.max_tokens=300", "gcpo.blocks.max_tokens .now 300"),
+    ("gcpo.scoring.max_token_len_per_gpu=200", "a micro-batch holds 200"),
+    ("actor_rollout_ref.rollout.n=1", "rollout.n is 1"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED, ids=[o for o, _ in REFUSED])
+def test_refused_by_name(inputs: Path, override: str, message: str) -> None:
+    """Each gives one sentence, without Ray and without a model."""
+    with pytest.raises(ConfigError, match=message):
+        check_run(config_of(inputs, override))
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+ROW = {"data_source": "x", "prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "1"}}
+
+
+def test_data_files(inputs: Path, tmp_path: Path) -> None:
+    """Unreadable, without columns, empty, with images or with an empty prompt: the file and the place are named."""
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    cases = {
+        tmp_path / "broken.parquet": "not a readable parquet file",
+        table(tmp_path / "columns.parquet", [{"prompt": ROW["prompt"]}]): "lacks the columns data_source, reward_model",
+        table(tmp_path / "image.parquet", [{**ROW, "images": ["a"]}]): "has images",
+        table(tmp_path / "text.parquet", [{**ROW, "prompt": "a text"}]): "row 0",
+        table(
+            tmp_path / "empty.parquet", [ROW, {**ROW, "prompt": [{"role": "user", "content": " "}]}]
+        ): "prompt in row 1 of .* is empty",
+    }
+    for path, message in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            check_run(config_of(inputs, f"data.train_files={path}"))
+
+
+def test_a_model_without_chat_template(inputs: Path, tmp_path: Path) -> None:
+    """The candidates go into the user's message, so a model must have a template, or one must be given."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no chat template"):
+        check_run(config_of(inputs, f"actor_rollout_ref.model.path={tmp_path}"))
+
+
+def test_the_plugin_is_loaded() -> None:
+    """What ``gcpo doctor`` and the entry point look at first."""
+    assert plugin_problem() is None
