@@ -7,10 +7,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +29,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(recipe, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: Path) -> Any:
+    """The tokenizer of ``tiny_model``, as a run loads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def recipe_config() -> Callable[..., Any]:
+    """``recipe_config(*overrides)``: what ``python -m recipe.gcpo.main_gcpo *overrides`` is given."""
+    from hydra import compose, initialize_config_dir
+
+    def make(*overrides: str, name: str = "gcpo_trainer") -> Any:
+        with initialize_config_dir(str(ROOT / "recipe" / "gcpo" / "config"), version_base=None):
+            return compose(name, overrides=list(overrides))
+
+    return make

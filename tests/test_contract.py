@@ -1,0 +1,159 @@
+"""Everything of verl and TransferQueue that gcpo uses is there, with the shape that it relies on."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+
+import gcpo.adapters  # noqa: F401  (loads verl and its plug-ins)
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [*(ROOT / "gcpo").rglob("*.py"), *(ROOT / "recipe").rglob("*.py")]
+
+
+def imported() -> list[tuple[str, str]]:
+    """Every name that our sources import from verl or transfer_queue, and every ``tq.`` attribute."""
+    found = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("verl", "transfer_queue"):
+                found |= {(node.module, alias.name) for alias in node.names}
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tq":
+                found.add(("transfer_queue", node.attr))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("module", "name"), imported(), ids=lambda value: str(value))
+def test_symbol_exists(module: str, name: str) -> None:
+    """A name that verl renames fails here and not in the middle of a run."""
+    loaded = importlib.import_module(module)
+    assert hasattr(loaded, name) or importlib.import_module(f"{module}.{name}")
+
+
+def overridden() -> list[tuple[type, str]]:
+    """Methods that our subclasses of verl's classes override."""
+    from gcpo.adapters.engine import GCPOFSDPEngine
+    from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
+    from gcpo.adapters.trainer import GCPOTrainer
+    from gcpo.adapters.workers import GCPOActorRolloutRefWorker
+
+    names = {
+        GCPOFSDPEngine: ["prepare_model_inputs", "prepare_model_outputs", "forward_backward_batch", "train_batch"],
+        GCPOAgentLoopWorkerPlain: ["_run_agent_loop", "_run_prompt", "_compute_score", "_agent_loop_postprocess"],
+        GCPOActorRolloutRefWorker: ["init_model"],
+        GCPOTrainer: [
+            "_setup",
+            "_init_resource_pool_mgr",
+            "_build_replay_buffer",
+            "_balance_batch",
+            "_compute_old_log_prob",
+            "_compute_advantage",
+            "_update_actor",
+            "_log_rollout_data",
+        ],
+    }
+    return [(cls, name) for cls, methods in names.items() for name in methods]
+
+
+@pytest.mark.parametrize(("cls", "name"), overridden(), ids=lambda value: getattr(value, "__name__", value))
+def test_overridden_methods_take_what_the_parent_takes(cls: type, name: str) -> None:
+    """The parent has the method, and its parameters can be passed to ours by name or position."""
+    assert name in vars(cls)
+    parent = next(base for base in cls.__mro__[1:] if name in vars(base))
+    theirs = [p for p in inspect.signature(vars(parent)[name]).parameters.values()]
+    ours = inspect.signature(vars(cls)[name]).parameters
+    takes_any = {p.kind for p in ours.values()} & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+    for parameter in theirs:
+        assert parameter.name in ours or takes_any, f"{parent.__name__}.{name} has {parameter.name}"
+
+
+def test_plug_in_is_registered() -> None:
+    """Importing verl is enough: estimator, policy loss, trainer mode, engine and entry points."""
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
+    from verl.trainer.ppo.v1 import get_trainer_cls
+    from verl.workers.engine import EngineRegistry
+
+    assert get_adv_estimator_fn("gcpo").__name__ == "compute_gcpo_advantage"
+    assert get_policy_loss_fn("gcpo").__name__ == "compute_policy_loss_gcpo"
+    assert get_trainer_cls("gcpo").__name__ == "GCPOTrainer"
+    assert EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__ == "GCPOFSDPEngine"
+    assert {e.value for e in entry_points(group="verl.plugins") if e.name == "gcpo"} == {"gcpo.plugin"}
+    assert {e.value for e in entry_points(group="vllm.general_plugins")} >= {"gcpo.cpu.patches:apply_in_vllm"}
+
+
+def test_ray_actor_class_can_be_unwrapped() -> None:
+    """AgentLoopWorkerTQ is a Ray actor class; its plain class is what we subclass."""
+    from verl.experimental.agent_loop import AgentLoopWorker
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+
+    assert issubclass(AgentLoopWorkerTQ.__ray_metadata__.modified_class, AgentLoopWorker)
+
+
+def test_the_trainer_answers_sync() -> None:
+    """verl compares ``trainer_mode`` with "sync" to choose its buffer and its checkpoints."""
+    from verl.trainer.ppo.v1 import trainer_base
+
+    from gcpo.adapters.trainer import GCPOTrainer
+
+    assert 'self.trainer_mode == "sync"' in inspect.getsource(trainer_base.PPOTrainer)
+    trainer = object.__new__(GCPOTrainer)
+    trainer.trainer_mode = "gcpo"
+    assert trainer.trainer_mode == "sync"
+    with pytest.raises(ValueError, match="trainer mode gcpo"):
+        trainer.trainer_mode = "sync"
+
+
+def test_estimator_is_verls_grpo_bit_for_bit() -> None:
+    """With Upsilon = 1, or none, B equals verl's GRPO advantage exactly; else it is A times Upsilon, group by group."""
+    import numpy as np
+    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+
+    from gcpo.adapters.registry import causal_weights, compute_gcpo_advantage
+
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(12, 5, generator=generator) < 0.8).long()
+    mask[:, 0], mask[3] = 1, 0
+    rewards = torch.rand(12, 5, generator=generator) * mask
+    index = np.array(["a", "b", "c"] * 4, dtype=object)
+    wanted, _ = compute_grpo_outcome_advantage(rewards.clone(), mask, index)
+    for weight in (None, torch.ones(12)):
+        with causal_weights(weight):
+            found, returns = compute_gcpo_advantage(rewards.clone(), mask, index)
+        assert torch.equal(found, wanted) and torch.equal(found, returns)
+    upsilon = torch.rand(12, generator=generator) * 2
+    with causal_weights(upsilon):
+        weighted, _ = compute_gcpo_advantage(rewards.clone(), mask, index)
+    torch.testing.assert_close(weighted, wanted * upsilon[:, None])
+    with causal_weights(upsilon, "signed"):
+        signed, _ = compute_gcpo_advantage(rewards.clone(), mask, index)
+    mean = torch.stack([upsilon[i % 3 :: 3].mean() for i in range(12)])
+    torch.testing.assert_close(signed, wanted * (1 + wanted.sign() * (upsilon - mean)[:, None]))
+
+
+def test_estimator_outside_our_trainer_is_refused() -> None:
+    """Nothing else computes Upsilon, so the estimator does not fall back to GRPO silently."""
+    import numpy as np
+
+    from gcpo.adapters.registry import compute_gcpo_advantage
+
+    with pytest.raises(RuntimeError, match="trainer.v1.trainer_mode=gcpo"):
+        compute_gcpo_advantage(torch.ones(2, 1), torch.ones(2, 1), np.array(["a", "a"], dtype=object))
+
+
+def test_policy_loss_is_vanilla() -> None:
+    """The surrogate is verl's own function on the same arguments."""
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    from tests.adapters.ranks import actor_config
+
+    generator = torch.Generator().manual_seed(0)
+    old, new, advantages = (torch.randn(3, 4, generator=generator) for _ in range(3))
+    arguments = (old, new, advantages, torch.ones(3, 4), "token-mean", actor_config())
+    ours, verls = get_policy_loss_fn("gcpo")(*arguments), get_policy_loss_fn("vanilla")(*arguments)
+    assert torch.equal(ours[0], verls[0]) and ours[1] == verls[1]
