@@ -145,11 +145,11 @@ class ColliderStage:
         marginal: list[list[Draw]] = [[] for _ in range(n)]
         if needed():
             prompt = group.collider_prompt()
-            shared_tasks = [self.draw("collider", prompt, seed("collider", l)) for l in range(num_shared)]
+            shared_tasks = [self.draw("collider", prompt, seed("collider", slot)) for slot in range(num_shared)]
             marginal_tasks = [
-                self.draw("marginal", group.marginal_prompt(i), seed("marginal", i, l))
+                self.draw("marginal", group.marginal_prompt(i), seed("marginal", i, slot))
                 for i in range(n)
-                for l in range(num_marginal)
+                for slot in range(num_marginal)
             ]
             draws = await asyncio.gather(*shared_tasks, *marginal_tasks)
             shared, rest = draws[:num_shared], draws[num_shared:]
