@@ -637,7 +637,8 @@ def _launch(command: Sequence[str], directory: Path, *, resume_changed: bool) ->
     if state.status == "complete":
         print(f"done after {took}: {launcher.progress.step} steps")
     elif state.status == "stopped":
-        print(f"stopped after {took} at step {launcher.progress.step}; the same command goes on from the checkpoint")
+        at = f" at step {launcher.progress.step}" if launcher.progress.step else ""
+        print(f"stopped after {took}{at}; the same command goes on from the checkpoint")
         code = 128 + (launcher.stopped_by or 0)
     else:
         print(f"\nerror: the run failed after {took} with exit code {code}:", file=sys.stderr)

@@ -124,13 +124,13 @@ def _truth_text(truth: Any) -> str | None:
 _WILD = re.compile(
     r"\d{25}"  # a number this long
     r"|\d[eE][+-]?\d{3}"  # 1e999
-    r"|\\(?:sum|prod|int|lim|bigcup|bigcap|operatorname)"  # would be evaluated
-    r"|\\binom\D*\d{4}"
+    r"|\\(?:sum|prod|int|lim|bigcup|bigcap|operatorname|Gamma)"  # would be evaluated
+    r"|\\[dt]?binom(?!\{?(?:\d{1,3}|[a-z])\}?\{?(?:\d{1,3}|[a-z])\}?)|\\choose(?!\d{1,3}\})|\d{4}\\choose|[^\d]\\choose"
     r"|(?<!\d)!|(?<![\d^{])\d{3,}!|!!|\^\{?[^{}]*\}?!"  # factorials of more than two digits
 )
 _POWER = re.compile(r"(?:\^|\*\*)")
 _EXPONENT = re.compile(
-    r"(?:\{[+-]?(?:\d{1,2}|[A-Za-z]|\d{1,2}[A-Za-z]|\\frac\{\d{1,2}\}\{\d{1,2}\}|\d/\d)\}|\d|[A-Za-z])"
+    r"(?:\{[+-]?(?:\d{1,2}|[A-Za-z]|\d{1,2}[A-Za-z]|\\frac\{\d{1,2}\}\{\d{1,2}\}|\d/\d)\}|\d(?!\d)|[A-Za-z])"
 )
 
 
@@ -144,7 +144,8 @@ def _is_tame(answer: str) -> bool:
         deepest = max(deepest, depth)
     if deepest > 10 or answer.count("\\frac") > 10 or re.search(r"[A-Za-z]{30}", answer):
         return False
-    size = 1
+    variables = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", answer)))
+    size = expansion = 1
     for power in _POWER.finditer(answer):
         exponent = _EXPONENT.match(answer, power.end())
         if exponent is None or _POWER.match(answer, exponent.end()):
@@ -153,8 +154,10 @@ def _is_tame(answer: str) -> bool:
         value = max(1, int(digits.group())) if digits else 1
         if value > 20 and not answer[: power.start()][-1:].isdigit():
             return False
+        if answer[: power.start()][-1:] in (")", "]", "}"):
+            expansion *= value
         size *= value
-    return size <= 10_000
+    return size <= 10_000 and expansion <= (400 if len(variables) <= 2 else 8)
 
 
 def _same_mathematics(answer: str, truth: str) -> bool:

@@ -1,4 +1,4 @@
-"""Twelve responses in three groups, and Eq. 10 of them in float64 with plain loops over an unsharded model."""
+"""Twelve responses in four groups, and Eq. 10 of them in float64 with plain loops over an unsharded model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-GROUPS = 3
-SIZE = 4
+GROUPS = 4
+SIZE = 3
 ROWS = GROUPS * SIZE
 LENGTHS = (7, 1, 5, 8, 3, 6, 2, 8, 4, 7, 1, 6)
 UPSILON = (1.7, 0.4, 1.0, -0.3, 1.2, 1.0, 0.8, 2.0, 1.1, 0.9, 1.5, 0.2)
-REWARDS = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.25, 0.0, 1.0, 1.0, 0.0, 1.0)
+REWARDS = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.25, 0.0, 1.0, 0.5, 0.0, 1.0)
 WITHOUT_TARGET = 2
 """Its weight is 1."""
 WITHOUT_REFERENCE = 4
@@ -76,7 +76,8 @@ def make_rows(path: str) -> list[dict[str, Any]]:
             on_context = on_query if i == WITHOUT_CONTEXTS else log_probs(model, used_context(row), response)
         row |= {"old": near(on_query, 0.25), "ref": near(on_query, 0.5), "log_ref": near(on_context, 0.7)}
         rows.append(row)
-    # Beyond the clip, beyond the dual clip (A < 0 and a ratio over 3), and KL' and KL beyond their caps.
+    # Beyond the clip, beyond the dual clip (B < 0 and a ratio over 3), and KL' and KL beyond their caps.
+    rows[0]["old"][3] -= 0.8
     rows[3]["old"][0] -= 1.5
     rows[7]["old"][2] -= 1.5
     rows[3]["log_ref"][1] = float(log_probs(model, used_context(rows[3]), rows[3]["response"])[1]) + 3.0

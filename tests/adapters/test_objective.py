@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,19 +142,139 @@ def plain_length(row: dict[str, torch.Tensor]) -> int:
     return len(row["input_ids"])
 
 
-def make_trainer(config: Any, worker: Any, fields: list[dict[str, torch.Tensor]], *, minis: int, step: int = 1) -> Any:
-    """Our trainer, whose worker group is ``worker`` with these rows."""
-    from types import SimpleNamespace
+def update(
+    config: Any, worker: Any, rank: int, world: int, fields: list[dict], *, minis: int = 1, micro: int = ONE, step: int = 1
+) -> dict[str, Any]:
+    """Our trainer's update of the actor on these rows: mean loss and mean gradient of its optimizer steps.
+
+    The worker group is this rank's worker with this rank's rows.
+    """
+    from transfer_queue import KVBatchMeta
 
     from gcpo.adapters.trainer import GCPOTrainer
     from gcpo.config import GCPOConfig
 
     config = copy.deepcopy(config)
-    config.actor_rollout_ref.actor.ppo_mini_batch_size = ROWS // SIZE // minis if minis == 1 else 1
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = len(fields) // SIZE // minis
+    plain, conditioned = budget(fields, minis, world, micro)
+    config.gcpo.scoring.max_token_len_per_gpu = conditioned
+    share = len(fields) // world
+    micros: list[int] = []
+
+    def update_actor(batch: KVBatchMeta) -> Any:
+        data = pack(fields[rank * share :][:share], max_token_len_per_gpu=plain, **copy.deepcopy(batch.extra_info))
+        engine, original = worker.actor.engine, worker.actor.engine.forward_step
+        count = itertools.count()
+
+        def forward_step(*args: Any, **kwargs: Any) -> Any:
+            next(count)
+            return original(*args, **kwargs)
+
+        engine.forward_step = forward_step
+        try:
+            return worker.update_actor(data)
+        finally:
+            engine.forward_step = original
+            micros.append(next(count))
+
     trainer = object.__new__(GCPOTrainer)
     trainer.config, trainer.global_steps = config, step
     trainer.gcpo = GCPOConfig.from_config(config.gcpo, n=SIZE, response_length=8)
-    trainer.actor_rollout_wg = SimpleNamespace(
-        update_actor=lambda batch: worker.update_actor(pack(fields, **copy.deepcopy(batch.extra_info)))
-    )
-    return trainer
+    trainer.actor_rollout_wg = SimpleNamespace(update_actor=update_actor)
+    batch = KVBatchMeta(keys=[str(i) for i in range(len(fields))], tags=[{}] * len(fields), partition_id="train")
+    metrics: dict[str, Any] = {}
+    with recorded_gradients(worker.actor.engine) as gradients:
+        trainer._update_actor(batch, metrics)
+    assert "gcpo" not in batch.extra_info
+    mean = {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}
+    return {
+        "loss": metrics["actor/loss"],
+        "gradient": mean,
+        "steps": len(gradients),
+        "micro_batches": micros[0],
+        "metrics": {name: float(value) for name, value in metrics.items()},
+    }
+
+
+def table(rank: int, world: int, config: Any, rows: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Every variant of the table, and a few beside it, on one worker with learning rate 0."""
+    found = {}
+    worker = build_worker(config)
+    for micro, minis, padding in itertools.product((ONE, THREE), (1, 2), (0, PADDING)):
+        fields = training_rows(rows, padding)
+        found[micro, minis, padding] = update(config, worker, rank, world, fields, minis=minis, micro=micro)
+    fields = training_rows(rows)
+    every_step = copy.deepcopy(config)
+    every_step.gcpo.metrics.grad_norm_every = 4
+    found["not measured"] = update(every_step, worker, rank, world, fields, micro=THREE, step=3)
+    found["measured"] = update(every_step, worker, rank, world, fields, micro=THREE, step=4)
+    on_query = copy.deepcopy(config)
+    on_query.gcpo.reference.policy_context = "query"
+    on_query.gcpo.metrics.grad_norm_every = 1
+    found["query"] = update(on_query, worker, rank, world, fields, micro=THREE)
+    worker.actor.engine.engine_config.use_no_sync_for_gradient_accumulation = True
+    found["no sync"] = update(config, worker, rank, world, fields, micro=THREE)
+    worker = build_worker(with_changes(config, {"actor.loss_agg_mode": "token-mean"}))
+    token_mean = with_changes(config, {"actor.loss_agg_mode": "token-mean"})
+    found["token mean"] = update(token_mean, worker, rank, world, fields, micro=THREE)
+    worker = build_worker(with_changes(config, {"model.use_remove_padding": True}))
+    found["packed"] = update(config, worker, rank, world, fields, micro=THREE)
+    return found
+
+
+def with_changes(config: Any, changes: dict[str, Any]) -> Any:
+    """A copy in which keys of ``actor_rollout_ref`` have other values."""
+    from omegaconf import OmegaConf
+
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        OmegaConf.update(config.actor_rollout_ref, key, value, force_add=True)
+    return config
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+VARIANTS = list(itertools.product((ONE, THREE), (1, 2), (0, PADDING)))
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def found(request: pytest.FixtureRequest, config: Any, rows: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The table on one rank and on two."""
+    results = run_on_ranks(request.param, table, config, rows)
+    for other in results[1:]:
+        for key, value in other.items():
+            assert value["loss"] == results[0][key]["loss"]
+    return results[0]
+
+
+def assert_equal(result: dict[str, Any], parts: dict[str, Any], scale: float = 1.0, tolerance: float = 2e-5) -> None:
+    loss, gradient = problem.together(parts)
+    assert result["loss"] == pytest.approx(scale * loss, rel=tolerance)
+    assert set(result["gradient"]) == set(gradient)
+    for name, wanted in gradient.items():
+        gap = (result["gradient"][name].double() - scale * wanted).norm() / (scale * wanted).norm()
+        assert gap < tolerance, f"{name}: relative difference {gap:.1e}"
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return problem.objective(str(tiny_model), rows)
+
+
+@pytest.mark.parametrize(("micro", "minis", "padding"), VARIANTS)
+def test_eq_10_whatever_the_split(found: dict, parts: dict, micro: int, minis: int, padding: int) -> None:
+    """{1, 3 micro-batches} x {1, 2 mini-batches} x {1, 2 ranks} x {padding rows, none} all give Eq. 10.
+
+    verl divides by the rows of a full batch, so padding rows in the place of lost responses scale it, as they should.
+    """
+    result = found[micro, minis, padding]
+    assert result["steps"] == minis
+    assert result["micro_batches"] == 2 * micro * minis  # the plain and the conditioned pass
+    assert_equal(result, parts, scale=ROWS / (ROWS + padding))
+
+
+def test_every_part_matters(parts: dict) -> None:
+    """The problem itself: no part is so small that its loss or gradient could be wrong unseen."""
+    sizes = {part: math.sqrt(sum(float(g.square().sum()) for g in grads.values())) for part, (_, grads) in parts.items()}
+    assert min(sizes.values()) > 0.02 * max(sizes.values())
+    assert all(abs(loss) > 1e-3 for loss, _ in parts.values())
