@@ -18,7 +18,7 @@ import torch
 
 from tests.adapters import problem
 from tests.adapters.problem import KAPPA, PARTS, ROWS, SIZE
-from tests.adapters.ranks import build_worker, pack, recorded_gradients, run_on_ranks, weights, whole
+from tests.adapters.ranks import build_worker, pack, recorded_gradients, run_on_ranks, weights
 
 PADDING = 12
 PADDING_LENGTH = 16
@@ -212,10 +212,10 @@ def table(rank: int, world: int, config: Any, rows: list[dict[str, Any]]) -> dic
     on_query.gcpo.reference.policy_context = "query"
     on_query.gcpo.metrics.grad_norm_every = 1
     found["query"] = update(on_query, worker, rank, world, fields, micro=THREE)
-    worker.actor.engine.engine_config.use_no_sync_for_gradient_accumulation = True
-    found["no sync"] = update(config, worker, rank, world, fields, micro=THREE)
-    worker = build_worker(with_changes(config, {"actor.loss_agg_mode": "token-mean"}))
-    token_mean = with_changes(config, {"actor.loss_agg_mode": "token-mean"})
+    token_mean = with_changes(
+        config, {"actor.loss_agg_mode": "token-mean", "actor.fsdp_config.use_no_sync_for_gradient_accumulation": True}
+    )
+    worker = build_worker(token_mean)
     found["token mean"] = update(token_mean, worker, rank, world, fields, micro=THREE)
     worker = build_worker(with_changes(config, {"model.use_remove_padding": True}))
     found["packed"] = update(config, worker, rank, world, fields, micro=THREE)
@@ -278,3 +278,201 @@ def test_every_part_matters(parts: dict) -> None:
     sizes = {part: math.sqrt(sum(float(g.square().sum()) for g in grads.values())) for part, (_, grads) in parts.items()}
     assert min(sizes.values()) > 0.02 * max(sizes.values())
     assert all(abs(loss) > 1e-3 for loss, _ in parts.values())
+
+
+def test_token_mean_and_deferred_gradients(found: dict, tiny_model: Path, rows: list[dict[str, Any]]) -> None:
+    """``token-mean`` divides every part by the tokens of the plain rows; so it is where FSDP reduces gradients once per
+    pass (``use_no_sync_for_gradient_accumulation``)."""
+    result = found["token mean"]
+    assert result["micro_batches"] == 2 * THREE
+    assert_equal(result, problem.objective(str(tiny_model), rows, token_mean=True))
+
+
+def test_packed_rows(found: dict, parts: dict) -> None:
+    """Without padding tokens (``use_remove_padding``, verl's default on a GPU) it is the same objective."""
+    assert_equal(found["packed"], parts)
+
+
+def test_policy_context_query(found: dict, tiny_model: Path, rows: list[dict[str, Any]]) -> None:
+    """``policy_context: query`` puts pi_theta(. | q) under the reference, in one pass over the plain rows."""
+    result, wanted = found["query"], problem.objective(str(tiny_model), rows, kappa_context="query")
+    assert result["micro_batches"] == THREE * (1 + len(PARTS))  # three passes measure the parts
+    assert_equal(result, wanted)
+    assert_norms(result, wanted)
+
+
+def assert_norms(result: dict[str, Any], parts: dict[str, Any]) -> None:
+    for part, (_, gradient) in parts.items():
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
+        assert result["metrics"][f"gcpo/grad_norm/{part}"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_measured_gradient_norms(found: dict, parts: dict) -> None:
+    """Every k-th step the norm of each part's own gradient is measured, and the step is the same bit for bit."""
+    plain, measured = found["not measured"], found["measured"]
+    assert not [name for name in plain["metrics"] if "grad_norm/" in name]
+    assert_norms(measured, parts)
+    assert measured["loss"] == plain["loss"]
+    assert all(torch.equal(measured["gradient"][name], plain["gradient"][name]) for name in plain["gradient"])
+    unmeasured = {name: value for name, value in measured["metrics"].items() if "gcpo/grad_norm/" not in name}
+    same = [name for name in unmeasured if not name.startswith(("perf/", "actor/perf/"))]
+    assert {name: unmeasured[name] for name in same} == {name: plain["metrics"][name] for name in same}
+
+
+def test_metrics_of_the_update(found: dict, parts: dict) -> None:
+    """``gcpo/kl_loss`` is the mean of KL' (without kappa), summed over micro-batches and ranks, beside verl's own."""
+    for variant in ((ONE, 1, 0), (THREE, 1, 0)):
+        metrics = found[variant]["metrics"]
+        assert metrics["gcpo/kl_loss"] == pytest.approx(parts["kappa"][0] / KAPPA, rel=1e-4)
+        assert metrics["actor/kl_loss"] == pytest.approx(parts["beta"][0] / problem.BETA, rel=1e-4)
+        assert metrics["actor/pg_loss"] == pytest.approx(parts["policy"][0], rel=1e-4)
+
+
+# ---- LoRA, and a reference policy of its own --------------------------------------------------------------------------
+
+
+def row_log_probs(worker: Any, fields: list[dict[str, torch.Tensor]], **options: Any) -> list[torch.Tensor]:
+    """log pi(response | prompt) from the worker that verl asks for old and reference log-probabilities."""
+    from verl.workers.utils.padding import response_from_nested
+
+    data = pack(fields, temperature=1.0, calculate_entropy=False, compute_loss=False, **options)
+    compute = worker.compute_log_prob if worker.actor is not None else worker.compute_ref_log_prob
+    return response_from_nested(compute(data)["log_probs"], data["response_mask"]).unbind()
+
+
+def lora(rank: int, world: int, config: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    worker = build_worker(with_changes(config, {"model.lora_rank": 4, "model.lora.merge": True}), lr=0.05)
+    fields = training_rows(rows)
+    before = weights(worker.actor.engine)
+    results = [update(config, worker, rank, world, fields, micro=THREE) for _ in range(2)]
+    merged = dict(worker.actor.engine.get_per_tensor_param()[0])
+    return {
+        "before": before,
+        "after": weights(worker.actor.engine),
+        "trained": list(results[0]["gradient"]),
+        "kl_loss": [result["metrics"]["gcpo/kl_loss"] for result in results],
+        "policy": row_log_probs(worker, fields),
+        "reference": row_log_probs(worker, fields, no_lora_adapter=True),
+        "merged": {name: tensor.float() for name, tensor in merged.items()},
+        "gradient": results[1]["gradient"],
+    }
+
+
+def test_lora(config: Any, rows: list[dict[str, Any]], tiny_model: Path) -> None:
+    """LoRA, merged for vLLM: both passes train the adapter alone, and the actor without it is the reference."""
+    result = run_on_ranks(2, lora, config, rows)[0]
+    assert result["trained"] and all("lora_" in name for name in result["trained"])
+    for name, value in result["before"].items():
+        assert torch.equal(value, result["after"][name]) == ("lora_" not in name), name
+    assert result["kl_loss"][0] != result["kl_loss"][1]
+    model = problem.double_model(str(tiny_model))
+    with torch.no_grad():
+        wanted = [problem.log_probs(model, row["prompt"], row["response"]) for row in rows]
+    for found, policy, right in zip(result["reference"], result["policy"], wanted, strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(policy, found, atol=1e-2)
+    # What vLLM is given is the base weight plus the adapter (verl sends it in bfloat16).
+    name = "model.layers.0.self_attn.q_proj"
+    base, a, b = (
+        result["after"][f"base_model.model.{name}.{part}.weight"] for part in ("base_layer", "lora_A.default", "lora_B.default")
+    )
+    torch.testing.assert_close(result["merged"][f"{name}.weight"], base + 16 / 4 * b @ a, rtol=1e-2, atol=1e-2)
+
+
+def own_reference(rank: int, world: int, config: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    fields = training_rows(rows)
+    actor, reference = build_worker(config, lr=0.05), build_worker(config, "ref")
+    update(config, actor, rank, world, fields)
+    found = {"policy": row_log_probs(actor, fields), "reference": row_log_probs(reference, fields)}
+    found["engine"] = type(reference.ref.engine).__name__
+    for row, values in zip(fields, found["reference"], strict=True):
+        row["ref_log_prob"] = values
+    fresh = build_worker(config)
+    return found | {"step": update(config, fresh, rank, world, fields)}
+
+
+def test_a_reference_policy_of_its_own(config: Any, rows: list[dict[str, Any]], tiny_model: Path) -> None:
+    """The reference worker keeps the first weights while the actor trains, and its values are what beta pulls to."""
+    result = run_on_ranks(1, own_reference, config, rows)[0]
+    assert result["engine"] == "GCPOFSDPEngine"
+    model = problem.double_model(str(tiny_model))
+    first = []
+    for row, found, policy in zip(rows, result["reference"], result["policy"], strict=True):
+        with torch.no_grad():
+            right = problem.log_probs(model, row["prompt"], row["response"])
+        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(policy, found, atol=1e-2)
+        first.append({**row, "ref": found})
+    assert_equal(result["step"], problem.objective(str(tiny_model), first))
+
+
+# ---- with everything of GCPO off ----------------------------------------------------------------------------------------
+
+
+def three_updates(rank: int, world: int, config: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Three updates of verl's own engine with verl's own loss and GRPO, and of ours with every way to switch GCPO off."""
+    from functools import partial
+
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+    from verl.workers.utils.losses import ppo_loss
+
+    from gcpo.adapters.trainer import GCPOTrainer
+
+    off = {"kappa": 0.0, "weighting": {"target": "off"}}
+    runs = []
+    for name, gcpo, estimator, upsilon in (
+        ("verl", off, "grpo", None),
+        ("off", off, "gcpo", None),
+        ("one", {"kappa": 0.0}, "gcpo", (1.0,) * ROWS),
+    ):
+        settings = copy.deepcopy(config)
+        settings.gcpo = OmegaConf.merge(settings.gcpo, gcpo)
+        fields = [
+            {key: value for key, value in row.items() if not key.startswith("gcpo")}
+            for row in training_rows(rows, estimator=estimator, upsilon=upsilon)
+        ]
+        ours = GCPOTrainer._update_actor
+        if name == "verl":
+            worker = build_worker(
+                with_changes(settings, {"actor.policy_loss.loss_mode": "vanilla"}),
+                lr=1e-2,
+                engine_class=FSDPEngineWithLMHead,
+            )
+            worker.actor.set_loss_fn(partial(ppo_loss, config=worker.loss_fn.keywords["config"]))
+            GCPOTrainer._update_actor = PPOTrainerSync._update_actor
+        else:
+            worker = build_worker(settings, lr=1e-2)
+        try:
+            results = [
+                update(settings, worker, rank, world, fields, minis=2, micro=THREE, step=step) for step in (1, 2, 3)
+            ]
+        finally:
+            GCPOTrainer._update_actor = ours
+        runs.append(
+            {
+                "engine": type(worker.actor.engine).__name__,
+                "loss": type(worker.actor.loss_fn.keywords.get("base")).__name__,
+                "losses": [result["loss"] for result in results],
+                "gradients": [result["gradient"] for result in results],
+                "advantages": [row["advantages"] for row in fields],
+                "weights": weights(worker.actor.engine),
+            }
+        )
+    return runs
+
+
+def test_without_gcpo_everything_is_verls_bit_for_bit(config: Any, rows: list[dict[str, Any]]) -> None:
+    """kappa = 0 and weighting off, or Upsilon = 1: advantages, losses, gradients and weights of six optimizer steps
+    equal verl's own engine, loss and GRPO exactly."""
+    verl, *others = run_on_ranks(1, three_updates, config, rows)[0]
+    assert verl["engine"] == "FSDPEngineWithLMHead" and verl["loss"] == "NoneType"
+    assert len(set(verl["losses"])) == 3
+    for ours in others:
+        assert ours["engine"] == "GCPOFSDPEngine" and ours["loss"] == "partial"
+        assert all(map(torch.equal, verl["advantages"], ours["advantages"]))
+        assert verl["losses"] == ours["losses"]
+        for mine, theirs in zip(ours["gradients"], verl["gradients"], strict=True):
+            assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        assert all(torch.equal(ours["weights"][name], value) for name, value in verl["weights"].items())

@@ -1,0 +1,162 @@
+"""The group in the agent-loop worker: who triggers the collider stage, and what a failure costs."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from gcpo.adapters import rollout
+from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
+from gcpo.collider.draws import ColliderStage, GroupResult
+from gcpo.config import GCPOConfig
+
+PARENT = rollout._PlainWorker
+PROMPT = {"uid": "u", "raw_prompt": [{"role": "user", "content": "?"}], "index": 3, "global_steps": 1}
+
+
+class Worker(GCPOAgentLoopWorkerPlain):
+    """Ours without verl's set-up."""
+
+    def __init__(self, **config: Any) -> None:
+        self.config = OmegaConf.create(
+            {"actor_rollout_ref": {"rollout": {"n": 3, "temperature": 1.0, "top_p": 1.0, "top_k": -1}}}
+        )
+        self.gcpo = GCPOConfig.from_config({"preset": "light", **config}, n=3, response_length=8)
+        self.groups, self.prompts, self.end_ids = {}, None, frozenset({2})
+        self.config.actor_rollout_ref.rollout.max_model_len = 128
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """verl's methods reduced to what the group sees, and a record of what was stored."""
+    seen = SimpleNamespace(stages=[], stored=[], fails=set(), stage_error=None, params=[])
+
+    async def run_prompt(self, prompt, sampling_params, trajectory, trace=False):
+        n = prompt.pop("__rollout_n__", 3)
+        jobs = [
+            self._run_agent_loop(sampling_params, trajectory=trajectory, trace=trace, session_id=i, **prompt)
+            for i in range(n)
+        ]
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    async def run_agent_loop(self, sampling_params, trajectory, *, session_id, **kwargs):
+        seen.params.append(sampling_params)
+        await asyncio.sleep(0)
+        if session_id in seen.fails:
+            raise RuntimeError("session failed")
+        kwargs.pop("trace", None)
+        output = SimpleNamespace(prompt_ids=[5], response_ids=[10 + session_id, 2], reward_score=float(session_id))
+        return await self._agent_loop_postprocess(output, trajectory["validate"], session_id=session_id, **kwargs)
+
+    async def postprocess(self, output, validate, **kwargs):
+        return None
+
+    async def run_stage(self, messages, responses, *, seed_parts, equal_rewards):
+        seen.stages.append((responses, equal_rewards))
+        if seen.stage_error:
+            raise seen.stage_error
+        return GroupResult([[[1], [1, 1]]] * len(responses), [[[]] * 2] * len(responses), [], {"skipped": 0.0})
+
+    async def put(keys, fields, partition_id):
+        seen.stored.append((keys, fields, partition_id))
+
+    monkeypatch.setattr(PARENT, "_run_prompt", run_prompt)
+    monkeypatch.setattr(PARENT, "_run_agent_loop", run_agent_loop)
+    monkeypatch.setattr(PARENT, "_agent_loop_postprocess", postprocess)
+    monkeypatch.setattr(ColliderStage, "run", run_stage)
+    monkeypatch.setattr(rollout.tq, "async_kv_batch_put", put)
+    return seen
+
+
+def run(worker: Worker, validate: bool = False, **prompt: Any) -> None:
+    trajectory = {"validate": validate, "step": 1, "sample_index": 3}
+    asyncio.run(worker._run_prompt({**PROMPT, **prompt}, {"temperature": 1.0}, trajectory))
+
+
+def test_the_last_session_triggers_the_stage_once(world: SimpleNamespace) -> None:
+    """One stage for the group, over all its responses in order, and one field row for each of verl's rows."""
+    worker = Worker()
+    run(worker)
+    assert world.stages == [([[10, 2], [11, 2], [12, 2]], False)]
+    ((keys, fields, partition),) = world.stored
+    assert keys == ["u_0_0", "u_1_0", "u_2_0"] and partition == "train"
+    assert [row.tolist() for row in fields["gcpo_context_lengths"]] == [[1, 2]] * 3
+    assert [bool(entry) for entry in list(fields["gcpo_group"])] == [True, False, False]
+    assert worker.groups == {}
+
+
+def test_every_session_has_a_seed_of_its_own(world: SimpleNamespace) -> None:
+    """Seeds differ inside a group, and are the same when the question is asked again at the same step."""
+    run(Worker())
+    run(Worker())
+    seeds = [params["seed"] for params in world.params]
+    assert len(set(seeds)) == 3 and seeds[:3] == seeds[3:]
+
+
+def test_a_failed_session_releases_the_group(world: SimpleNamespace) -> None:
+    """The others go on without it; with a single survivor there is nothing to compare."""
+    world.fails = {1}
+    run(Worker())
+    assert world.stages == [([[10, 2], [12, 2]], False)]
+    assert world.stored[0][0] == ["u_0_0", "u_2_0"]
+    world.fails, world.stages, world.stored = {0, 1}, [], []
+    run(Worker())
+    assert world.stages == [] and world.stored[0][0] == ["u_2_0"]
+    assert world.stored[0][1]["gcpo_context_lengths"][0].tolist() == [0, 0]
+    world.fails, world.stored = {0, 1, 2}, []
+    run(Worker())
+    assert world.stored == []
+
+
+def test_an_error_in_the_stage_costs_the_causal_part_alone(world: SimpleNamespace) -> None:
+    """The rows are stored without contexts and the failure is counted."""
+    world.stage_error = ValueError("the chat template drops the user's text")
+    run(Worker())
+    fields = world.stored[0][1]
+    assert all(row.tolist() == [0, 0] for row in fields["gcpo_context_lengths"])
+    assert list(fields["gcpo_group"])[0]["stats"]["stage_failed"] == 1.0
+
+
+def test_validation_and_plain_grpo_draw_nothing(world: SimpleNamespace) -> None:
+    """Neither validation nor a run without both parts issues or stores anything."""
+    run(Worker(), validate=True)
+    run(Worker(kappa=0.0, weighting="off"))
+    assert world.stages == [] and world.stored == []
+    assert all("seed" in params for params in world.params)
+
+
+def test_rollout_n_of_the_data(world: SimpleNamespace) -> None:
+    """A question may ask for another number of responses; its group is complete at that number."""
+    run(Worker(), __rollout_n__=2)
+    assert world.stages == [([[10, 2], [11, 2]], False)]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), RuntimeError("broken reward")])
+def test_a_reward_that_fails_scores_zero_and_is_counted(monkeypatch: pytest.MonkeyPatch, score: Any) -> None:
+    """A reward function that raises or returns no finite number costs its response, not the run."""
+
+    async def compute(self, outputs, kwargs):
+        if isinstance(score, Exception):
+            raise score
+        outputs[-1].reward_score = score
+        outputs[-1].extra_fields["reward_extra_info"] = {"acc": 0.0}
+
+    monkeypatch.setattr(PARENT, "_compute_score", compute)
+    output = SimpleNamespace(reward_score=None, extra_fields={})
+    asyncio.run(Worker()._compute_score([output], {"index": 0}))
+    assert output.reward_score == 0.0 and output.extra_fields["reward_extra_info"]["reward_error"] == 1.0
+
+
+def test_flat_fields() -> None:
+    """An empty row is one token that no length counts."""
+    from gcpo.adapters.fields import flat_field, split_rows
+
+    field = flat_field("ids", "lengths", [[1, 2], [], [3]])
+    assert [piece.tolist() for piece in split_rows(field["ids"], field["lengths"])] == [[1, 2], [], [3]]
+    empty = flat_field("ids", "lengths", [[], []])
+    assert len(empty["ids"]) == 1 and torch.equal(empty["lengths"], torch.tensor([0, 0]))
