@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_name
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from gcpo.adapters.fields import nested, split_rows
@@ -29,9 +27,6 @@ class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
     def init_model(self) -> None:
         """verl's set-up; then the actor's loss gets the kappa term."""
         super().init_model()
-        if get_device_name() == "cpu":
-            # Rollout and training take turns, so the training processes share all cores among them.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world_size))
         if self._is_actor:
             self.actor.set_loss_fn(partial(gcpo_loss, base=self.loss_fn, config=self.loss_fn.keywords["config"]))
 

@@ -13,7 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import arithmetic, warm_start
-from data_prep.arithmetic import LEVELS, OPERATIONS, PrepError, Pupil, Question, draw_question, held_out, parse_question, work_out
+from data_prep.arithmetic import (
+    LEVELS,
+    OPERATIONS,
+    PrepError,
+    Pupil,
+    Question,
+    draw_question,
+    held_out,
+    parse_question,
+    work_out,
+)
 from data_prep.warm_start import Example, Recipe, collate, make_batches, make_examples, make_model, make_tokenizer
 from gcpo.collider.prompts import CandidatePrompts, PromptTemplate
 from gcpo.rewards import compute_score
