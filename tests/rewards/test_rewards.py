@@ -115,6 +115,11 @@ def test_truth_of_a_wrong_type(truth):
         "{" * 10_000 + "}" * 10_000,
         r"\frac" * 80,
         "x" * 390,
+        "9^99999999",
+        r"\Gamma(99999999)",
+        r"\dbinom{99999999}{5000000}",
+        r"{99999999 \choose 4000}",
+        r"((x+y+1)^{20})^{20}",
     ],
 )
 def test_answers_that_could_blow_up(answer):
@@ -122,6 +127,15 @@ def test_answers_that_could_blow_up(answer):
     assert score(f"\\boxed{{{answer}}}", "7")[0] == 0.0
     assert score(r"\boxed{7}", answer)[0] == 0.0
     assert time.monotonic() - started < 10
+
+
+def test_what_takes_too_long_is_different(monkeypatch):
+    monkeypatch.setattr("gcpo.rewards.MAX_SECONDS", 0.5)
+    same_answer("x+1", "1+x")  # imports sympy
+    before, started = threading.active_count(), time.monotonic()
+    assert not same_answer("(x+y+z+w+v+u+t)^{20}", "(x+y+z+w+v+t+u)^{19}")
+    assert time.monotonic() - started < 5 and threading.active_count() == before
+    assert same_answer("(x+y)^2", "x^2+2xy+y^2")
 
 
 def test_a_million_characters_are_fast():
