@@ -28,7 +28,7 @@ MAX_ANSWER_CHARS = 1000
 """A longer boxed answer is wrong: no answer of the supported data sets comes near."""
 MAX_PARSED_CHARS = 200
 """A longer one is compared as text alone."""
-MAX_SECONDS = 5.0
+MAX_SECONDS = 15.0
 """Two answers that math-verify can't compare in this time are different."""
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
