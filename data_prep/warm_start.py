@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 class Recipe:
     """Everything that the model depends on; a change of a value makes it anew."""
 
-    version: int = 1
+    version: int = 2
     """Raised when the code below changes what it makes."""
     vocab_size: int = 352
     hidden_size: int = 96
@@ -107,7 +107,12 @@ def make_tokenizer(recipe: Recipe) -> Any:
     model = json.loads(raw.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"], merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+        vocab=model["vocab"],
+        merges=merges,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        padding_side="left",
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.model_max_length = recipe.context

@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,27 +125,24 @@ def training_rows(
     return fields[::2] + fields[1::2] if padding else fields
 
 
-def budget(fields: list[dict[str, torch.Tensor]], minis: int, world: int, micro: int) -> tuple[int, int]:
-    """Token budgets that cut the plain rows and the conditioned rows of every mini-batch into ``micro``."""
-    if micro == ONE:
-        return 4096, 4096
+@contextmanager
+def cut_into(engine: Any, micro: int) -> Iterator[list[int]]:
+    """At least ``micro`` micro-batches for every pass of the engine; the sizes of those that there were."""
+    from verl.workers.engine.fsdp import transformer_impl
 
-    def plain(row: dict[str, torch.Tensor]) -> int:
-        return len(row["input_ids"])
+    original, forward_step = transformer_impl.prepare_micro_batches, engine.forward_step
+    sizes: list[int] = []
 
-    def conditioned(row: dict[str, torch.Tensor]) -> int:
-        present = row["gcpo_context_lengths"][: problem.NUM_SHARED]
-        present = present[present > 0]
-        return int(present[0]) + len(row["responses"]) if row["gcpo_kl_mask"].any() else 2
+    def counted(micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(micro_batch))
+        return forward_step(micro_batch, *args, **kwargs)
 
-    def half(size: Any) -> int:
-        # Ranks agree on the larger number of micro-batches; a budget of just below a half gives three.
-        share = len(fields) // world
-        ranks = [[size(row) for row in fields[at : at + share]] for at in range(0, len(fields), share)]
-        width = share // minis
-        return min(max(sum(sizes[k * width : (k + 1) * width]) for sizes in ranks) - 1 for k in range(minis)) // 2
-
-    return half(plain), half(conditioned) if "gcpo_contexts" in fields[0] else 4096
+    transformer_impl.prepare_micro_batches = partial(original, min_num_micro_batch=micro)
+    engine.forward_step = counted
+    try:
+        yield sizes
+    finally:
+        transformer_impl.prepare_micro_batches, engine.forward_step = original, forward_step
 
 
 def update(
@@ -167,26 +167,10 @@ def update(
 
     config = copy.deepcopy(config)
     config.actor_rollout_ref.actor.ppo_mini_batch_size = len(fields) // SIZE // minis
-    plain, conditioned = budget(fields, minis, world, micro)
-    config.gcpo.scoring.max_token_len_per_gpu = conditioned
     share = len(fields) // world
-    micros: list[int] = []
 
     def update_actor(batch: KVBatchMeta) -> Any:
-        data = pack(fields[rank * share :][:share], max_token_len_per_gpu=plain, **copy.deepcopy(batch.extra_info))
-        engine, original = worker.actor.engine, worker.actor.engine.forward_step
-        count = itertools.count()
-
-        def forward_step(*args: Any, **kwargs: Any) -> Any:
-            next(count)
-            return original(*args, **kwargs)
-
-        engine.forward_step = forward_step
-        try:
-            return worker.update_actor(data)
-        finally:
-            engine.forward_step = original
-            micros.append(next(count))
+        return worker.update_actor(pack(fields[rank * share :][:share], **copy.deepcopy(batch.extra_info)))
 
     trainer = object.__new__(GCPOTrainer)
     trainer.config, trainer.global_steps = config, step
@@ -194,7 +178,8 @@ def update(
     trainer.actor_rollout_wg = SimpleNamespace(update_actor=update_actor)
     batch = KVBatchMeta(keys=[str(i) for i in range(len(fields))], tags=[{}] * len(fields), partition_id="train")
     metrics: dict[str, Any] = {}
-    with recorded_gradients(worker.actor.engine) as gradients:
+    engine = worker.actor.engine
+    with cut_into(engine, micro) as sizes, recorded_gradients(engine) as gradients:
         trainer._update_actor(batch, metrics)
     assert "gcpo" not in batch.extra_info
     mean = {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}
@@ -202,7 +187,7 @@ def update(
         "loss": metrics["actor/loss"],
         "gradient": mean,
         "steps": len(gradients),
-        "micro_batches": micros[0],
+        "micro_batches": sizes,
         "metrics": {name: float(value) for name, value in metrics.items()},
     }
 
@@ -228,8 +213,10 @@ def table(rank: int, world: int, config: Any, rows: list[dict[str, Any]]) -> dic
     )
     worker = build_worker(token_mean)
     found["token mean"] = update(token_mean, worker, rank, world, fields, micro=THREE)
-    worker = build_worker(with_changes(config, {"model.use_remove_padding": True}))
-    found["packed"] = update(config, worker, rank, world, fields, micro=THREE)
+    tight = with_changes(config, {"model.use_remove_padding": True, "actor.ppo_max_token_len_per_gpu": 30})
+    tight.gcpo.scoring.max_token_len_per_gpu = 20
+    worker = build_worker(tight)
+    found["packed"] = update(tight, worker, rank, world, fields)
     return found
 
 
@@ -280,7 +267,7 @@ def test_eq_10_whatever_the_split(found: dict, parts: dict, micro: int, minis: i
     """
     result = found[micro, minis, padding]
     assert result["steps"] == minis
-    assert result["micro_batches"] == 2 * micro * minis  # the plain and the conditioned pass
+    assert len(result["micro_batches"]) == 2 * micro * minis  # the plain and the conditioned pass
     assert_equal(result, parts, scale=ROWS / (ROWS + padding))
 
 
@@ -295,19 +282,21 @@ def test_token_mean_and_deferred_gradients(found: dict, tiny_model: Path, rows: 
     """``token-mean`` divides every part by the tokens of the plain rows; so it is where FSDP reduces gradients once per
     pass (``use_no_sync_for_gradient_accumulation``)."""
     result = found["token mean"]
-    assert result["micro_batches"] == 2 * THREE
+    assert len(result["micro_batches"]) == 2 * THREE
     assert_equal(result, problem.objective(str(tiny_model), rows, token_mean=True))
 
 
-def test_packed_rows(found: dict, parts: dict) -> None:
-    """Without padding tokens (``use_remove_padding``, verl's default on a GPU) it is the same objective."""
+def test_packed_rows_and_tight_budgets(found: dict, parts: dict) -> None:
+    """Without padding tokens (``use_remove_padding``, verl's default on a GPU), and with micro-batches cut by a token
+    budget that is less than a conditioned row, it is the same objective."""
+    assert len(found["packed"]["micro_batches"]) > 2 * THREE
     assert_equal(found["packed"], parts)
 
 
 def test_policy_context_query(found: dict, tiny_model: Path, rows: list[dict[str, Any]]) -> None:
     """``policy_context: query`` puts pi_theta(. | q) under the reference, in one pass over the plain rows."""
     result, wanted = found["query"], problem.objective(str(tiny_model), rows, kappa_context="query")
-    assert result["micro_batches"] == THREE * (1 + len(PARTS))  # three passes measure the parts
+    assert len(result["micro_batches"]) == THREE * (1 + len(PARTS))  # three passes measure the parts
     assert_equal(result, wanted)
     assert_norms(result, wanted)
 
@@ -426,8 +415,6 @@ def test_a_reference_policy_of_its_own(config: Any, rows: list[dict[str, Any]], 
 
 def three_updates(rank: int, world: int, config: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Three updates of verl's own engine, loss and GRPO, and of ours with both ways to switch GCPO off."""
-    from functools import partial
-
     from omegaconf import OmegaConf
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
