@@ -12,7 +12,6 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,12 +83,15 @@ def build_worker(config: Any, role: str = "actor", *, lr: float = 0.0, engine_cl
         lr: constant learning rate.
         engine_class: an engine in the place of the one that verl's registry has for this device.
     """
-    from omegaconf import open_dict
+    from omegaconf import OmegaConf, open_dict
 
     from gcpo.adapters.workers import GCPOActorRolloutRefWorker
+    from gcpo.config import GCPOConfig
 
+    gcpo = GCPOConfig.from_config(config.gcpo, n=config.actor_rollout_ref.rollout.n, response_length=64)
     config = copy.deepcopy(config.actor_rollout_ref)
     with open_dict(config):
+        config.gcpo = OmegaConf.create(gcpo.to_dict())
         config.actor.optim.update({"lr": lr, "weight_decay": 0.0, "clip_grad": 1e9, "total_training_steps": 10})
         config.actor.optim.lr_warmup_steps = 0
     worker = GCPOActorRolloutRefWorker(config, role=role)
@@ -123,50 +125,45 @@ def actor_config(**changes: Any) -> Any:
     return FSDPActorConfig(**{**settings, **changes})
 
 
-def build_engine(model: str, *, lora_rank: int = 0, lr: float = 0.0, cls: type | None = None) -> Any:
-    """An initialised engine in float32; ours unless ``cls`` says otherwise."""
+def build_engine(model: str) -> Any:
+    """The engine by itself, in float32, without a configuration of a run."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
     from gcpo.adapters.engine import GCPOFSDPEngine
 
-    model_config = HFModelConfig(
-        path=model,
-        use_remove_padding=False,
-        enable_gradient_checkpointing=False,
-        override_config={"attn_implementation": "sdpa"},
-        lora_rank=lora_rank,
-    )
-    engine_config = FSDPEngineConfig(
-        strategy="fsdp2",
-        model_dtype="fp32",
-        mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
-        use_torch_compile=False,
-        use_dynamic_bsz=True,
-        max_token_len_per_gpu=4096,
-        infer_max_token_len_per_gpu=4096,
-    )
-    engine = (cls or GCPOFSDPEngine)(
-        model_config=model_config,
-        engine_config=engine_config,
-        optimizer_config=FSDPOptimizerConfig(lr=lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=10),
+    engine = GCPOFSDPEngine(
+        model_config=HFModelConfig(
+            path=model,
+            use_remove_padding=False,
+            enable_gradient_checkpointing=False,
+            override_config={"attn_implementation": "sdpa"},
+        ),
+        engine_config=FSDPEngineConfig(
+            strategy="fsdp2",
+            model_dtype="fp32",
+            mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+            use_torch_compile=False,
+        ),
+        optimizer_config=FSDPOptimizerConfig(lr=0.0, weight_decay=0.0, total_training_steps=10),
         checkpoint_config=CheckpointConfig(),
     )
     engine.initialize()
     return engine
 
 
-def loss_function(config: Any) -> Callable[..., Any]:
-    """The actor's loss as the worker builds it."""
-    from verl.workers.utils.losses import ppo_loss
+def with_changes(config: Any, changes: dict[str, Any]) -> Any:
+    """A copy in which keys of ``actor_rollout_ref`` have other values."""
+    from omegaconf import OmegaConf
 
-    from gcpo.adapters.losses import gcpo_loss
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        OmegaConf.update(config.actor_rollout_ref, key, value, force_add=True)
+    return config
 
-    return partial(gcpo_loss, base=partial(ppo_loss, config=config), config=config)
 
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor that may be sharded."""
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor that may be sharded, whole."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.clone()
@@ -174,19 +171,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
     """Every parameter, whole, by name."""
-    return {name: whole(p.detach()) for name, p in engine.module.named_parameters()}
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor as a whole one."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.clone()
-
-
-def gradients(engine: Any) -> dict[str, torch.Tensor]:
-    """The whole gradient, by parameter name."""
-    return {n: full(p.grad) for n, p in engine.module.named_parameters() if p.grad is not None}
+    return {name: full(p.detach()) for name, p in engine.module.named_parameters()}
 
 
 @contextmanager
@@ -196,7 +181,7 @@ def recorded_gradients(engine: Any) -> Iterator[list[dict[str, torch.Tensor]]]:
     original = engine.optimizer_step
 
     def optimizer_step() -> float:
-        steps.append({n: whole(p.grad) for n, p in engine.module.named_parameters() if p.grad is not None})
+        steps.append({n: full(p.grad) for n, p in engine.module.named_parameters() if p.grad is not None})
         return original()
 
     engine.optimizer_step = optimizer_step

@@ -21,7 +21,7 @@ import torch
 
 from tests.adapters import problem
 from tests.adapters.problem import KAPPA, PARTS, ROWS, SIZE
-from tests.adapters.ranks import build_worker, pack, recorded_gradients, run_on_ranks, weights
+from tests.adapters.ranks import build_worker, pack, recorded_gradients, run_on_ranks, weights, with_changes
 
 PADDING = 12
 PADDING_LENGTH = 16
@@ -218,16 +218,6 @@ def table(rank: int, world: int, config: Any, rows: list[dict[str, Any]]) -> dic
     worker = build_worker(tight)
     found["packed"] = update(tight, worker, rank, world, fields)
     return found
-
-
-def with_changes(config: Any, changes: dict[str, Any]) -> Any:
-    """A copy in which keys of ``actor_rollout_ref`` have other values."""
-    from omegaconf import OmegaConf
-
-    config = copy.deepcopy(config)
-    for key, value in changes.items():
-        OmegaConf.update(config.actor_rollout_ref, key, value, force_add=True)
-    return config
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------
