@@ -261,20 +261,35 @@ def excluded_questions(data: Path) -> set[tuple[str, int, int]]:
         raise PrepError(f"there is no {path}; make it with python -m data_prep.arithmetic --output {data}")
     try:
         prompts = pq.read_table(path, columns=["prompt"])["prompt"].to_pylist()
+        return {parse_question(prompt[-1]["content"]).key for prompt in prompts}
     except Exception as error:
-        raise PrepError(f"{path} cannot be read: {error}") from error
-    return {parse_question(prompt[-1]["content"]).key for prompt in prompts}
+        raise PrepError(f"{path} does not hold questions of data_prep.arithmetic: {error}") from error
+
+
+def made_by(folder: Path) -> str | None:
+    """Hash of the recipe that made ``folder``, ``None`` where no model is in it.
+
+    Raises:
+        PrepError: there is something else in ``folder``, which a new model must not replace.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / "recipe.json").is_file():
+        raise PrepError(f"{folder} is there and holds no warm-started model; name another folder or remove it")
+    try:
+        return str(json.loads((folder / "recipe.json").read_text())["hash"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def warm_start(data: Path, output: Path, recipe: Recipe | None = None) -> None:
     """Make the model in ``output`` unless the same recipe has made it already.
 
     Raises:
-        PrepError: the data are missing, or ``output`` cannot be written.
+        PrepError: the data are missing, or ``output`` cannot be written or holds something else.
     """
     recipe = recipe or Recipe()
-    made = output / "recipe.json"
-    if made.is_file() and json.loads(made.read_text()).get("hash") == recipe.hash:
+    if made_by(output) == recipe.hash:
         print(f"{output}: made by this recipe already")
         return
     excluded = excluded_questions(data)

@@ -131,7 +131,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         await super()._agent_loop_postprocess(output, validate, **kwargs)
         uid, session_id = kwargs["uid"], int(kwargs["session_id"])
         group = self.groups.get(uid)
-        if validate or group is None:
+        if validate or group is None or not output:
             return
         final = output[-1] if isinstance(output, list) else output
         session = Session(list(final.prompt_ids), list(final.response_ids), final.reward_score, final)

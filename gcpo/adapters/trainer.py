@@ -133,10 +133,21 @@ class GCPOTrainer(PPOTrainerSync):
                 'of the agent loop ("gcpo: the reward function")'
             )
 
+    def _check_rollout(self, batch: KVBatchMeta) -> None:
+        """Refuse rows that another agent-loop manager made; TransferQueue leaves out a field that a row lacks."""
+        names = ["response_mask", "gcpo_context_lengths"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+        if "gcpo_context_lengths" not in data.keys():
+            raise RuntimeError(
+                "the batch lacks collider draws: is actor_rollout_ref.rollout.agent.agent_loop_manager_class set to "
+                "gcpo.adapters.rollout.GCPOAgentLoopManager?"
+            )
+
     def _score(self, batch: KVBatchMeta) -> None:
         config = self.gcpo
         fields = ["prompts", "responses"]
         if config.needs_rollout:
+            self._check_rollout(batch)
             fields.extend(_CAUSAL_FIELDS)
         request = KVBatchMeta(
             partition_id=batch.partition_id,
@@ -170,12 +181,6 @@ class GCPOTrainer(PPOTrainerSync):
             names += ["gcpo_z_conditioned"] if config.causal_target_on else []
             names += ["gcpo_log_p"] if config.reference_on else []
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-        missing = [name for name in names if name not in data.keys()]
-        if missing:
-            raise RuntimeError(
-                f"the batch lacks {', '.join(missing)}: is actor_rollout_ref.rollout.agent.agent_loop_manager_class "
-                "set to gcpo.adapters.rollout.GCPOAgentLoopManager?"
-            )
         padding = torch.tensor([tag.get("is_padding", False) for tag in batch.tags])
         groups: dict[str, list[int]] = {}
         for row in torch.nonzero(~padding).flatten().tolist():
@@ -183,7 +188,9 @@ class GCPOTrainer(PPOTrainerSync):
         mask = data["response_mask"].to_padded_tensor(0)
         metrics["gcpo/tokens/scored"] = float(torch.stack(list(data["gcpo_scored_tokens"])).sum())
         if config.needs_rollout:
-            stats = [entry["stats"] for entry in list(data["gcpo_group"]) if entry]
+            # A padding row is a copy of a real row, with the counts of that row's group.
+            entries = zip(list(data["gcpo_group"]), padding.tolist(), strict=True)
+            stats = [entry["stats"] for entry, is_padding in entries if entry and not is_padding]
             metrics.update(rollout_metrics(stats, int(mask[~padding].sum())))
             metrics["gcpo/timing/rollout_tail_s"] = max((entry.get("seconds", 0.0) for entry in stats), default=0.0)
         if config.weighting_on:
@@ -295,7 +302,10 @@ class GCPOTrainer(PPOTrainerSync):
         )
         draws = [
             (key.rsplit("_", 2)[0], prompt, draw)
-            for key, prompt, entry in zip(batch.keys, data["prompts"], list(data["gcpo_group"]), strict=True)
+            for key, tag, prompt, entry in zip(
+                batch.keys, batch.tags, data["prompts"], list(data["gcpo_group"]), strict=True
+            )
+            if not tag.get("is_padding", False)
             for draw in (entry or {}).get("draws", [])
         ]
         if not draws:

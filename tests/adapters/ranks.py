@@ -105,26 +105,6 @@ def build_worker(config: Any, role: str = "actor", *, lr: float = 0.0, engine_cl
     return worker
 
 
-def actor_config(**changes: Any) -> Any:
-    """verl's actor configuration with the loss of Eq. 10."""
-    from verl.workers.config import FSDPActorConfig
-    from verl.workers.config.actor import PolicyLossConfig
-
-    settings: dict[str, Any] = dict(
-        strategy="fsdp2",
-        rollout_n=4,
-        ppo_mini_batch_size=2,
-        use_dynamic_bsz=True,
-        ppo_max_token_len_per_gpu=4096,
-        loss_agg_mode="seq-mean-token-mean",
-        use_kl_loss=True,
-        kl_loss_coef=0.04,
-        kl_loss_type="low_var_kl",
-        policy_loss=PolicyLossConfig(loss_mode="gcpo"),
-    )
-    return FSDPActorConfig(**{**settings, **changes})
-
-
 def build_engine(model: str) -> Any:
     """The engine by itself, in float32, without a configuration of a run."""
     from verl.trainer.config import CheckpointConfig

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -122,15 +123,10 @@ def test_the_held_out_questions_do_not_depend_on_the_size_of_the_training_set(da
         (Question(2, "+", 482, 319), r"2+9=11 8+1+1=10 4+3+1=8 \boxed{801}"),
         (Question(2, "+", 999, 999), r"9+9=18 9+9+1=19 9+9+1=19 \boxed{1998}"),
         (Question(1, "-", 82, 47), r"12-7=5 8-4-1=3 \boxed{35}"),
-        (Question(3, "-", 1000, 999), r"10-9=1 10-9-1=0 10-9-1=0 1-0-1=0 \boxed{1}"),
+        (Question(3, "-", 2000, 1999), r"10-9=1 10-9-1=0 10-9-1=0 2-1-1=0 \boxed{1}"),
     ],
 )
 def test_worked_solutions(question: Question, text: str) -> None:
-    # 999 has three digits: the task's own questions have as many digits on both sides.
-    if len(str(question.left)) != len(str(question.right)):
-        with pytest.raises(ValueError):
-            work_out(question)
-        return
     assert work_out(question).text == text
 
 
@@ -271,7 +267,8 @@ def test_examples_with_candidates_are_prompts_of_the_rollout(
         parts = middle.split("\n[")[1:]
         labels = [part.partition("]\n")[0] for part in parts]
         assert len(set(labels)) == len(labels) and len(parts) <= 8
-        assert all(f"\n[{label}]\n" in (template.collider, f"\n[{label}]\n") for label in labels)
+        known = {template.collider, *(template.candidate.format(label=k) for k in range(1, 9))}
+        assert {f"\n[{label}]\n" for label in labels} <= known
         blocks[len(parts)] += 1
         joint += "Joint answer" in labels
         for part in parts:
@@ -383,6 +380,28 @@ def test_data_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "test.parquet").write_text("not parquet")
     assert warm_start.main(["--data", str(tmp_path), "--output", str(tmp_path / "warm")]) == 2
     assert_one_sentence(capsys, "test.parquet")
+
+
+def test_questions_of_another_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pa.table({"prompt": [[{"role": "user", "content": "Name a prime."}]]})
+    pq.write_table(table, tmp_path / "test.parquet")
+    assert warm_start.main(["--data", str(tmp_path), "--output", str(tmp_path / "warm")]) == 2
+    assert_one_sentence(capsys, "data_prep.arithmetic")
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert warm_start.main(["--data", str(data), "--output", str(tmp_path)]) == 2
+    assert_one_sentence(capsys, str(tmp_path))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_damaged_recipe_is_made_again(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{")
+    warm_start.warm_start(data, tmp_path, FEW)
+    assert json.loads((tmp_path / "recipe.json").read_text())["hash"] == FEW.hash
 
 
 def test_a_model_folder_that_cannot_be_made(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,568 @@
+"""A step from the questions to the update: our agent-loop worker and our trainer over verl's, around one queue.
+
+The language-model server, the scorer and the actor's passes are stand-ins that answer from the tokens alone. The engine
+is tested in ``test_objective.py`` and ``test_scoring.py``, the processes in ``tests/end_to_end``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gcpo.adapters.fields import nested, split_rows
+from gcpo.adapters.rollout import GCPOAgentLoopManager, GCPOAgentLoopWorkerPlain
+from gcpo.adapters.scoring import Score, ScoreRequest
+from gcpo.adapters.trainer import GCPOTrainer
+from gcpo.adapters.workers import score_rows
+from gcpo.algorithms import causal_advantage, causal_reference, causal_target, causal_weight, group_relative_advantage
+from gcpo.config import GCPOConfig
+from tests.adapters.memory_queue import MemoryQueue
+
+N, QUESTIONS = 4, 3
+END = 2
+
+
+@pytest.fixture
+def make_config(recipe_config: Callable, tiny_model: Path) -> Callable:
+    """A run of 3 questions x 4 responses, which verl pads to 16 rows for its mini-batches of 8."""
+
+    def make(*overrides: str) -> Any:
+        return recipe_config(
+            "device=cpu",
+            f"actor_rollout_ref.model.path={tiny_model}",
+            f"actor_rollout_ref.rollout.n={N}",
+            "actor_rollout_ref.rollout.max_model_len=1024",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+            "data.max_prompt_length=64",
+            "data.max_response_length=12",
+            "gcpo.metrics.graded_fraction=1.0",
+            *overrides,
+        )
+
+    return make
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> MemoryQueue:
+    return MemoryQueue().install(monkeypatch)
+
+
+class Server:
+    """Answers with tokens that follow from the prompt and the seed; ``slow`` says in which order requests return."""
+
+    def __init__(self, slow: Callable[[int], int] = lambda at: 0, fails: Callable[[dict], bool] = lambda p: False):
+        self.slow, self.fails = slow, fails
+        self.requests: list[SimpleNamespace] = []
+
+    async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict, **kwargs: Any) -> Any:
+        from verl.workers.rollout.replica import TokenOutput
+
+        at = len(self.requests)
+        params = dict(sampling_params)
+        self.requests.append(SimpleNamespace(request_id=request_id, prompt_ids=list(prompt_ids), **params))
+        sampling_params.pop("seed")  # vLLM's server takes the parameters apart in place
+        for _ in range(self.slow(at)):
+            await asyncio.sleep(0)
+        if self.fails(params):
+            raise RuntimeError("the server lost the request")
+        draw = torch.Generator().manual_seed(params["seed"] + sum(prompt_ids))
+        length = int(torch.randint(1, 7, (1,), generator=draw))
+        tokens = [*torch.randint(3, 250, (length,), generator=draw).tolist(), END]
+        tokens = tokens[: params.get("max_tokens")]
+        log_probs = log_probs_of(torch.tensor(prompt_ids), torch.tensor(tokens)).tolist()
+        log_probs = log_probs if params["logprobs"] else None
+        return TokenOutput(
+            token_ids=tokens, log_probs=log_probs, stop_reason="completed", extra_fields={"num_cached_tokens": 3}
+        )
+
+
+class Grader:
+    """verl's reward-loop worker: the score follows from the response; what it graded is remembered."""
+
+    def __init__(self, score: Callable[[list[int]], float] = lambda ids: float(ids[0] % 3)) -> None:
+        self.score, self.graded = score, []
+        self.compute_score = SimpleNamespace(remote=self._compute)
+
+    async def _compute(self, data: Any) -> dict[str, Any]:
+        ids = data.batch["responses"][0].tolist()
+        self.graded.append(ids)
+        return {"reward_score": self.score(ids), "reward_extra_info": {"acc": self.score(ids)}}
+
+
+def questions(count: int = QUESTIONS, prefix: str = "uid", step: int = 1, validate: bool = False) -> Any:
+    """What the trainer hands to the agent-loop manager."""
+    from verl.utils import tensordict_utils as tu
+
+    messages = [[{"role": "user", "content": f"What is {12 + i} + 39?"}] for i in range(count)]
+    batch = tu.get_tensordict(
+        {
+            "uid": [f"{prefix}{i}" for i in range(count)],
+            "raw_prompt": messages,
+            "index": list(range(count)),
+            "data_source": ["arithmetic"] * count,
+            "reward_model": [{"style": "rule", "ground_truth": "1"}] * count,
+        },
+        {"global_steps": step},
+    )
+    if validate:
+        tu.assign_non_tensor_data(batch, "validate", True)
+    return batch
+
+
+def roll_out(config: Any, server: Server, grader: Grader | None = None, batch: Any = None) -> GCPOAgentLoopWorkerPlain:
+    """Let our agent-loop worker answer the questions."""
+
+    async def work() -> GCPOAgentLoopWorkerPlain:
+        worker = GCPOAgentLoopWorkerPlain(config, server, None, [grader or Grader()])
+        await worker.generate_sequences(questions() if batch is None else batch)
+        while worker.background_tasks:
+            await asyncio.gather(*worker.background_tasks)
+        return worker
+
+    return asyncio.run(work())
+
+
+def state_of(context: torch.Tensor, target: torch.Tensor, at: int) -> torch.Tensor:
+    """A hidden state that depends on the token it stands on and on everything before it."""
+    ids = torch.cat([context, target])[: at + 1].double()
+    return torch.stack([ids[-1].sin() + 2, ids.sum().cos() + 1.5, (ids * torch.arange(len(ids))).sum().sin()]).float()
+
+
+def log_probs_of(context: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return -1.0 - (target.double() * 0.37 + context.double().sum() * 0.011).sin().float().abs()
+
+
+def scorer(requests: list[ScoreRequest]) -> list[Score]:
+    return [
+        Score(
+            log_probs_of(request.context, request.target) if request.log_probs else None,
+            None if request.state_at is None else state_of(request.context, request.target, request.state_at),
+        )
+        for request in requests
+    ]
+
+
+class Actor:
+    """The worker group: verl's three calls and our ``score_contexts``, each on all rows at once."""
+
+    def __init__(self, queue: MemoryQueue, tokenizer: Any, world: int = 2) -> None:
+        self.queue, self.tokenizer = queue, tokenizer
+        self._dispatch_info = {"actor": list(range(world))}
+        self.calls: list[str] = []
+        self.update: dict[str, Any] = {}
+
+    def compute_log_prob(self, batch: Any) -> Any:
+        from tensordict import TensorDict
+
+        self.calls.append("compute_log_prob")
+        rows = self.queue.kv_batch_get(batch.keys, batch.partition_id, ["prompts", "responses"])
+        values = []
+        for prompt, response in zip(rows["prompts"].unbind(), rows["responses"].unbind(), strict=True):
+            values.append(torch.zeros(len(prompt) + len(response)))
+            # The engine's value at a position is about the next token.
+            values[-1][len(prompt) - 1 : -1] = log_probs_of(prompt, response)
+        fields = {"log_probs": nested(values), "entropy": nested([torch.ones_like(v) for v in values])}
+        return self.queue.kv_batch_put(batch.keys, batch.partition_id, TensorDict(fields, batch_size=len(values)))
+
+    def score_contexts(self, request: Any) -> Any:
+        from verl.utils import tensordict_utils as tu
+
+        self.calls.append("score_contexts")
+        data = self.queue.kv_batch_get(request.keys, request.partition_id, request.fields)
+        tu.assign_non_tensor(data, **request.extra_info)
+        wanted = SimpleNamespace(**tu.get_non_tensor_data(data, "gcpo_scoring", None))
+        found = score_rows(data, wanted, scorer, self.tokenizer)
+        return self.queue.kv_batch_put(request.keys, request.partition_id, found)
+
+    def update_actor(self, batch: Any) -> Any:
+        from verl.utils import tensordict_utils as tu
+
+        self.calls.append("update_actor")
+        self.update = copy.deepcopy(batch.extra_info)
+        metrics = {"mfu": [0.0], "loss": [1.0], "gcpo/kl_loss": [0.5], "gcpo/grad_norm/policy": [2.0]}
+        return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics})
+
+
+def make_trainer(config: Any, queue: MemoryQueue, tokenizer: Any) -> GCPOTrainer:
+    """Our trainer after verl's set-up, as far as a step needs it."""
+    trainer = object.__new__(GCPOTrainer)
+    trainer.config, trainer.global_steps, trainer.timing_raw = config, 1, {}
+    trainer.gcpo = GCPOConfig.from_config(config.gcpo, n=N, response_length=config.data.max_response_length)
+    trainer._weight, trainer.use_critic = None, False
+    trainer.tokenizer, trainer.actor_rollout_wg = tokenizer, Actor(queue, tokenizer)
+    return trainer
+
+
+def take_step(trainer: GCPOTrainer, queue: MemoryQueue, keys: list[str] | None = None) -> tuple[Any, dict[str, float]]:
+    """The stages of verl's step on everything that has been rolled out."""
+    batch, metrics = queue.meta(keys or queue.finished_rows(), "train"), {}
+    batch = trainer._balance_batch(batch, metrics)
+    for stage in (trainer._compute_old_log_prob, trainer._compute_advantage, trainer._update_actor):
+        batch = stage(batch, metrics)
+    return batch, metrics
+
+
+def real(batch: Any) -> list[str]:
+    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+
+
+def groups_of(keys: list[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.rsplit("_", 2)[0], []).append(key)
+    return groups
+
+
+# ---- one step ------------------------------------------------------------------------------------------------------
+
+
+def expected_group(rows: list[dict[str, Any]], gcpo: GCPOConfig) -> dict[str, torch.Tensor]:
+    """B, log pi'_ref and the mask of the kappa term of one group, from its tokens with the public functions."""
+    shared = gcpo.collider.num_draws
+    empty = torch.zeros(0, dtype=torch.long)
+    z, conditioned, valid, log_p = [], [], [], []
+    for fields in rows:
+        y = fields["responses"]
+        z.append(state_of(empty, y, len(y) - 1))
+        contexts = split_rows(fields["gcpo_contexts"], fields["gcpo_context_lengths"])
+        outputs = split_rows(fields["gcpo_outputs"], fields["gcpo_output_lengths"])
+        if gcpo.features.source == "prompt":
+            cells = [[state_of(x, empty, len(x) - 1) if len(x) else None] for x in contexts]
+        else:
+            m = gcpo.collider.num_generations
+            cells = [
+                [state_of(empty, o, len(o) - 1) if len(o) else None for o in outputs[at * m : (at + 1) * m]]
+                for at in range(len(contexts))
+            ]
+        conditioned.append(
+            torch.stack([torch.stack([torch.zeros(3) if c is None else c for c in row]) for row in cells])
+        )
+        valid.append(torch.tensor([[c is not None for c in row] for row in cells]))
+        log_p.append([log_probs_of(x, y) if len(x) else torch.zeros(len(y)) for x in contexts])
+    z, conditioned, valid = torch.stack(z), torch.stack(conditioned), torch.stack(valid)
+    marginal = {}
+    if gcpo.marginal_draws:
+        marginal = {"z_marginal": conditioned[:, shared:], "valid_marginal": valid[:, shared:]}
+    target, has_target = causal_target(z, conditioned[:, :shared], valid[:, :shared], **marginal)
+    weight = causal_weight(z, target, has_target, alpha=gcpo.alpha)
+    scores = torch.tensor([float(fields["responses"][0] % 3) for fields in rows])
+    advantage = group_relative_advantage(scores, torch.zeros(len(rows), dtype=torch.long))
+    references = []
+    for fields, values in zip(rows, log_p, strict=True):
+        present = (fields["gcpo_context_lengths"] > 0)[None]
+        values = torch.stack(values)[None]
+        marginal = {}
+        if gcpo.marginal_draws:
+            marginal = {"log_p_marginal": values[:, shared:], "valid_marginal": present[:, shared:]}
+        query = log_probs_of(fields["prompts"], fields["responses"])[None]
+        log_ref, _, has_reference = causal_reference(values[:, :shared], query, present[:, :shared], **marginal)
+        references.append((log_ref[0], bool(has_reference)))
+    return {"b": causal_advantage(advantage, weight), "weight": weight, "references": references}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("gcpo.preset=paper", "gcpo.collider.num_generations=2"),
+        ("gcpo.preset=balanced",),
+        ("gcpo.preset=light",),
+        ("gcpo.preset=balanced", "gcpo.collider.max_tokens=5", "gcpo.conditioned.max_tokens=6"),
+    ],
+    ids=["paper", "balanced", "light", "many cut"],
+)
+def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overrides: tuple[str, ...]) -> None:
+    """What the update finds beside every row is what the public functions make of the group's tokens: B on every
+    token, the reference of each response, and nothing for a padding row."""
+    config = make_config(*overrides)
+    roll_out(config, Server())
+    trainer = make_trainer(config, queue, tokenizer)
+    batch, metrics = take_step(trainer, queue)
+    assert len(batch) == 16 and len(real(batch)) == N * QUESTIONS
+    weights = []
+    for keys in groups_of(real(batch)).values():
+        rows = [queue.fields["train"][key] for key in keys]
+        wanted = expected_group(rows, trainer.gcpo)
+        weights.append(wanted["weight"])
+        for fields, b, (log_ref, has_reference) in zip(rows, wanted["b"], wanted["references"], strict=True):
+            torch.testing.assert_close(fields["advantages"], b.expand(len(fields["responses"])))
+            assert fields["gcpo_kl_mask"].tolist() == [int(has_reference)] * len(fields["responses"])
+            if has_reference:
+                torch.testing.assert_close(fields["gcpo_log_ref"], log_ref)
+    torch.testing.assert_close(metrics["gcpo/upsilon/max"], float(torch.cat(weights).max()))
+    for key in set(batch.keys) - set(real(batch)):
+        fields = queue.fields["train"][key]
+        assert fields["advantages"].tolist() == [0.0] and fields["gcpo_kl_mask"].tolist() == [0]
+        assert fields["gcpo_context_lengths"].sum() == 0 and fields["gcpo_output_lengths"].sum() == 0
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert trainer.actor_rollout_wg.calls == ["compute_log_prob", "score_contexts", "update_actor"]
+
+
+def test_what_the_update_is_told(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
+    """The settings of the kappa term go to the workers for this update alone, and its metrics lose verl's prefix."""
+    config = make_config("gcpo.preset=balanced", "gcpo.kappa=0.03", "gcpo.metrics.grad_norm_every=2")
+    roll_out(config, Server())
+    trainer = make_trainer(config, queue, tokenizer)
+    batch, metrics = take_step(trainer, queue)
+    told = trainer.actor_rollout_wg.update
+    assert told["global_batch_size"] == told["mini_batch_size"] == 8
+    assert told["gcpo"] == {
+        "kappa": 0.03,
+        "max_kl": 10.0,
+        "policy_context": "collider",
+        "num_shared": 2,
+        "loss_agg_mode": "seq-mean-token-mean",
+        "loss_scale_factor": None,
+        "max_token_len_per_gpu": 32768,
+        "measure_parts": [],
+    }
+    assert "gcpo" not in batch.extra_info
+    assert metrics["gcpo/kl_loss"] == 0.5 and metrics["gcpo/grad_norm/policy"] == 2.0
+    assert not [name for name in metrics if name.startswith("actor/gcpo")]
+    trainer.global_steps = 2
+    trainer._update_actor(batch, {})
+    assert trainer.actor_rollout_wg.update["gcpo"]["measure_parts"] == ["policy", "beta", "kappa"]
+
+
+def test_metrics_count_real_rows_once(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
+    """Padding rows are copies of a real row; neither its group's counts nor its draws are counted again."""
+    config = make_config("gcpo.preset=balanced")
+    server = Server()
+    roll_out(config, server)
+    trainer = make_trainer(config, queue, tokenizer)
+    batch, metrics = take_step(trainer, queue)
+    plain = [r for r in server.requests if not r.request_id.endswith("-gcpo")]
+    auxiliary = [r for r in server.requests if r.request_id.endswith("-gcpo")]
+    assert len(plain) == N * QUESTIONS
+    prefilled = sum(metrics[f"gcpo/tokens/prefilled/{kind}"] for kind in ("collider", "marginal", "conditioned"))
+    assert prefilled == sum(len(request.prompt_ids) for request in auxiliary)
+    assert metrics["gcpo/tokens/prefix_cache_hit_share"] == pytest.approx(3 * len(auxiliary) / prefilled)
+    responses = [queue.fields["train"][key]["responses"] for key in real(batch)]
+    assert metrics["gcpo/tokens/generated/response"] == sum(map(len, responses))
+
+
+def test_the_dump(make_config: Callable, queue: MemoryQueue, tokenizer: Any, tmp_path: Path) -> None:
+    """Auxiliary generations are dumped once, by question and kind, beside verl's dump of the responses; none of them
+    is a row of the batch."""
+    config = make_config("gcpo.preset=balanced")
+    server = Server()
+    roll_out(config, server)
+    trainer = make_trainer(config, queue, tokenizer)
+    batch, _ = take_step(trainer, queue)
+    assert len(queue.fields["train"]) == 16
+    trainer._init_dump_executor()
+    trainer._log_rollout_data(batch, {}, str(tmp_path))
+    trainer._shutdown_dump_executor()
+    lines = [json.loads(line) for line in (tmp_path / "auxiliary" / "1.jsonl").read_text().splitlines()]
+    found = Counter((line["uid"], line["kind"]) for line in lines)
+    draws = sum(request.request_id.endswith("-gcpo") for request in server.requests)
+    assert len(lines) == draws and {uid for uid, _ in found} == {"uid0", "uid1", "uid2"}
+    for i in range(QUESTIONS):
+        assert found[f"uid{i}", "collider"] == 2 and found[f"uid{i}", "marginal"] == N
+    graded = [line for line in lines if line["outcome"] == "ok"]
+    assert graded and all(line["score"] in (0.0, 1.0, 2.0) for line in graded)
+
+
+def test_the_order_of_arrival_does_not_matter(
+    make_config: Callable, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    """Whichever response comes first, under whatever id: requests, rows, weights and advantages are the same."""
+    config, runs = make_config("gcpo.preset=balanced"), []
+    for prefix, slow in (("a", lambda at: 0), ("b", lambda at: (7 * at) % 11)):
+        queue, server = MemoryQueue().install(monkeypatch), Server(slow)
+        roll_out(config, server, batch=questions(prefix=prefix))
+        batch, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
+        rows = [queue.fields["train"][key] for key in real(batch)]
+        runs.append(
+            {
+                "places": [key.removeprefix(prefix) for key in real(batch)],
+                "rows": [[fields[n].tolist() for n in ("responses", "gcpo_contexts", "advantages")] for fields in rows],
+                "requests": sorted((request.seed, request.prompt_ids) for request in server.requests),
+                "metrics": {k: v for k, v in metrics.items() if "seconds" not in k and "timing" not in k},
+                "arrived": [key.removeprefix(prefix) for key in queue.finished_rows() if "pad" not in key],
+            }
+        )
+    first, second = runs
+    assert first["arrived"] != second["arrived"]
+    for name in ("places", "rows", "requests", "metrics"):
+        assert first[name] == second[name], name
+    seeds = [seed for seed, _ in first["requests"]]
+    assert len(set(seeds)) == len(seeds)
+
+
+# ---- what is left out ----------------------------------------------------------------------------------------------
+
+
+def test_plain_grpo_asks_for_nothing_more(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
+    """weighting off and kappa = 0: no request, no forward pass and no field of ours, and advantages of verl's grpo."""
+    config = make_config("gcpo.weighting=off", "gcpo.kappa=0")
+    server = Server()
+    roll_out(config, server)
+    trainer = make_trainer(config, queue, tokenizer)
+    batch, metrics = take_step(trainer, queue)
+    assert len(server.requests) == N * QUESTIONS
+    assert trainer.actor_rollout_wg.calls == ["compute_log_prob", "update_actor"]
+    assert "gcpo" not in trainer.actor_rollout_wg.update
+    assert not [name for fields in queue.fields["train"].values() for name in fields if name.startswith("gcpo")]
+    advantages = {key: queue.fields["train"][key]["advantages"] for key in batch.keys}
+    config.algorithm.adv_estimator = "grpo"
+    trainer._compute_advantage(batch, {})
+    assert all(torch.equal(queue.fields["train"][key]["advantages"], advantages[key]) for key in batch.keys)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kinds", "calls"),
+    [
+        (("gcpo.weighting=off",), {"collider", "marginal"}, True),
+        (("gcpo.kappa=0",), {"collider", "marginal", "conditioned"}, True),
+        (("gcpo.kappa=0", "gcpo.weighting.target=group_mean"), set(), True),
+    ],
+    ids=["reference alone", "weighting alone", "mean of the group"],
+)
+def test_ablations(
+    make_config: Callable,
+    queue: MemoryQueue,
+    tokenizer: Any,
+    overrides: tuple[str, ...],
+    kinds: set[str],
+    calls: bool,
+) -> None:
+    """Each part alone draws what it needs, and a step goes through."""
+    config = make_config("gcpo.preset=balanced", *overrides)
+    roll_out(config, Server())
+    trainer = make_trainer(config, queue, tokenizer)
+    batch, metrics = take_step(trainer, queue)
+    stored = [draw for key in real(batch) for draw in queue.fields["train"][key].get("gcpo_group", {}).get("draws", [])]
+    assert {draw["kind"] for draw in stored} == kinds
+    assert ("score_contexts" in trainer.actor_rollout_wg.calls) == calls
+    weighted = "gcpo/upsilon/mean" in metrics
+    assert weighted == ("gcpo.weighting=off" not in overrides)
+    with_reference = "gcpo/reference/kl_mean" in metrics
+    assert with_reference == ("gcpo.kappa=0" not in overrides)
+    assert ("gcpo_log_ref" in queue.fields["train"][batch.keys[0]]) == with_reference
+
+
+def test_validation_draws_nothing(make_config: Callable, queue: MemoryQueue) -> None:
+    """Validation issues no auxiliary request and stores no field of ours; it is repeated with the same seeds."""
+    config, seeds = make_config("gcpo.preset=balanced"), []
+    for step in (1, 2):
+        server = Server()
+        roll_out(config, server, batch=questions(step=step, validate=True))
+        assert len(server.requests) == QUESTIONS * config.actor_rollout_ref.rollout.val_kwargs.n
+        seeds.append([request.seed for request in server.requests])
+    assert seeds[0] == seeds[1]
+    assert "train" not in queue.fields
+    assert not [name for fields in queue.fields["val"].values() for name in fields if name.startswith("gcpo")]
+
+
+def test_equal_rewards(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
+    """A group with A = 0 draws colliders for the kappa term and no conditioned generation; without kappa, nothing."""
+    server = Server()
+    config = make_config("gcpo.preset=balanced", "gcpo.metrics.graded_fraction=0")
+    roll_out(config, server, Grader(lambda ids: 1.0))
+    _, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
+    assert len(server.requests) == QUESTIONS * (N + 2 + N)
+    assert metrics["gcpo/upsilon/without_target_share"] == 1.0 and metrics["gcpo/reference/without_share"] == 0.0
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def test_a_failing_session_blocks_nobody(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
+    """The group of a lost session is not for the trainer; the others are complete, and their draws are made."""
+    config = make_config("gcpo.preset=light")
+    lost: list[int] = []
+
+    def fails(params: dict[str, Any]) -> bool:
+        if not lost and params.get("max_tokens") is None:
+            lost.append(params["seed"])
+        return params["seed"] in lost
+
+    worker = roll_out(config, Server(fails=fails))
+    assert worker.groups == {}
+    status = Counter(tag["status"] for key, tag in queue.tags["train"].items() if key in ("uid0", "uid1", "uid2"))
+    assert status == {"finished": QUESTIONS - 1, "failure": 1}
+    batch, _ = take_step(make_trainer(config, queue, tokenizer), queue)
+    assert len(real(batch)) == (QUESTIONS - 1) * N
+
+
+def test_auxiliary_requests_that_fail(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
+    """With every auxiliary request lost the step is plain GRPO, and says so."""
+    config = make_config("gcpo.preset=balanced")
+    roll_out(config, Server(fails=lambda params: params.get("max_tokens") is not None))
+    batch, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
+    assert metrics["gcpo/rollout/collider/failed"] == 2 * QUESTIONS
+    assert metrics["gcpo/upsilon/without_target_share"] == metrics["gcpo/reference/without_share"] == 1.0
+    for keys in groups_of(real(batch)).values():
+        rows = [queue.fields["train"][key] for key in keys]
+        scores = torch.tensor([float(fields["responses"][0] % 3) for fields in rows])
+        plain = group_relative_advantage(scores, torch.zeros(N, dtype=torch.long))
+        for fields, a in zip(rows, plain, strict=True):
+            torch.testing.assert_close(fields["advantages"], a.expand(len(fields["responses"])))
+            assert fields["gcpo_kl_mask"].sum() == 0
+
+
+def test_a_session_without_output(make_config: Callable, queue: MemoryQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent loop that gives no output leaves its group complete without it, as verl has it."""
+    from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+    run, calls = SingleTurnAgentLoop.run, []
+
+    async def none_of_the_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return [] if len(calls) == 1 else await run(self, *args, **kwargs)
+
+    monkeypatch.setattr(SingleTurnAgentLoop, "run", none_of_the_first)
+    roll_out(make_config("gcpo.preset=light"), Server(), batch=questions(1))
+    assert queue.tags["train"]["uid0"]["status"] == "finished"
+    rows = [fields for key, fields in queue.fields["train"].items()]
+    assert len(rows) == N - 1
+    assert all(fields["gcpo_context_lengths"].tolist()[0] > 0 for fields in rows)
+
+
+def test_rewards_that_cannot_be_computed(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
+    """A response that cannot be graded scores 0 and is counted; where none can, the run ends with one sentence."""
+    config = make_config("gcpo.preset=light")
+
+    def score(ids: list[int]) -> float:
+        return math.nan if ids[0] % 2 else 1.0
+
+    roll_out(config, Server(), Grader(score))
+    batch, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
+    odd = [key for key in real(batch) if queue.fields["train"][key]["responses"][0] % 2]
+    assert metrics["gcpo/reward/errors"] == len(odd) > 0
+    assert all(queue.fields["train"][key]["rm_scores"].sum() == 0 for key in odd)
+    other = MemoryQueue()
+    with pytest.MonkeyPatch.context() as patch:
+        other.install(patch)
+        roll_out(config, Server(), Grader(lambda ids: math.nan))
+        with pytest.raises(RuntimeError, match="no finite number on all 12 responses of step 1"):
+            take_step(make_trainer(config, other, tokenizer), other)
+
+
+def test_another_agent_loop_manager(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
+    """Rows that verl's own manager made are refused, with the setting that is missing."""
+    roll_out(make_config("gcpo.weighting=off", "gcpo.kappa=0"), Server())
+    trainer = make_trainer(make_config("gcpo.preset=light"), queue, tokenizer)
+    with pytest.raises(RuntimeError, match="set to gcpo.adapters.rollout.GCPOAgentLoopManager"):
+        take_step(trainer, queue)
+
+
+def test_the_manager_starts_our_worker(make_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class that the configuration names wraps our worker, and verl's loader finds it by that name."""
+    from verl.utils.import_utils import load_class_from_fqn
+
+    name = make_config().actor_rollout_ref.rollout.agent.agent_loop_manager_class
+    manager = load_class_from_fqn(name)
+    assert manager is GCPOAgentLoopManager
+    monkeypatch.setattr(manager.__mro__[2], "__init__", lambda self, *args, **kwargs: None)
+    assert manager().agent_loop_workers_class.__ray_metadata__.modified_class is GCPOAgentLoopWorkerPlain
