@@ -27,6 +27,8 @@ STAGES = {
     "update": "timing_s/update_actor",
     "whole step": "timing_s/step",
 }
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -214,7 +214,15 @@ def collate(items: Sequence[Sequence[Example]]) -> dict[str, Any]:
 def train(recipe: Recipe, tokenizer: Any, model: Any, excluded: set[tuple[str, int, int]], folder: Path) -> None:
     """Train ``model`` with transformers' Trainer: first plain examples, then both kinds mixed."""
     from torch.utils.data import SequentialSampler
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    class Lines(TrainerCallback):
+        """Progress where a bar can't be drawn over itself."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in (logs or {}):
+                share = 100 * state.global_step / state.max_steps
+                print(f"warm start: {share:3.0f} %  loss {float(logs['loss']):.3f}", flush=True)
 
     class InOrder(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -244,8 +252,13 @@ def train(recipe: Recipe, tokenizer: Any, model: Any, excluded: set[tuple[str, i
         seed=recipe.seed,
         remove_unused_columns=False,
         dataloader_num_workers=0,
+        disable_tqdm=not sys.stderr.isatty(),
     )
-    InOrder(model=model, args=arguments, train_dataset=batches, data_collator=collate).train()
+    trainer = InOrder(model=model, args=arguments, train_dataset=batches, data_collator=collate)
+    if arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Lines())
+    trainer.train()
 
 
 def excluded_questions(data: Path) -> set[tuple[str, int, int]]:
