@@ -1,0 +1,251 @@
+"""The mathematics sets: where they lie, and how their rows are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from data_prep.answers import answers_of, boxed, encode, text_of
+from data_prep.core import DataSet, Drop, Hub, Row, Schema
+
+INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
+LAST_YEAR = 2023
+"""Of AIME problems that may be trained on; those of 2024 are an evaluation set."""
+
+LONGEST = 200
+"""Characters of an answer of NuminaMath; a longer one is a sentence or a list that no grader can compare."""
+DEEPSCALER = "https://raw.githubusercontent.com/agentica-project/deepscaler/main/deepscaler/data/"
+
+Raw = Mapping[str, Any]
+
+
+def problem(question: Any, answer: Any, details: Mapping[str, Any], held_out: bool = False) -> Row:
+    """A row of a question and its answer, in whatever form the answer comes."""
+    text, answers = text_of(question), answers_of(answer)
+    note = "several answers are right" if len(answers) > 1 else None
+    return Row(text, encode(answers), details=details, held_out=held_out, note=note)
+
+
+def kept(row: Raw, names: tuple[str, ...]) -> dict[str, Any]:
+    """The columns of these names that have a value."""
+    return {name.lower().replace(" ", "_"): row[name] for name in names if row.get(name) not in (None, "")}
+
+
+def columns(question: str, answer: str, *details: str) -> Schema:
+    """A schema with a question and an answer column."""
+    return Schema((question, answer), lambda row: problem(row[question], row[answer], kept(row, details)), details)
+
+
+def worked(question: str, solution: str, *details: str) -> Schema:
+    r"""A schema without an answer column: the answer is what the last ``\boxed{}`` of the solution holds."""
+    return Schema(
+        (question, solution), lambda row: problem(row[question], boxed(row[solution]), kept(row, details)), details
+    )
+
+
+def aime(question: str, answer: str, year: str, *details: str) -> Schema:
+    """A schema with the year of the exam, which decides whether a row may be trained on."""
+
+    def convert(row: Raw) -> Row:
+        try:
+            when = int(row[year])
+        except (TypeError, ValueError):
+            raise Drop("no year") from None
+        return problem(row[question], row[answer], {**kept(row, details), "year": when}, held_out=when > LAST_YEAR)
+
+    return Schema((question, answer, year), convert, details)
+
+
+def numina_cot(row: Raw) -> Row:
+    r"""NuminaMath-CoT: no answer column, and some boxes hold sentences."""
+    return numina(row, boxed(row["solution"]), ("source",))
+
+
+def numina_15(row: Raw) -> Row:
+    """NuminaMath-1.5: it says itself which rows are proofs, and which were found to be broken."""
+    if str(row.get("question_type") or "").lower() == "proof":
+        raise Drop("a proof is asked for")
+    if str(row.get("problem_is_valid") or "Yes") != "Yes" or str(row.get("solution_is_valid") or "Yes") != "Yes":
+        raise Drop("the set says that the problem or its solution is not valid")
+    return numina(row, row["answer"], ("source", "question_type"))
+
+
+def numina(row: Raw, answer: Any, details: tuple[str, ...]) -> Row:
+    """A row of NuminaMath whose answer is short enough to be compared as mathematics."""
+    if isinstance(answer, str) and len(answer.strip()) > LONGEST:
+        raise Drop(f"an answer of more than {LONGEST} characters")
+    return problem(row["problem"], answer, kept(row, details))
+
+
+def gsm8k(row: Raw) -> Row:
+    """GSM8K: the answer stands behind ``####`` at the end of the solution."""
+    solution = row["answer"]
+    if not isinstance(solution, str) or "####" not in solution:
+        raise Drop("no #### before the answer")
+    return problem(row["question"], solution.rpartition("####")[2], {})
+
+
+GSM8K = Schema(("question", "answer"), gsm8k)
+AIME_DETAILS = ("ID", "Problem Number", "Part")
+DEEPSCALER_DETAILS = ("aime_number", "problem_number", "difficulty")
+MATH_DETAILS = ("subject", "type", "level", "unique_id")
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+ANY = (
+    columns("problem", "answer", "id", "url", "year", *DEEPSCALER_DETAILS),
+    columns("question", "answer", "id", "url"),
+    columns("Problem", "Answer", "ID"),
+    worked("problem", "solution", "id", "url"),
+)
+"""How evaluation sets are spelled on the hub and on people's disks."""
+
+SETS = (
+    DataSet(
+        "aime",
+        f"AIME 1983 to {LAST_YEAR}, the paper's 919 problems; later years go to test.parquet",
+        "train",
+        "math",
+        (
+            aime("Question", "Answer", "Year", *AIME_DETAILS),
+            aime("problem", "answer", "year", *DEEPSCALER_DETAILS),
+        ),
+        hubs=(Hub("di-zhang-fdu/AIME_1983_2024", "train"),),
+        instruction=INSTRUCTION,
+        rows=(933, 975),
+    ),
+    DataSet(
+        "deepscaler_aime",
+        "AIME 1983 to 2023 as DeepScaleR has it, 975 problems",
+        "train",
+        "math",
+        (aime("problem", "answer", "year", *DEEPSCALER_DETAILS),),
+        download=DEEPSCALER + "train/aime.json",
+        instruction=INSTRUCTION,
+        rows=(975,),
+    ),
+    DataSet(
+        "numinamath",
+        "4,000 problems drawn from NuminaMath-CoT (or NuminaMath-1.5)",
+        "train",
+        "math",
+        (
+            Schema(
+                ("problem", "answer"),
+                numina_15,
+                ("source", "question_type", "problem_is_valid", "solution_is_valid"),
+            ),
+            Schema(("problem", "solution"), numina_cot, ("source",)),
+        ),
+        hubs=(Hub("AI-MO/NuminaMath-CoT", "train"), Hub("AI-MO/NuminaMath-1.5", "train")),
+        instruction=INSTRUCTION,
+        sample=4000,
+    ),
+    DataSet(
+        "gsm8k",
+        "GSM8K, training part",
+        "train",
+        "math",
+        (GSM8K,),
+        hubs=(Hub("openai/gsm8k", "train", ("main",)),),
+        instruction=INSTRUCTION,
+        rows=(7473,),
+    ),
+    DataSet(
+        "math",
+        "MATH, training part",
+        "train",
+        "math",
+        (columns("problem", "answer", *MATH_DETAILS), worked("problem", "solution", *MATH_DETAILS)),
+        hubs=(
+            Hub("DigitalLearningGmbH/MATH-lighteval", "train"),
+            Hub("EleutherAI/hendrycks_math", "train", MATH_SUBJECTS),
+        ),
+        instruction=INSTRUCTION,
+        rows=(7500,),
+    ),
+    DataSet(
+        "aime24",
+        "AIME 2024, I and II",
+        "eval",
+        "math",
+        ANY,
+        hubs=(
+            Hub("math-ai/aime24", "test"),
+            Hub("HuggingFaceH4/aime_2024", "train"),
+            Hub("Maxwell-Jia/AIME_2024", "train"),
+        ),
+        split="test",
+        instruction=INSTRUCTION,
+        rows=(30,),
+    ),
+    DataSet(
+        "aime25",
+        "AIME 2025, I and II",
+        "eval",
+        "math",
+        ANY,
+        hubs=(
+            Hub("math-ai/aime25", "test"),
+            Hub("opencompass/AIME2025", "test", ("AIME2025-I", "AIME2025-II")),
+            Hub("yentinglin/aime_2025", "train"),
+        ),
+        split="test",
+        instruction=INSTRUCTION,
+        rows=(30,),
+    ),
+    DataSet(
+        "amc23",
+        "AMC 2023, 40 problems (or DeepScaleR's 83 of 2022 and 2023)",
+        "eval",
+        "math",
+        ANY,
+        hubs=(Hub("math-ai/amc23", "test"), Hub("AI-MO/aimo-validation-amc", "train")),
+        split="test",
+        instruction=INSTRUCTION,
+        rows=(40, 83),
+    ),
+    DataSet(
+        "math500",
+        "MATH500",
+        "eval",
+        "math",
+        (columns("problem", "answer", *MATH_DETAILS),),
+        hubs=(Hub("HuggingFaceH4/MATH-500", "test"), Hub("math-ai/math500", "test")),
+        split="test",
+        instruction=INSTRUCTION,
+        rows=(500,),
+    ),
+    DataSet(
+        "minervamath",
+        "MinervaMATH",
+        "eval",
+        "math",
+        (
+            columns("question", "answer"),
+            columns("problem", "answer", "type", "idx"),
+            worked("problem", "solution", "type", "idx"),
+        ),
+        hubs=(Hub("math-ai/minervamath", "test"),),
+        split="test",
+        instruction=INSTRUCTION,
+        rows=(272,),
+    ),
+    DataSet(
+        "gsm8k_test",
+        "GSM8K, test part",
+        "eval",
+        "math",
+        (GSM8K,),
+        hubs=(Hub("openai/gsm8k", "test", ("main",)),),
+        split="test",
+        instruction=INSTRUCTION,
+        rows=(1319,),
+    ),
+)

@@ -1,0 +1,141 @@
+"""Training problems that also stand in an evaluation set: word for word, or nearly so."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.core import PROVENANCE, DataError, read_file, sha256_of
+
+GRAM = 5
+"""Words of an n-gram."""
+SHARE = 0.6
+"""Two problems are nearly the same from this share of the shorter one's n-grams on."""
+QUESTION_COLUMNS = ("question", "problem", "Question", "Problem", "prompt", "text")
+
+_DIAGRAM = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
+_LAYOUT = re.compile(
+    r"\\(?:left|right|displaystyle|text|mathrm|mathbf|textbf|mbox|q?quad)(?![A-Za-z])|\\[!,;: ]|[{}$~.,;:?!]"
+)
+_FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
+_WORD = re.compile(r"\\[a-z]+|[^\W\d_]+|\d|[^\s\w]")
+
+
+def words(question: str) -> list[str]:
+    """A problem as words, digits and operators, without diagrams, punctuation and what only changes the layout."""
+    text = _FRACTION.sub(r"\\frac ", _DIAGRAM.sub(" ", question))
+    return _WORD.findall(_LAYOUT.sub(" ", text).lower())
+
+
+def key_of(question: str) -> str:
+    """Equal for problems that differ in layout alone."""
+    return " ".join(words(question)) or question.strip()
+
+
+def grams(parts: Sequence[str], size: int = GRAM) -> set[tuple[str, ...]]:
+    """All runs of ``size`` words; of a shorter text, the text itself."""
+    if len(parts) <= size:
+        return {tuple(parts)} if parts else set()
+    return {tuple(parts[start : start + size]) for start in range(len(parts) - size + 1)}
+
+
+@dataclass
+class EvaluationSets:
+    """The problems of evaluation sets, found by their text or by what most of it is.
+
+    Attributes:
+        share: problems that share this part of the shorter one's n-grams count as the same.
+        origin: which sets these are, for the provenance.
+    """
+
+    share: float = SHARE
+    origin: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._places: list[tuple[str, int]] = []
+        self._sizes: list[int] = []
+        self._exact: dict[str, int] = {}
+        self._index: dict[tuple[str, ...], list[int]] = defaultdict(list)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, name: str, questions: Iterable[str]) -> None:
+        """Take in the problems of a set."""
+        for number, question in enumerate(questions):
+            place = len(self._places)
+            of_question = grams(words(question))
+            self._places.append((name, number))
+            self._sizes.append(len(of_question))
+            self._exact.setdefault(key_of(question), place)
+            for gram in of_question:
+                self._index[gram].append(place)
+
+    def find(self, question: str) -> dict[str, Any] | None:
+        """The problem that is the same or nearly the same, as set, row, kind of match and shared part; else None."""
+        if (place := self._exact.get(key_of(question))) is not None:
+            return self._result(place, "exact", 1.0)
+        of_question = grams(words(question))
+        shared = Counter(place for gram in of_question for place in self._index.get(gram, ()))
+        best = max(
+            ((count / min(len(of_question), self._sizes[place]), -place) for place, count in shared.items()),
+            default=(0.0, 0),
+        )
+        return self._result(-best[1], "near", best[0]) if best[0] >= self.share else None
+
+    def _result(self, place: int, match: str, share: float) -> dict[str, Any]:
+        name, number = self._places[place]
+        return {"set": name, "set_row": number, "match": match, "shared": round(share, 3)}
+
+
+def load_sets(wanted: Sequence[str], names: Sequence[str], folder: Path) -> EvaluationSets:
+    """Evaluation sets by name, as prepared under ``folder``, or any file that has problems.
+
+    Args:
+        wanted: names or files; ``auto`` stands for all that are prepared, ``none`` for none.
+        names: names of all evaluation sets.
+        folder: where sets are prepared.
+
+    Raises:
+        DataError: one is not there or has no problems.
+    """
+    sets = EvaluationSets()
+    for one in wanted:
+        if one == "none":
+            continue
+        if one == "auto":
+            for name in names:
+                if (folder / name / PROVENANCE).is_file():
+                    _add_file(sets, name, folder / name / "test.parquet")
+        elif one in names:
+            path = folder / one / "test.parquet"
+            if not path.is_file():
+                raise DataError(f"the evaluation set {one} is not prepared: python -m data_prep {one}")
+            _add_file(sets, one, path)
+        else:
+            path = Path(one).expanduser()
+            if not path.exists():
+                raise DataError(f"{one} is neither an evaluation set ({', '.join(names)}) nor a file")
+            _add_file(sets, path.name, path)
+    return sets
+
+
+def _add_file(sets: EvaluationSets, name: str, path: Path) -> None:
+    rows, _ = read_file(path)
+    rows = rows if isinstance(rows, list) else rows.to_pylist()
+    questions = [question for row in rows if (question := _question_of(row))]
+    if not questions:
+        raise DataError(f"{path} has no problems: none of the columns {', '.join(QUESTION_COLUMNS)} holds text")
+    sets.add(name, questions)
+    sets.origin.append({"set": name, "file": str(path), "sha256": sha256_of(path), "questions": len(questions)})
+
+
+def _question_of(row: Mapping[str, Any]) -> str | None:
+    extra = row.get("extra_info")
+    if isinstance(extra, Mapping) and isinstance(extra.get("question"), str):
+        return extra["question"]
+    return next((row[column] for column in QUESTION_COLUMNS if isinstance(row.get(column), str) and row[column]), None)
