@@ -1,0 +1,243 @@
+"""The numbers of an evaluation, from what was found for every question; pure functions.
+
+A question has n samples, of which c are right. Questions are what is drawn from a population, so the spread of the
+values of the questions makes an interval, not the spread of the samples: samples of one question are alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the metrics need of a sample.
+
+    Attributes:
+        right: whether the grader gives it full marks.
+        truncated: whether it was cut at the token limit.
+        tokens: its length.
+        answer: its final answer, ``None`` where it gives none (or the task has none, as code).
+        formatted: whether it has the format that training rewards; ``None`` where the grader doesn't say.
+    """
+
+    right: bool
+    truncated: bool
+    tokens: int
+    answer: str | None = None
+    formatted: float | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was found for one question.
+
+    Attributes:
+        id: the same for the same question in every run.
+        samples: n, how many samples there are.
+        right: c, how many of them are right.
+        majority: maj@n, between 0 and 1; ``None`` where the task has no answers to count.
+        truncated: samples that were cut at the token limit.
+        tokens: tokens of all its samples.
+        formatted: samples in the format that training rewards; ``None`` where the grader doesn't say.
+    """
+
+    id: str
+    samples: int
+    right: int
+    majority: float | None
+    truncated: int
+    tokens: int
+    formatted: float | None
+
+    @property
+    def accuracy(self) -> float:
+        """c / n."""
+        return self.right / self.samples
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over questions and its 95 % interval; ``low`` and ``high`` are NaN where nothing is known of them."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def reach(self) -> float:
+        """From the mean to the farther end."""
+        return max(self.high - self.mean, self.mean - self.low)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The metrics of a run on one set; shares and accuracies are between 0 and 1."""
+
+    questions: int
+    samples: int
+    """n, the smallest number of samples that a question has."""
+    pass_at_1: Interval
+    pass_at: dict[int, float]
+    """Unbiased pass@k for k = 1, 2, 4, ... and n."""
+    majority: float | None
+    truncated: float
+    tokens: float
+    """Mean length of a sample."""
+    formatted: float | None
+
+
+# ---- of one question -----------------------------------------------------------------------------------------------
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Chance that at least one of k samples, drawn from ``samples`` without replacement, is right (Chen et al. 2021).
+
+    Raises:
+        ValueError: unless 1 <= k <= samples and 0 <= right <= samples.
+    """
+    if not (1 <= k <= samples and 0 <= right <= samples):
+        raise ValueError(f"pass@{k} of {right} right samples among {samples} is not defined")
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def majority(samples: Sequence[Sample], same: Callable[[str, str], bool]) -> float | None:
+    """maj@n: whether the answer that most samples give is right.
+
+    Answers that ``same`` calls equal are one; samples without an answer don't vote. Where several answers have the most
+    votes the value is the share of them that are right, which is what drawing one of them by lot gives on average. 0
+    where some samples should have an answer and none has.
+
+    Args:
+        samples: of one question.
+        same: whether two answers mean the same.
+    """
+    groups: list[tuple[str, bool, int]] = []
+    for text, right, votes in _by_text(samples):
+        for index, (known, known_right, known_votes) in enumerate(groups):
+            if same(text, known):
+                groups[index] = (known, known_right, known_votes + votes)
+                break
+        else:
+            groups.append((text, right, votes))
+    if not groups:
+        return 0.0 if samples else None
+    most = max(votes for _, _, votes in groups)
+    winners = [right for _, right, votes in groups if votes == most]
+    return sum(winners) / len(winners)
+
+
+def _by_text(samples: Sequence[Sample]) -> list[tuple[str, bool, int]]:
+    """Different answers as they are written: the text, whether its first sample is right, and the votes."""
+    first: dict[str, bool] = {}
+    votes: dict[str, int] = {}
+    for sample in samples:
+        if sample.answer is not None:
+            first.setdefault(sample.answer, sample.right)
+            votes[sample.answer] = votes.get(sample.answer, 0) + 1
+    return [(text, right, votes[text]) for text, right in first.items()]
+
+
+def of_question(id: str, samples: Sequence[Sample], same: Callable[[str, str], bool] | None) -> Question:
+    """Sum up the samples of a question; ``same`` is ``None`` where the task has no answers to count."""
+    formatted = [sample.formatted for sample in samples if sample.formatted is not None]
+    return Question(
+        id=id,
+        samples=len(samples),
+        right=sum(sample.right for sample in samples),
+        majority=majority(samples, same) if same else None,
+        truncated=sum(sample.truncated for sample in samples),
+        tokens=sum(sample.tokens for sample in samples),
+        formatted=float(sum(formatted)) if len(formatted) == len(samples) else None,
+    )
+
+
+# ---- over questions ------------------------------------------------------------------------------------------------
+
+
+def interval(*sets: Sequence[float]) -> Interval:
+    """The unweighted mean of the means of one or more sets, with its 95 % interval over questions.
+
+    The interval is Student's t: the variance of the mean of a set of Q values is s²/Q with the sample variance s²; the
+    variances of J sets add up over J², and the degrees of freedom are those of Welch and Satterthwaite (Q - 1 for one
+    set). It is NaN where no set has two values.
+
+    Args:
+        sets: per set a value for every question.
+
+    Raises:
+        ValueError: no set, or a set without values.
+    """
+    if not sets or any(len(values) == 0 for values in sets):
+        raise ValueError("a mean needs at least one value")
+    arrays = [np.asarray(values, dtype=np.float64) for values in sets]
+    mean = float(np.mean([values.mean() for values in arrays]))
+    if any(len(values) < 2 for values in arrays):
+        return Interval(mean, math.nan, math.nan)
+    variances = np.array([values.var(ddof=1) / len(values) for values in arrays])
+    total = variances.sum()
+    if total == 0:
+        return Interval(mean, mean, mean)
+    from scipy.special import stdtrit
+
+    freedom = total**2 / sum(v**2 / (len(values) - 1) for v, values in zip(variances, arrays, strict=True))
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2) * math.sqrt(total) / len(arrays))
+    return Interval(mean, mean - half, mean + half)
+
+
+def share_interval(values: Sequence[float]) -> Interval:
+    """`interval` of one set of values between 0 and 1, which stays between 0 and 1.
+
+    Where every value is 0 or every value is 1 there is no spread to tell from; the interval is then that of Clopper and
+    Pearson for as many right or wrong questions.
+    """
+    found = interval(values)
+    count = len(values)
+    if found.mean in (0.0, 1.0):
+        reach = 1 - ((1 - CONFIDENCE) / 2) ** (1 / count)
+        found = Interval(found.mean, found.mean - reach, found.mean + reach)
+    return Interval(found.mean, float(np.clip(found.low, 0, 1)), float(np.clip(found.high, 0, 1)))
+
+
+def outside_noise(difference: Interval, count: int) -> bool:
+    """Whether the 95 % interval of a paired difference leaves out 0.
+
+    Where all ``count`` differences are the same there is no spread to tell from: the sign test decides.
+    """
+    if difference.low == difference.high:
+        return difference.mean != 0 and 2 * 0.5**count < 1 - CONFIDENCE
+    return difference.low > 0 or difference.high < 0
+
+
+def summarize(questions: Sequence[Question]) -> Summary:
+    """The metrics of a set.
+
+    Raises:
+        ValueError: there is no question, or one without samples.
+    """
+    fewest = min((question.samples for question in questions), default=0)
+    if fewest < 1:
+        raise ValueError("every set needs a question and every question a sample")
+    ks = [2**power for power in range(fewest.bit_length()) if 2**power <= fewest]
+    total = sum(question.samples for question in questions)
+    votes = [question.majority for question in questions if question.majority is not None]
+    formatted = [question.formatted for question in questions if question.formatted is not None]
+    return Summary(
+        questions=len(questions),
+        samples=fewest,
+        pass_at_1=share_interval([question.accuracy for question in questions]),
+        pass_at={
+            k: float(np.mean([pass_at_k(question.samples, question.right, k) for question in questions]))
+            for k in dict.fromkeys([*ks, fewest])
+        },
+        majority=float(np.mean(votes)) if len(votes) == len(questions) else None,
+        truncated=sum(question.truncated for question in questions) / total,
+        tokens=sum(question.tokens for question in questions) / total,
+        formatted=sum(formatted) / total if len(formatted) == len(questions) else None,
+    )
