@@ -20,7 +20,8 @@ def show_list() -> None:
         print(f"{title}:")
         for dataset in SETS.values():
             if dataset.kind == kind:
-                print(f"  {dataset.name:<16} {dataset.title} [{dataset.default_source or 'needs --source'}]")
+                usual = dataset.hubs[0].name if dataset.hubs else "needs --source"
+                print(f"  {dataset.name:<16} {dataset.title} [{usual}]")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -15,7 +15,6 @@ NO_ANSWER = ("proof", "notfound", "not found", "none", "n/a", "nan")
 """What stands in the answer column of a problem that has none."""
 
 _PLAIN = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
-_SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d*)?)[eE]([+-]?\d+)")
 _ACCEPTED = re.compile(r"(\d+(?: or \d+)+)(?: \(.*\))?")
 
 
@@ -49,8 +48,6 @@ def canonical(value: Any) -> str:
             return ""
         value = int(value) if value.is_integer() else repr(value)
     text = re.sub(r"\s+", " ", str(value)).strip().strip("$").strip()
-    if scientific := _SCIENTIFIC.fullmatch(text):
-        return rf"{scientific[1]} \times 10^{{{int(scientific[2])}}}"
     number = normalize(text)
     return number if _PLAIN.fullmatch(number) else text
 

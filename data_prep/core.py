@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,7 +102,7 @@ class DataSet:
         ability: verl's column of this name.
         schemas: the forms it comes in; the first one whose columns are all there is taken.
         hubs: where it lies on the hub, the usual place first; empty where it is no data set of the hub.
-        download: an address to get the file from, where it is no data set of the hub.
+        found_in: where people find it, for the message that asks for a file where it is no data set of the hub.
         split: which files of a local folder are read.
         instruction: stands behind the question, after a space.
         style: verl's ``reward_model.style``.
@@ -117,7 +117,7 @@ class DataSet:
     ability: Literal["math", "code"]
     schemas: tuple[Schema, ...]
     hubs: tuple[Hub, ...] = ()
-    download: str = ""
+    found_in: str = ""
     split: str = "train"
     instruction: str = ""
     style: str = "rule"
@@ -125,21 +125,21 @@ class DataSet:
     sample: int | None = None
     rows: tuple[int, ...] = ()
 
+    def wanted(self, columns: Iterable[str]) -> list[str]:
+        """Those of the columns that a schema looks at."""
+        used = {column for schema in self.schemas for column in (*schema.columns, *schema.optional)}
+        return [column for column in columns if column in used]
+
     def hub(self, name: str) -> Hub:
         """How to read a data set of the hub: as it is known, or else like the usual one."""
         known = {hub.name: hub for hub in self.hubs}
         return known.get(name, Hub(name, self.split))
 
-    @property
-    def default_source(self) -> str:
-        """What is read when the user names nothing; empty where the user has to."""
-        return self.hubs[0].name if self.hubs else self.download
-
 
 class Records:
     """Raw rows: a list of mappings, or an arrow table, of which only the rows asked for are made Python objects."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]] | pa.Table, columns: Sequence[str]) -> None:
+    def __init__(self, rows: Sequence[Mapping[str, Any]] | pa.Table, columns: Iterable[str]) -> None:
         self._rows = rows
         self.columns = frozenset(columns)
         """All columns of the source, also those that were not read."""
@@ -175,11 +175,11 @@ def read_source(dataset: DataSet, sources: Sequence[str], revision: str | None =
         DataError: it is not there, or it can't be read.
     """
     if not sources:
-        if not dataset.default_source:
-            raise DataError(f"{dataset.name} has no usual place on the hub; give its file: --source FILE")
-        sources = [dataset.default_source]
-    if len(sources) == 1 and re.fullmatch(r"https?://\S+", sources[0]):
-        return _download(dataset, sources[0])
+        if not dataset.hubs:
+            raise DataError(
+                f"{dataset.name} is no data set of the hub; give its file, {dataset.found_in}: --source FILE"
+            )
+        sources = [dataset.hubs[0].name]
     if len(sources) == 1 and _looks_like_hub(sources[0]):
         from data_prep.hub import read_hub
 
@@ -243,12 +243,11 @@ def read_files(dataset: DataSet, files: Sequence[Path]) -> Source:
     """
     import pyarrow as pa
 
-    wanted = {column for schema in dataset.schemas for column in (*schema.columns, *schema.optional)}
     parts: list[Any] = []
     columns: list[set[str]] = []
     origin: list[dict[str, Any]] = []
     for file in files:
-        rows, names = read_file(file, wanted)
+        rows, names = read_file(file, dataset.wanted)
         if not len(rows):
             raise DataError(f"{file} has no rows")
         parts.append(rows)
@@ -258,19 +257,19 @@ def read_files(dataset: DataSet, files: Sequence[Path]) -> Source:
         try:
             joined: Any = parts[0] if len(parts) == 1 else pa.concat_tables(parts, promote_options="default")
         except pa.ArrowException as error:
-            raise DataError(f"{files[0].parent} holds files of different columns ({_first_line(error)})") from error
+            raise DataError(f"{files[0].parent} holds files of different columns ({first_line(error)})") from error
     else:
         joined = [row for part in parts for row in (part.to_pylist() if isinstance(part, pa.Table) else part)]
     label = f"the file {files[0]}" if len(files) == 1 else f"{len(files)} files, {files[0]} first"
-    return Source(Records(joined, sorted(set.intersection(*columns))), label, {"kind": "files", "files": origin})
+    return Source(Records(joined, set.intersection(*columns)), label, {"kind": "files", "files": origin})
 
 
-def read_file(path: Path, wanted: set[str] | None = None) -> tuple[Any, set[str]]:
+def read_file(path: Path, wanted: Callable[[Iterable[str]], list[str]] = list) -> tuple[Any, set[str]]:
     """Rows of a json, jsonl (also gzipped) or parquet file, and the names of all its columns.
 
     Args:
         path: the file.
-        wanted: columns of a parquet file to read; None: all.
+        wanted: told the columns of a parquet file, says which to read.
 
     Returns:
         A list of mappings, or an arrow table for parquet.
@@ -283,14 +282,13 @@ def read_file(path: Path, wanted: set[str] | None = None) -> tuple[Any, set[str]
             import pyarrow.parquet as pq
 
             names = pq.read_schema(path).names
-            read = [name for name in names if wanted is None or name in wanted]
-            return pq.read_table(path, columns=read, partitioning=None), set(names)
+            return pq.read_table(path, columns=wanted(names), partitioning=None), set(names)
         data = path.read_bytes()
         if path.name.endswith(".gz"):
             data = gzip.decompress(data)
         rows = _rows_of_json(data.decode("utf-8-sig"))
     except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:  # arrow's are OSError or ValueError
-        raise DataError(f"{path} can't be read: {_first_line(error)}") from error
+        raise DataError(f"{path} can't be read: {first_line(error)}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} holds no list of rows; it must be a list of objects, or one object per line")
     return rows, {key for row in rows for key in row}
@@ -311,25 +309,8 @@ def _rows_of_json(text: str) -> Any:
     return rows
 
 
-def _download(dataset: DataSet, address: str) -> Source:
-    import datasets
-
-    try:
-        local = datasets.DownloadManager().download(address)
-        with tempfile.TemporaryDirectory() as folder:  # the cache's file name has no suffix
-            named = Path(folder) / address.rpartition("/")[2]
-            shutil.copyfile(local, named)
-            source = read_files(dataset, [named])
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{address} can't be downloaded ({_first_line(error)}); get the file elsewhere and give it: --source FILE"
-        ) from error
-    (file,) = source.origin["files"]
-    origin = {"kind": "download", "files": [{**file, "file": address}]}
-    return Source(source.records, f"the download {address}", origin)
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without its other lines."""
     text = getattr(error, "strerror", None) or str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
@@ -535,7 +516,7 @@ def _check_output(dataset: DataSet, output: Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{output} can't be used as output: {_first_line(error)}") from error
+        raise DataError(f"{output} can't be used as output: {first_line(error)}") from error
     if there != dataset.name:
         raise DataError(f"{output} holds the set {there}; give another folder for {dataset.name}: --output DIR")
 
@@ -566,7 +547,7 @@ def _write(output: Path, parts: Mapping[str, list[dict[str, Any]]], provenance: 
             os.replace(staged / name, output / name)
         made = None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{output} can't be written: {_first_line(error)}") from error
+        raise DataError(f"{output} can't be written: {first_line(error)}") from error
     finally:
         if staged is not None:
             shutil.rmtree(staged, ignore_errors=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data_prep.core import DataError, DataSet, Hub, Records, Source, _first_line
+from data_prep.core import DataError, DataSet, Hub, Records, Source, first_line
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+HASHED = 65_536
+"""Rows that are hashed at a time."""
 TIMEOUT = 20
 """Seconds that the hub has to answer before the cache is asked instead."""
 
@@ -19,66 +23,70 @@ def read_hub(dataset: DataSet, hub: Hub, revision: str | None = None) -> Source:
     """The rows of a data set of the hub, or of its copy in the cache where the hub doesn't answer.
 
     Raises:
-        DataError: neither has it, or it has no such revision, configuration or split.
+        DataError: neither has it, or it has no such revision, configuration or split, or no rows.
     """
     import datasets
     import huggingface_hub
     import pyarrow as pa
-    from huggingface_hub import errors
 
     datasets.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    answers = True
-    try:
-        # A commit that is named can't change between this question and the download.
-        revision = huggingface_hub.HfApi().dataset_info(hub.name, revision=revision, timeout=TIMEOUT).sha
-    except errors.GatedRepoError as error:
-        raise DataError(f"the data set {hub.name} asks for consent on the hub; give it there, then log in") from error
-    except errors.RevisionNotFoundError as error:
-        raise DataError(f"the data set {hub.name} has no revision {revision} on the hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise DataError(
-            f"there is no file {hub.name}, and the hub has no data set of this name that you may read"
-        ) from error
-    except Exception:  # no network: every HTTP library has its own errors
-        answers = False
-    loaded = []
-    with _cache_only(not answers):
+    commit = _commit(hub.name, revision)
+    parts = []
+    with _cache_only(commit is None):
         for config in hub.configs:
             try:
-                loaded.append(_one_split(datasets.load_dataset(hub.name, config, revision=revision), hub))
-            except DataError:
-                raise
-            except Exception as error:
-                if not answers:
+                # A commit that is named can't change between the question for it and the download.
+                splits = datasets.load_dataset(hub.name, config, revision=commit or revision)
+            except Exception as error:  # what builds a data set raises all sorts of things
+                if commit is None:
                     raise DataError(
-                        f"the data set {hub.name} is not in the cache, and the hub doesn't answer; "
+                        f"the data set {hub.name} is not in the cache, and the hub does not answer; "
                         "download it elsewhere and give the file or folder: --source PATH"
                     ) from error
-                raise DataError(f"the data set {hub.name} can't be loaded: {_first_line(error)}") from error
-    wanted = {column for schema in dataset.schemas for column in (*schema.columns, *schema.optional)}
-    columns = set.intersection(*(set(one.column_names) for one in loaded))
-    if not sum(map(len, loaded)):
+                raise DataError(f"the data set {hub.name} can't be loaded: {first_line(error)}") from error
+            parts.append(_one_split(splits, hub))
+    table = pa.concat_tables(
+        [part.with_format("arrow").select_columns(dataset.wanted(part.column_names))[:] for part in parts],
+        promote_options="default",
+    )
+    if not len(table):
         raise DataError(f"the data set {hub.name} has no rows in its split {hub.split}")
-    tables = [
-        one.with_format("arrow").select_columns([c for c in one.column_names if c in wanted])[:] for one in loaded
-    ]
-    records = Records(pa.concat_tables(tables, promote_options="default"), sorted(columns))
-    revision = revision or _revision_of(loaded[0])
     origin = {
         "kind": "hub",
         "name": hub.name,
         "configs": list(hub.configs),
         "split": hub.split,
-        "revision": revision,
-        "from_cache": not answers,
-        "rows": len(records),
-        "sha256_of_rows": _hash_of_rows(records),
+        "revision": commit or _commit_of_cache(parts[0]),
+        "rows": len(table),
+        "sha256_of_rows": _hash_of_rows(table),
     }
-    return Source(
-        records, f"the hub's {hub.name}{'' if answers else ' (from the cache: the hub does not answer)'}", origin
-    )
+    label = f"the hub's {hub.name}" + ("" if commit else ", from the cache, since the hub does not answer")
+    return Source(Records(table, set.intersection(*(set(part.column_names) for part in parts))), label, origin)
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit of a revision; None where the hub does not answer.
+
+    Raises:
+        DataError: the hub answers that there is none.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT).sha
+    except errors.GatedRepoError as error:
+        raise DataError(f"the data set {name} asks for consent on the hub; give it there, then log in") from error
+    except errors.RevisionNotFoundError as error:
+        raise DataError(f"the data set {name} has no revision {revision} on the hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise DataError(
+            f"there is no file {name}, and no data set of this name on the hub that you may read"
+        ) from error
+    except Exception:  # no network: HTTP libraries and proxies have errors of their own
+        return None
 
 
 @contextlib.contextmanager
@@ -105,14 +113,15 @@ def _one_split(splits: Any, hub: Hub) -> Any:
     raise DataError(f"the data set {hub.name} has no split {hub.split}, only {', '.join(splits)}")
 
 
-def _revision_of(loaded: Any) -> str | None:
-    places = [*(loaded.info.download_checksums or {}), *(file["filename"] for file in loaded.cache_files)]
-    found = [match[0] for place in places if (match := re.search(r"\b[0-9a-f]{40}\b", place))]
-    return found[0] if found else None
+def _commit_of_cache(part: Any) -> str | None:
+    """The commit in the names of the files that a data set was loaded from."""
+    places = [*(part.info.download_checksums or {}), *(file["filename"] for file in part.cache_files)]
+    return next((match[0] for place in places if (match := re.search(r"\b[0-9a-f]{40}\b", place))), None)
 
 
-def _hash_of_rows(records: Records) -> str:
+def _hash_of_rows(table: pa.Table) -> str:
     digest = hashlib.sha256()
-    for row in records.read(range(len(records))):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    for start in range(0, len(table), HASHED):  # whatever the chunks of the table are
+        for batch in table.slice(start, HASHED).combine_chunks().to_batches():
+            digest.update(batch.serialize())
     return digest.hexdigest()

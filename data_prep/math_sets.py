@@ -14,7 +14,6 @@ LAST_YEAR = 2023
 
 LONGEST = 200
 """Characters of an answer of NuminaMath; a longer one is a sentence or a list that no grader can compare."""
-DEEPSCALER = "https://raw.githubusercontent.com/agentica-project/deepscaler/main/deepscaler/data/"
 
 Raw = Mapping[str, Any]
 
@@ -126,7 +125,7 @@ SETS = (
         "train",
         "math",
         (aime("problem", "answer", "year", *DEEPSCALER_DETAILS),),
-        download=DEEPSCALER + "train/aime.json",
+        found_in="deepscaler/data/train/aime.json of github.com/agentica-project/deepscaler",
         instruction=INSTRUCTION,
         rows=(975,),
     ),
@@ -148,7 +147,7 @@ SETS = (
         sample=4000,
     ),
     DataSet(
-        "gsm8k",
+        "gsm8k_train",
         "GSM8K, training part",
         "train",
         "math",
@@ -158,7 +157,7 @@ SETS = (
         rows=(7473,),
     ),
     DataSet(
-        "math",
+        "math_train",
         "MATH, training part",
         "train",
         "math",
@@ -223,7 +222,7 @@ SETS = (
         rows=(500,),
     ),
     DataSet(
-        "minervamath",
+        "minerva",
         "MinervaMATH",
         "eval",
         "math",
@@ -238,7 +237,7 @@ SETS = (
         rows=(272,),
     ),
     DataSet(
-        "gsm8k_test",
+        "gsm8k",
         "GSM8K, test part",
         "eval",
         "math",

@@ -15,6 +15,8 @@ GRAM = 5
 """Words of an n-gram."""
 SHARE = 0.6
 """Two problems are nearly the same from this share of the shorter one's n-grams on."""
+FEWEST = 10
+"""A problem counts as having at least so many n-grams: a short one is not the same as all that hold its words."""
 QUESTION_COLUMNS = ("question", "problem", "Question", "Problem", "prompt", "text")
 
 _DIAGRAM = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
@@ -56,7 +58,7 @@ class EvaluationSets:
     origin: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._places: list[tuple[str, int]] = []
+        self._places: list[tuple[str, int, str]] = []
         self._sizes: list[int] = []
         self._exact: dict[str, int] = {}
         self._index: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -69,27 +71,41 @@ class EvaluationSets:
         for number, question in enumerate(questions):
             place = len(self._places)
             of_question = grams(words(question))
-            self._places.append((name, number))
+            self._places.append((name, number, question))
             self._sizes.append(len(of_question))
             self._exact.setdefault(key_of(question), place)
             for gram in of_question:
                 self._index[gram].append(place)
 
     def find(self, question: str) -> dict[str, Any] | None:
-        """The problem that is the same or nearly the same, as set, row, kind of match and shared part; else None."""
-        if (place := self._exact.get(key_of(question))) is not None:
-            return self._result(place, "exact", 1.0)
+        """The problem that is the same, or nearly so.
+
+        Returns:
+            Its ``set`` and ``set_row``; ``match``: exact (but for white space), letters (the same letters and digits)
+            or near; ``shared``: the part of the shorter problem's n-grams that the other one has. None: there is none.
+        """
         of_question = grams(words(question))
+        if (place := self._exact.get(key_of(question))) is not None:
+            return self._result(question, place, 1.0)
         shared = Counter(place for gram in of_question for place in self._index.get(gram, ()))
-        best = max(
-            ((count / min(len(of_question), self._sizes[place]), -place) for place, count in shared.items()),
+        share, place = max(
+            ((n / max(min(len(of_question), self._sizes[at]), FEWEST), -at) for at, n in shared.items()),
             default=(0.0, 0),
         )
-        return self._result(-best[1], "near", best[0]) if best[0] >= self.share else None
+        return self._result(question, -place, share) if share >= self.share else None
 
-    def _result(self, place: int, match: str, share: float) -> dict[str, Any]:
-        name, number = self._places[place]
+    def _result(self, question: str, place: int, share: float) -> dict[str, Any]:
+        name, number, other = self._places[place]
+        match = "near"
+        if question.split() == other.split():
+            match = "exact"
+        elif _letters(question) == _letters(other):
+            match = "letters"
         return {"set": name, "set_row": number, "match": match, "shared": round(share, 3)}
+
+
+def _letters(question: str) -> str:
+    return re.sub(r"[\W_]", "", question.lower())
 
 
 def load_sets(wanted: Sequence[str], names: Sequence[str], folder: Path) -> EvaluationSets:
