@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "run_scripts").glob("*.sh"), *(ROOT / "requirements").glob("*.sh"), ROOT / ".ci" / "run"])
-RUNS = ["quickstart.sh", "gcpo_deepscaler.sh", "grpo_deepscaler.sh"]
+PAPER = ["deepscaler", "numinamath_1.5b", "numinamath_7b", "code_qwen2_7b"]
+RUNS = ["quickstart.sh", *(f"{method}_{name}.sh" for name in PAPER for method in ("gcpo", "grpo"))]
+MATH_SETS = ["aime24", "aime25", "amc23", "math500", "minerva"]
 
 
 class Sandbox:
@@ -42,7 +44,7 @@ class Sandbox:
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("GCPO_")}
-        kept |= {"GCPO_SKIP_SETUP": "1", "GCPO_VENV": str(self.folder / "venv")}
+        kept |= {"GCPO_SKIP_SETUP": "1", "GCPO_VENV": str(self.folder / "venv"), "GCPO_DATA": str(self.folder / "sets")}
         kept["PATH"] = f"{self.bin}:{kept['PATH']}"
         return subprocess.run(
             ["bash", str(ROOT / "run_scripts" / script), *arguments],
@@ -77,7 +79,7 @@ def tiny_folder(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_syntax(script):
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    if script.name != "_common.sh":
+    if not script.name.startswith("_"):
         assert os.access(script, os.X_OK) and script.read_text().startswith("#!/usr/bin/env bash\n")
 
 
@@ -90,7 +92,7 @@ def test_ci_runs_the_tests():
     assert "bash run_scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("script", [*RUNS, "evaluate.sh"])
 def test_help(sandbox, script):
     done = sandbox.run(script, "--help")
     assert done.returncode == 0 and "run_scripts/" in done.stdout and "set -e" not in done.stdout
@@ -156,21 +158,37 @@ def test_deepscaler_with_a_tiny_model_goes_on(sandbox, tiny_folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == f"no NVIDIA GPU here: two steps on the CPU, since {tiny_folder} is small"
     prepare, train, shown = sandbox.calls
-    assert prepare == f"-m data_prep.deepscaler --source {sandbox.folder}/aime.json --output {sandbox.folder}/o/data"
-    assert f"data.train_files={sandbox.folder}/o/data/train.parquet" in train and "device=cpu" in train
+    home = sandbox.folder
+    assert prepare == f"-m data_prep aime --source {home}/aime.json --data {home}/sets --output {home}/o/data"
+    assert f"data.train_files={home}/o/data/train.parquet" in train and "device=cpu" in train
     assert "trainer.total_training_steps=2" in train and "trainer.val_before_train=False" in train
-    assert shown == f"-m gcpo.report {sandbox.folder}/o"
+    assert shown == f"-m gcpo.report {home}/o"
 
 
-def test_deepscaler_with_gpus_is_the_paper_s_run(sandbox):
+@pytest.mark.parametrize(
+    ("name", "model", "data_set"),
+    [
+        ("deepscaler", "agentica-org/DeepScaleR-1.5B-Preview", "aime"),
+        ("numinamath_1.5b", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "numinamath"),
+        ("numinamath_7b", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "numinamath"),
+        ("code_qwen2_7b", "Qwen/Qwen2-7B-Instruct", "mbpp"),
+    ],
+)
+def test_with_gpus_it_is_the_paper_s_run(sandbox, name, model, data_set):
     sandbox.gpus(4)
-    done = sandbox.run("gcpo_deepscaler.sh", "--data", "some/set", "gcpo.alpha=1")
+    done = sandbox.run(f"gcpo_{name}.sh", "gcpo.alpha=1")
     assert done.returncode == 0, done.stderr
-    train = sandbox.calls[1]
+    *prepared, train, _ = sandbox.calls
+    sets = ["humaneval"] if data_set == "mbpp" else MATH_SETS
+    output = f"{ROOT}/outputs/gcpo-{name.replace('_', '-')}"
+    assert prepared == [
+        *(f"-m data_prep {one} --data {sandbox.folder}/sets" for one in sets),
+        f"-m data_prep {data_set} --data {sandbox.folder}/sets --output {output}/data",
+    ]
     for setting in (
-        "actor_rollout_ref.model.path=agentica-org/DeepScaleR-1.5B-Preview",
+        f"actor_rollout_ref.model.path={model}",
         "data.train_batch_size=256",
-        "data.max_response_length=16384",
+        f"data.max_response_length={2048 if data_set == 'mbpp' else 16384}",
         "actor_rollout_ref.rollout.n=8",
         "actor_rollout_ref.actor.optim.lr=1e-6",
         "actor_rollout_ref.actor.optim.weight_decay=0.01",
@@ -181,6 +199,24 @@ def test_deepscaler_with_gpus_is_the_paper_s_run(sandbox):
     ):
         assert f" {setting} " in train
     assert "device=cpu" not in train and train.endswith(" gcpo.alpha=1")
+
+
+def test_validation_is_on_a_prepared_set(sandbox):
+    sandbox.gpus(1)
+    for name in MATH_SETS:
+        (sandbox.folder / "sets" / name).mkdir(parents=True)
+        (sandbox.folder / "sets" / name / "test.parquet").write_text("")
+    assert sandbox.run("gcpo_numinamath_7b.sh").returncode == 0
+    prepare, train, _ = sandbox.calls
+    assert prepare.startswith("-m data_prep numinamath ")
+    assert f" data.val_files={sandbox.folder}/sets/aime24/test.parquet " in train and "test_freq=-1" not in train
+
+
+def test_a_set_that_can_not_be_prepared_stops_the_run(sandbox):
+    sandbox.gpus(1)
+    sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}; exit 2')
+    assert sandbox.run("gcpo_deepscaler.sh").returncode == 2
+    assert sandbox.calls == [f"-m data_prep aime24 --data {sandbox.folder}/sets"]
 
 
 def test_deepscaler_uses_a_parquet_that_is_ready(sandbox):
@@ -196,33 +232,55 @@ def test_deepscaler_uses_a_parquet_that_is_ready(sandbox):
     assert "trainer.nnodes=2" in sandbox.calls[1] and "+ray_kwargs.ray_init.address=auto" in sandbox.calls[1]
 
 
-def test_grpo_is_the_same_run_without_gcpo(sandbox):
+@pytest.mark.parametrize("name", PAPER)
+def test_grpo_is_the_same_run_without_gcpo(sandbox, name):
     sandbox.gpus(4)
-    for script in ("gcpo_deepscaler.sh", "grpo_deepscaler.sh"):
-        done = sandbox.run(script)
+    trained = []
+    for method in ("gcpo", "grpo"):
+        done = sandbox.run(f"{method}_{name}.sh", "--data", "some/set")
         assert done.returncode == 0, done.stderr
-    gcpo, grpo = (
-        set(call.replace("gcpo-deepscaler", "X").replace("grpo-deepscaler", "X").split())
-        for call in (sandbox.calls[1], sandbox.calls[4])
-    )
+        trained.append(set(sandbox.calls[-2].replace(f"{method}-", "X-").split()))
+    gcpo, grpo = trained
     assert gcpo - grpo == {"gcpo.preset=paper"}
     assert grpo - gcpo == {"gcpo.kappa=0", "gcpo.weighting=off"}
 
 
-def test_context_of_the_paper_s_run():
-    """The numbers in the script's comment: the longest prompt with candidates and a response fit the context."""
+@pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
+def test_context_of_the_paper_s_runs(name, context):
+    """The numbers in the scripts' comments: the longest prompt with candidates and a response fit the context."""
     from gcpo.config import BlocksConfig
 
-    text = (ROOT / "run_scripts" / "gcpo_deepscaler.sh").read_text()
+    text = (ROOT / "run_scripts" / f"gcpo_{name}.sh").read_text()
     number = lambda key: int(re.search(rf"^    {re.escape(key)}=(\d+)$", text, re.MULTILINE)[1])  # noqa: E731
     blocks = BlocksConfig()
     label = max(len(blocks.candidate.format(label=8)), len(blocks.collider))
     prompt = number("data.max_prompt_length") + len(blocks.intro + blocks.outro)
     prompt += 9 * (number("gcpo.blocks.max_tokens") + label)
-    assert prompt + number("data.max_response_length") <= number("actor_rollout_ref.rollout.max_model_len")
+    # The comment counts a label as 16 tokens.
+    stated = prompt + 9 * (16 - label) + number("data.max_response_length")
+    assert f"= {stated:,} " in text and f"-> a context of {number('actor_rollout_ref.rollout.max_model_len'):,}" in text
+    for key in ("data.max_response_length", "gcpo.collider.max_tokens", "gcpo.conditioned.max_tokens"):
+        assert prompt + number(key) <= number("actor_rollout_ref.rollout.max_model_len") <= context
     assert number("actor_rollout_ref.rollout.max_model_len") <= number(
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
     )
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_settings_are_known_to_verl(sandbox, recipe_config, name):
+    """What the scripts override exists, and the longest prompt with candidates is within the context."""
+    from gcpo.checks import longest_prompt
+    from gcpo.config import GCPOConfig
+
+    sandbox.gpus(8)
+    done = sandbox.run(f"gcpo_{name}.sh", "--data", "some/set")
+    assert done.returncode == 0, done.stderr
+    overrides = sandbox.calls[-2].partition(" -m recipe.gcpo.main_gcpo ")[2].split()
+    config = recipe_config(*(one for one in overrides if not one.startswith("hydra.")))
+    rollout, length = config.actor_rollout_ref.rollout, config.data.max_response_length
+    gcpo = GCPOConfig.from_config(config.gcpo, n=rollout.n, response_length=length)
+    assert longest_prompt(config, gcpo) + length <= rollout.max_model_len
+    assert config.trainer.n_gpus_per_node % rollout.tensor_model_parallel_size == 0
 
 
 def test_dry_run_resolves_the_configuration(sandbox):
@@ -236,6 +294,44 @@ def test_dry_run_resolves_the_configuration(sandbox):
     assert resolved["gcpo"]["alpha"] == 1.4 and resolved["gcpo"]["blocks"]["max_tokens"] == 1024
     assert resolved["actor_rollout_ref"]["rollout"]["max_model_len"] == 27648
     assert resolved["trainer"]["v1"]["trainer_mode"] == "gcpo"
+
+
+@pytest.mark.parametrize("script", RUNS[1:])
+def test_dry_run_needs_no_gpu_model_or_data(sandbox, script):
+    done = sandbox.run(script, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "no NVIDIA GPU here: the dry run needs none" in done.stdout
+    (call,) = sandbox.calls  # the configuration is asked for, and nothing is prepared or trained
+    assert call.startswith("-m recipe.gcpo.main_gcpo ") and call.endswith(" --cfg job --resolve")
+    assert f"data.val_files={sandbox.folder}/sets/{'humaneval' if 'code' in script else 'aime24'}/test.parquet" in call
+    assert not (sandbox.folder / "sets").exists()
+
+
+def test_evaluate(sandbox, tiny_folder):
+    (sandbox.folder / "mine.parquet").write_text("")
+    done = sandbox.run(
+        "evaluate.sh", "tiny", "--sets", "aime24,mine.parquet", "--samples", "4", "--seed", "1", "--output", "out/"
+    )
+    assert done.returncode == 0, done.stderr
+    home = sandbox.folder
+    assert sandbox.calls == [
+        f"-m gcpo.evaluation run {home}/tiny --sets aime24,{home}/mine.parquet --samples=4 --seed=1 --output {ROOT}/out"
+    ]
+
+
+def test_evaluate_prints_the_table(sandbox, tiny_folder):
+    done = sandbox.run("evaluate.sh", "table", "--format", "csv", "tiny", "new=tiny")
+    assert done.returncode == 0, done.stderr
+    assert sandbox.calls == [f"-m gcpo.evaluation table --format=csv {sandbox.folder}/tiny new={sandbox.folder}/tiny"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [([], "which model?"), (["m", "--bogus"], "unknown option --bogus"), (["m", "--sets"], "--sets needs a value")],
+)
+def test_evaluate_with_wrong_arguments(sandbox, arguments, sentence):
+    done = sandbox.run("evaluate.sh", *arguments)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {sentence}") and sandbox.calls == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from gcpo.evaluation import EvaluationError
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "data"
+DATA = ROOT / os.environ.get("GCPO_DATA", "data")
 COLUMNS = ("data_source", "prompt", "reward_model")
 
 TITLES = {

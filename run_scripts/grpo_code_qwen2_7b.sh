@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Plain GRPO with the settings of gcpo_code_qwen2_7b.sh, to compare with: the same arguments.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/gcpo_code_qwen2_7b.sh" --method grpo "$@"
