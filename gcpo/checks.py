@@ -177,7 +177,7 @@ def _check_lengths(config: DictConfig, gcpo: GCPOConfig) -> None:
     if not gcpo.is_grpo and longest_row > budget:
         raise ConfigError(
             f"the longest context to score takes {longest_row} tokens, a micro-batch holds {budget}: raise "
-            "gcpo.adapters.scoring.max_token_len_per_gpu or lower gcpo.blocks.max_tokens"
+            "gcpo.scoring.max_token_len_per_gpu or lower gcpo.blocks.max_tokens"
         )
     if rollout.get("max_model_len") is None:
         with open_dict(config):

@@ -128,6 +128,11 @@ class ScoringConfig:
 
     max_token_len_per_gpu: int | None = None
     """Tokens in a micro-batch, without and with gradient; ``null``: verl's ``ppo_max_token_len_per_gpu``."""
+    packing: Literal["tree", "dense"] = "tree"
+    """``tree``: what contexts share goes through the model once; ``dense``: every context goes through it by itself.
+    A model or setting that ``tree`` cannot serve is scored dense, and the log says so once."""
+    min_shared_tokens: int = 8
+    """Shorter stretches are repeated instead of shared: every stretch costs attention calls of its own."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +304,7 @@ def _check(config: GCPOConfig, *, n: int) -> None:
         ("conditioned.max_tokens", config.conditioned.max_tokens, 1),
         ("blocks.max_tokens", config.blocks.max_tokens, 1),
         ("collider.num_marginal_draws", collider.num_marginal_draws, 0),
+        ("scoring.min_shared_tokens", config.scoring.min_shared_tokens, 1),
         ("metrics.grad_norm_every", config.metrics.grad_norm_every, 0),
     ):
         if value < least:

@@ -2,18 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData
 from verl.utils import tensordict_utils as tu
 
 from gcpo.adapters.fields import nested, split_rows
+from gcpo.adapters.packed import filler, packed_batch, packed_rows
 
 
 def policy_slot(lengths: torch.Tensor) -> int:
     """The context that pi_theta is conditioned on: x_{i,0}, or the first that is there; -1 if none is."""
     present = torch.nonzero(lengths > 0).flatten()
     return int(present[0]) if len(present) else -1
+
+
+def _rows(data: TensorDict) -> Iterator[tuple[torch.Tensor | None, dict[str, torch.Tensor]]]:
+    """For every row the context that pi_theta is conditioned on, ``None`` without a reference, and its response."""
+    names = ("responses", "response_mask", "gcpo_log_ref", "gcpo_kl_mask")
+    contexts, lengths = data["gcpo_contexts"].unbind(), data["gcpo_context_lengths"].unbind()
+    num_shared = int(tu.get_non_tensor_data(data, "gcpo", None)["num_shared"])
+    for flat, length, *values in zip(contexts, lengths, *(data[name].unbind() for name in names), strict=True):
+        row = dict(zip(names, values, strict=True))
+        slot = policy_slot(length[:num_shared]) if bool(row["gcpo_kl_mask"].any()) else -1
+        yield (split_rows(flat, length)[slot] if slot >= 0 else None), row
+
+
+def _non_tensors(data: TensorDict) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if isinstance(value, NonTensorData)}
+
+
+def conditioned_packs(data: TensorDict, settings: dict[str, Any], max_over_ranks: Callable[[int], int]) -> TensorDict:
+    """The rows (x_i, y_i) as packed prefix trees; all ranks have as many packs.
+
+    Args:
+        data: see ``conditioned_batch``; rows without a reference and padding rows are left out.
+        settings: ``max_token_len_per_gpu`` and ``min_shared_tokens``.
+        max_over_ranks: the largest value of all ranks.
+
+    Returns:
+        A batch of ``packed_batch`` with ``gcpo_log_ref`` and ``gcpo_kl_mask``, flat in the order of the labels, and
+        ``gcpo_lengths``, the lengths of the responses in it.
+    """
+    chosen = [(context, row) for context, row in _rows(data) if context is not None]
+    packs = packed_rows(
+        [torch.cat([context, row["responses"]]) for context, row in chosen],
+        [len(context) for context, _ in chosen],
+        [None] * len(chosen),
+        budget=settings["max_token_len_per_gpu"],
+        min_shared=settings["min_shared_tokens"],
+    )
+    columns: dict[str, list[torch.Tensor]] = {"gcpo_log_ref": [], "gcpo_kl_mask": [], "gcpo_lengths": []}
+    for pack in packs:
+        rows = [chosen[i][1] for i in pack.pack.sequences]
+        for name in ("gcpo_log_ref", "gcpo_kl_mask"):
+            columns[name].append(torch.cat([row[name] for row in rows]))
+        columns["gcpo_lengths"].append(torch.tensor([len(row["responses"]) for row in rows]))
+    for _ in range(max(1, max_over_ranks(len(packs))) - len(packs)):
+        packs.append(filler())
+        columns["gcpo_log_ref"].append(torch.zeros(1))
+        columns["gcpo_kl_mask"].append(torch.zeros(1, dtype=torch.int64))
+        columns["gcpo_lengths"].append(torch.ones(1, dtype=torch.int64))
+    batch = packed_batch(packs, **columns)
+    for key, value in _non_tensors(data).items():
+        if key not in batch.keys():
+            batch[key] = value
+    return batch
 
 
 def conditioned_batch(data: TensorDict) -> TensorDict:
@@ -28,18 +85,19 @@ def conditioned_batch(data: TensorDict) -> TensorDict:
     columns: dict[str, list[torch.Tensor]] = {
         name: [] for name in ("prompts", "responses", "response_mask", "gcpo_log_ref", "gcpo_kl_mask")
     }
-    contexts, lengths = data["gcpo_contexts"].unbind(), data["gcpo_context_lengths"].unbind()
-    rows = zip(*(data[name].unbind() for name in list(columns)[1:]), strict=True)
-    num_shared = int(tu.get_non_tensor_data(data, "gcpo", None)["num_shared"])
-    for flat, length, (response, mask, log_ref, kl_mask) in zip(contexts, lengths, rows, strict=True):
-        slot = policy_slot(length[:num_shared]) if bool(kl_mask.any()) else -1
-        if slot >= 0:
-            values = (split_rows(flat, length)[slot], response, mask, log_ref, kl_mask)
-        else:
-            token, zero = response[:1], torch.zeros_like(kl_mask[:1])
-            values = (token, token, zero.to(mask.dtype), torch.zeros_like(log_ref[:1]), zero)
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
+    for context, row in _rows(data):
+        if context is None:
+            token, mask = row["responses"][:1], row["gcpo_kl_mask"][:1] * 0
+            row = {
+                "responses": token,
+                "response_mask": mask.to(row["response_mask"].dtype),
+                "gcpo_log_ref": torch.zeros_like(row["gcpo_log_ref"][:1]),
+                "gcpo_kl_mask": mask,
+            }
+            context = token
+        columns["prompts"].append(context)
+        for name, value in row.items():
+            columns[name].append(value)
     inputs = [torch.cat(pair) for pair in zip(columns["prompts"], columns["responses"], strict=True)]
     batch = TensorDict(
         {
@@ -50,8 +108,7 @@ def conditioned_batch(data: TensorDict) -> TensorDict:
         },
         batch_size=len(inputs),
     )
-    for key, value in data.items():
-        if isinstance(value, NonTensorData):
-            batch[key] = value
+    for key, value in _non_tensors(data).items():
+        batch[key] = value
     tu.assign_non_tensor(batch, use_dynamic_bsz=True, calculate_entropy=False)
     return batch

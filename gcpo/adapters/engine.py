@@ -1,14 +1,18 @@
-"""verl's FSDP engine with the two things that GCPO asks of it.
+"""verl's FSDP engine with the three things that GCPO asks of it.
 
 States: a forward-only batch with ``gcpo_layer`` yields the hidden state at ``state_index`` of every row.
+Packs: a micro-batch of ``gcpo.adapters.packed`` is one packed prefix tree; it yields the log-probabilities and states
+that its row asks for.
 Conditioned pass: a training batch with ``gcpo`` runs forward and backward twice before the one optimizer step, on the
 plain rows and on the rows y_i under x_i, for the kappa term of Eq. 10.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,11 +20,16 @@ from tensordict import TensorDict
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
+from verl.utils.torch_functional import logprobs_from_logits
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from gcpo.adapters.conditioned import conditioned_batch
-from gcpo.adapters.losses import PARTS, causal_kl_loss
+from gcpo.adapters.conditioned import conditioned_batch, conditioned_packs
+from gcpo.adapters.losses import PARTS, causal_kl_loss, packed_causal_kl_loss
+from gcpo.adapters.packed import PackedRow, row_of
+from gcpo.packing.attention import tree_attention_on, tree_problem
+
+logger = logging.getLogger(__name__)
 
 _NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
@@ -60,15 +69,19 @@ def state_module(module: torch.nn.Module, layer: int) -> torch.nn.Module:
 class GCPOFSDPEngine(FSDPEngineWithLMHead):
     """FSDP engine of a language model, with states and the conditioned pass."""
 
-    # ---- states ---------------------------------------------------------------------------------------------------
+    # ---- states and packs -----------------------------------------------------------------------------------------
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
-        """verl's inputs; where states alone are wanted, the head is given no position to work on."""
-        model_inputs, output_args = super().prepare_model_inputs(micro_batch)
+        """verl's inputs, or a pack's; where states alone are wanted, the head is given no position to work on."""
         layer = tu.get_non_tensor_data(micro_batch, "gcpo_layer", None)
+        row = row_of(micro_batch)
+        if row is not None:
+            model_inputs, output_args = self._pack_inputs(row, micro_batch), {}
+        else:
+            model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         if layer is None:
             return model_inputs, output_args
-        if not tu.get_non_tensor_data(micro_batch, "gcpo_log_probs", False):
+        if row is None and not tu.get_non_tensor_data(micro_batch, "gcpo_log_probs", False):
             model_inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=model_inputs["input_ids"].device)
         captured: list[torch.Tensor] = []
 
@@ -82,7 +95,10 @@ class GCPOFSDPEngine(FSDPEngineWithLMHead):
     def prepare_model_outputs(
         self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Callable | None
     ) -> dict[str, torch.Tensor]:
-        """verl's outputs, and ``states``: a nested [B, d] tensor in float32."""
+        """verl's outputs, and ``states``: nested [B, d], float32. A pack's are flat: [1, K] and [1, Q * d]."""
+        row = row_of(micro_batch)
+        if row is not None:
+            return self._pack_outputs(row, output, output_args, micro_batch)
         if "gcpo_hook" not in output_args:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         output_args["gcpo_hook"].remove()
@@ -99,6 +115,50 @@ class GCPOFSDPEngine(FSDPEngineWithLMHead):
             states = packed[offsets[:-1] + index]
         model_output["states"] = torch.nested.as_nested_tensor(list(states.float()), layout=torch.jagged)
         return model_output
+
+    def _pack_inputs(self, row: PackedRow, micro_batch: TensorDict) -> dict[str, Any]:
+        input_ids = micro_batch["input_ids"].values()
+        return {
+            "input_ids": input_ids.unsqueeze(0),
+            "attention_mask": None,
+            "position_ids": micro_batch["position_ids"].values().unsqueeze(0),
+            "logits_to_keep": row.predict.to(input_ids.device),
+            "tree_pack": row.pack,
+        }
+
+    def _pack_outputs(
+        self, row: PackedRow, output: Any, output_args: dict, micro_batch: TensorDict
+    ) -> dict[str, torch.Tensor]:
+        logits = output.logits.squeeze(0)
+        temperature = float(tu.get_non_tensor_data(micro_batch, "temperature", 1.0))
+        if temperature != 1.0:
+            logits = logits / temperature
+        log_probs = logprobs_from_logits(logits, row.labels.to(logits.device))
+        model_output = {"log_probs": torch.nested.as_nested_tensor([log_probs], layout=torch.jagged)}
+        if "gcpo_hook" in output_args:
+            output_args["gcpo_hook"].remove()
+            hidden = output_args["gcpo_captured"][-1][0]
+            states = hidden[row.state_at.to(hidden.device)].float().flatten()
+            model_output["states"] = torch.nested.as_nested_tensor([states], layout=torch.jagged)
+        return model_output
+
+    @cached_property
+    def tree_problem(self) -> str | None:
+        """Why this engine's model can't be run on packed trees, ``None`` if it can; logged once."""
+        module = backbone(self.module)
+        if self.use_ulysses_sp:
+            problem = "sequences are split over ranks (ulysses_sequence_parallel_size)"
+        elif self.engine_config.use_fused_kernels:
+            problem = "fused kernels (use_fused_kernels) compute the log-probabilities of whole rows"
+        else:
+            problem = tree_problem(module.config, module)
+        if problem is not None and torch.distributed.get_rank() == 0:
+            logger.warning("gcpo: contexts are scored one by one, without shared prefixes: %s", problem)
+        return problem
+
+    def tree_attention(self) -> AbstractContextManager[None]:
+        """Within, the model takes packs; its backward passes belong inside."""
+        return tree_attention_on(backbone(self.module).config)
 
     # ---- the conditioned pass --------------------------------------------------------------------------------------
 
@@ -121,18 +181,24 @@ class GCPOFSDPEngine(FSDPEngineWithLMHead):
         return output
 
     def _conditioned_pass(self, data: TensorDict, settings: dict[str, Any]) -> dict[str, Any]:
+        if settings["packing"] == "tree" and self.tree_problem is None:
+            return self._packed_conditioned_pass(data, settings)
         batch = conditioned_batch(data)
         longest = self.max_over_ranks(int(batch["input_ids"].offsets().diff().max()))
         tu.assign_non_tensor(batch, max_token_len_per_gpu=max(settings["max_token_len_per_gpu"], longest))
         loss = partial(causal_kl_loss, settings=settings, num_tokens=data["batch_num_tokens"])
         return super().forward_backward_batch(batch, loss, False)
 
+    def _packed_conditioned_pass(self, data: TensorDict, settings: dict[str, Any]) -> dict[str, Any]:
+        batch = conditioned_packs(data, settings, self.max_over_ranks)
+        loss = partial(packed_causal_kl_loss, settings=settings, num_tokens=data["batch_num_tokens"])
+        with self.tree_attention():
+            return super().forward_backward_batch(batch, loss, False)
+
     def max_over_ranks(self, value: int) -> int:
         """The largest ``value`` of all data-parallel ranks."""
         largest = torch.tensor(value, device=get_device_id())
-        torch.distributed.all_reduce(
-            largest, op=torch.distributed.ReduceOp.MAX, group=self.get_data_parallel_group()
-        )
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.get_data_parallel_group())
         return int(largest)
 
     def _count_tokens(self, data: TensorDict) -> None:

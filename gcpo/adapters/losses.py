@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch.nn.utils.rnn import pad_sequence
 from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
@@ -22,8 +23,18 @@ def _kappa_term(
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """kappa times the aggregated KL' of Eq. 12, normalised like verl normalises the policy term of the same rows."""
     padded = data.select("gcpo_log_ref", "gcpo_kl_mask").to_padded_tensor()
-    mask = padded["gcpo_kl_mask"].bool()
-    kl = causal_kl(log_prob, padded["gcpo_log_ref"], max_kl=settings["max_kl"])
+    return _aggregate(log_prob, padded["gcpo_log_ref"], padded["gcpo_kl_mask"].bool(), data, settings, num_tokens)
+
+
+def _aggregate(
+    log_prob: torch.Tensor,
+    log_ref: torch.Tensor,
+    mask: torch.Tensor,
+    data: TensorDict,
+    settings: dict[str, Any],
+    num_tokens: int | None,
+) -> tuple[torch.Tensor, dict[str, Metric]]:
+    kl = causal_kl(log_prob, log_ref, max_kl=settings["max_kl"])
     loss = agg_loss(
         loss_mat=kl,
         loss_mask=mask,
@@ -54,6 +65,26 @@ def causal_kl_loss(
         num_tokens: response tokens of the plain rows over all ranks.
     """
     return _kappa_term(no_padding_2_padding(model_output["log_probs"], data), data, settings, num_tokens)
+
+
+def packed_causal_kl_loss(
+    model_output: dict[str, torch.Tensor],
+    data: TensorDict,
+    dp_group: Any = None,
+    *,
+    settings: dict[str, Any],
+    num_tokens: int | None,
+) -> tuple[torch.Tensor, dict[str, Metric]]:
+    """``causal_kl_loss`` of one pack of ``conditioned_packs``, whose responses stand one after another."""
+    lengths = data["gcpo_lengths"].values().tolist()
+
+    def rows(flat: torch.Tensor) -> torch.Tensor:
+        return pad_sequence(flat.split(lengths), batch_first=True)
+
+    log_prob, log_ref, mask = (
+        rows(nested.values()) for nested in (model_output["log_probs"], data["gcpo_log_ref"], data["gcpo_kl_mask"])
+    )
+    return _aggregate(log_prob, log_ref, mask.bool(), data, settings, num_tokens)
 
 
 def gcpo_loss(

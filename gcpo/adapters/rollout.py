@@ -81,9 +81,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         extra = eos if isinstance(eos, list | tuple) else [eos]
         self.end_ids = self.prompts.end_ids | {int(i) for i in extra if i is not None}
 
-    async def _run_agent_loop(
-        self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any
-    ) -> Any:
+    async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         """One session, with a seed of its own; a failure releases the group."""
         uid, session = kwargs["uid"], int(kwargs["session_id"])
         step = "val" if trajectory["validate"] else trajectory["step"]
@@ -96,9 +94,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             if group is not None and session not in group.sessions:
                 await self._arrive(group, uid, session, None, kwargs)
 
-    async def _run_prompt(
-        self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False
-    ) -> None:
+    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         """verl runs the sessions of one question; this opens their group."""
         if trajectory["validate"] or not self.gcpo.needs_rollout:
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
@@ -277,4 +273,3 @@ class GCPOAgentLoopManager(AgentLoopManagerTQ):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = GCPOAgentLoopWorker
-

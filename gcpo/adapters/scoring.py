@@ -1,7 +1,7 @@
 """Log-probabilities and hidden states of sequences, from the actor's own engine.
 
 ``Scorer`` is the one interface between what GCPO wants to know of the old policy and how the forward passes are laid
-out. ``DenseScorer`` runs every sequence by itself; a scorer that shares prefixes can take its place.
+out. ``TreeScorer`` runs what sequences share once; ``DenseScorer`` runs every sequence by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from gcpo.adapters.fields import nested
+from gcpo.adapters.packed import filler, packed_batch, packed_rows
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Score:
 class Scorer(Protocol):
     """Scores sequences under the current weights, without gradient, in the order of the requests."""
 
+    tokens: int
+    """Tokens that went through the model since the scorer was made."""
+
     def __call__(self, requests: Sequence[ScoreRequest]) -> list[Score]: ...
 
 
@@ -70,7 +74,6 @@ class DenseScorer:
         self.layer = layer
         self.max_tokens = max_tokens
         self.tokens = 0
-        """Tokens that went through the model since the scorer was made."""
 
     def __call__(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Score ``requests``."""
@@ -123,3 +126,78 @@ class DenseScorer:
             tu.assign_non_tensor(batch, gcpo_layer=self.layer)
         output = self.engine.infer_batch(batch)["model_output"]
         return {name: list(value.unbind()) for name, value in output.items()}
+
+
+class TreeScorer:
+    """Sequences that share prefixes as packed trees, cut into micro-batches by token budget.
+
+    All ranks must call it together: a rank with fewer packs than another runs some of two tokens.
+
+    Args:
+        engine: a ``GCPOFSDPEngine`` in eval mode whose ``tree_problem`` is ``None``.
+        settings: engine settings of the batch.
+        temperature: see ``DenseScorer``.
+        layer: ``features.layer``.
+        max_tokens: token budget of a micro-batch; a longer sequence raises a ``BudgetError``.
+        min_shared: shorter stretches are repeated instead of shared.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        settings: dict[str, Any],
+        temperature: float,
+        layer: int,
+        max_tokens: int,
+        min_shared: int,
+    ) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.temperature = temperature
+        self.layer = layer
+        self.max_tokens = max_tokens
+        self.min_shared = min_shared
+        self.tokens = 0
+
+    def __call__(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """Score ``requests``."""
+        rows = packed_rows(
+            [torch.cat([request.context, request.target]) for request in requests],
+            [len(request.context) if request.log_probs else None for request in requests],
+            [request.state_at for request in requests],
+            budget=self.max_tokens,
+            min_shared=self.min_shared,
+        )
+        self.tokens += sum(len(row.pack) for row in rows)
+        batch = packed_batch(rows + [filler()] * (max(1, self.engine.max_over_ranks(len(rows))) - len(rows)))
+        tu.assign_non_tensor(batch, **self.settings, temperature=self.temperature, gcpo_layer=self.layer)
+        with self.engine.tree_attention():
+            output = self.engine.infer_batch(batch)["model_output"]
+        scores: list[Score] = [Score()] * len(requests)
+        for row, flat, states in zip(rows, output["log_probs"].unbind(), output["states"].unbind(), strict=False):
+            flat, states = flat.float().cpu(), states.cpu().view(len(row.state_at), -1) if len(row.state_at) else states
+            at = taken = 0
+            for i in row.pack.sequences:
+                log_probs = state = None
+                if requests[i].log_probs:
+                    log_probs = flat[at : at + len(requests[i].target)]
+                    at += len(log_probs)
+                if requests[i].state_at is not None:
+                    state = states[taken]
+                    taken += 1
+                scores[i] = Score(log_probs, state)
+        return scores
+
+
+def make_scorer(
+    engine: Any,
+    *,
+    packing: str,
+    min_shared: int,
+    **arguments: Any,
+) -> DenseScorer | TreeScorer:
+    """``TreeScorer`` where ``packing`` is ``tree`` and the engine's model allows it, else ``DenseScorer``."""
+    if packing == "tree" and engine.tree_problem is None:
+        return TreeScorer(engine, min_shared=min_shared, **arguments)
+    return DenseScorer(engine, **arguments)

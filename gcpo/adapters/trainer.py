@@ -100,9 +100,7 @@ class GCPOTrainer(PPOTrainerSync):
             **flat_field("gcpo_outputs", "gcpo_output_lengths", [[]] * slots * self.gcpo.collider.num_generations),
         }
         fields = {name: nested([value] * len(keys)) for name, value in empty.items()}
-        tq.kv_batch_put(
-            keys=keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(keys))
-        )
+        tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(keys)))
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's old log-probabilities, then the causal stage, which needs them as pi_old(y | q)."""
@@ -186,7 +184,9 @@ class GCPOTrainer(PPOTrainerSync):
         for row in torch.nonzero(~padding).flatten().tolist():
             groups.setdefault(batch.keys[row].rsplit("_", 2)[0], []).append(row)
         mask = data["response_mask"].to_padded_tensor(0)
-        metrics["gcpo/tokens/scored"] = float(torch.stack(list(data["gcpo_scored_tokens"])).sum())
+        scored, unshared = torch.stack(list(data["gcpo_scored_tokens"])).sum(0).tolist()
+        metrics["gcpo/tokens/scored"] = scored
+        metrics["gcpo/tokens/scored_unshared"] = unshared
         if config.needs_rollout:
             # A padding row is a copy of a real row, with the counts of that row's group.
             entries = zip(list(data["gcpo_group"]), padding.tolist(), strict=True)
@@ -247,9 +247,7 @@ class GCPOTrainer(PPOTrainerSync):
             "gcpo_log_ref": nested([log_ref[row, : lengths[row]] for row in range(rows)]),
             "gcpo_kl_mask": nested([kl_mask[row, : lengths[row]].long() for row in range(rows)]),
         }
-        tq.kv_batch_put(
-            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=rows)
-        )
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=rows))
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's advantage stage; the estimator ``gcpo`` finds the weights of this batch."""
@@ -284,9 +282,9 @@ class GCPOTrainer(PPOTrainerSync):
             "num_shared": self.gcpo.collider.num_draws,
             "loss_agg_mode": actor.loss_agg_mode,
             "loss_scale_factor": actor.loss_scale_factor,
-            "max_token_len_per_gpu": int(
-                self.gcpo.scoring.max_token_len_per_gpu or actor.ppo_max_token_len_per_gpu
-            ),
+            "max_token_len_per_gpu": int(self.gcpo.scoring.max_token_len_per_gpu or actor.ppo_max_token_len_per_gpu),
+            "packing": self.gcpo.scoring.packing,
+            "min_shared_tokens": self.gcpo.scoring.min_shared_tokens,
             "measure_parts": parts,
         }
 
@@ -328,5 +326,3 @@ class GCPOTrainer(PPOTrainerSync):
 def mask_lengths(response_mask: torch.Tensor) -> list[int]:
     """Length of every row of a nested mask."""
     return [len(row) for row in response_mask.unbind()]
-
-

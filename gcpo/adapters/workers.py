@@ -14,7 +14,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from gcpo.adapters.fields import nested, split_rows
 from gcpo.adapters.losses import gcpo_loss
-from gcpo.adapters.scoring import DenseScorer, Score, Scorer, ScoreRequest
+from gcpo.adapters.scoring import Score, Scorer, ScoreRequest, make_scorer
 
 
 class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
@@ -40,21 +40,24 @@ class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
 
         Returns:
             Nested fields: ``gcpo_z`` [d]; ``gcpo_z_conditioned`` [D * M * d], zero where there is no generation;
-            ``gcpo_log_p`` [D * T_i], zero where there is no context; ``gcpo_scored_tokens`` [1]. Those that
+            ``gcpo_log_p`` [D * T_i], zero where there is no context; ``gcpo_scored_tokens`` [2]: this rank's tokens
+            through the model, and those there would be without sharing, an equal part in every row. Those that
             ``gcpo_scoring`` does not ask for are absent.
         """
         wanted = SimpleNamespace(**tu.get_non_tensor_data(data, "gcpo_scoring", None))
         engine, actor_config = self.actor.engine, self.loss_fn.keywords["config"]
-        budget = self.config.gcpo.scoring.max_token_len_per_gpu or actor_config.ppo_max_token_len_per_gpu
-        scorer = DenseScorer(
+        scoring = self.config.gcpo.scoring
+        scorer = make_scorer(
             engine,
+            packing=scoring.packing,
+            min_shared=scoring.min_shared_tokens,
             settings={
                 "use_remove_padding": engine.use_remove_padding,
                 "use_fused_kernels": self.actor.engine_config.use_fused_kernels,
             },
             temperature=tu.get_non_tensor_data(data, "temperature", 1.0),
             layer=wanted.layer,
-            max_tokens=int(budget),
+            max_tokens=int(scoring.max_token_len_per_gpu or actor_config.ppo_max_token_len_per_gpu),
         )
         with engine.eval_mode():
             return score_rows(data, wanted, scorer, self.actor.model_config.tokenizer)
@@ -104,17 +107,19 @@ def score_rows(data: TensorDict, wanted: SimpleNamespace, scorer: Scorer, tokeni
                         requests.append(state_request(contexts[j // per_context], output))
         rows.append(row)
     scores = scorer(requests)
-    tokens = sum(len(request.context) + len(request.target) for request in requests)
-    return _lay_out(rows, scores, wanted, tokens)
+    dense = sum(len(request.context) + len(request.target) for request in requests)
+    return _lay_out(rows, scores, wanted, scorer.tokens, dense)
 
 
-def _lay_out(rows: list[dict[str, Any]], scores: list[Score], wanted: SimpleNamespace, tokens: int) -> TensorDict:
+def _lay_out(
+    rows: list[dict[str, Any]], scores: list[Score], wanted: SimpleNamespace, tokens: int, dense: int
+) -> TensorDict:
     size = next((len(score.state) for score in scores if score.state is not None), 1)
 
     def states(indices: list[int | None]) -> torch.Tensor:
         return torch.cat([torch.zeros(size) if at is None else scores[at].state for at in indices])
 
-    fields = {"gcpo_scored_tokens": torch.full((len(rows), 1), tokens / len(rows))}
+    fields = {"gcpo_scored_tokens": torch.tensor([[tokens, dense]]).repeat(len(rows), 1) / len(rows)}
     if wanted.states:
         fields["gcpo_z"] = nested([scores[row["z"]].state for row in rows])
     if wanted.contexts and wanted.conditioned:

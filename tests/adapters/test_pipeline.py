@@ -142,14 +142,19 @@ def log_probs_of(context: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return -1.0 - (target.double() * 0.37 + context.double().sum() * 0.011).sin().float().abs()
 
 
-def scorer(requests: list[ScoreRequest]) -> list[Score]:
-    return [
-        Score(
-            log_probs_of(request.context, request.target) if request.log_probs else None,
-            None if request.state_at is None else state_of(request.context, request.target, request.state_at),
-        )
-        for request in requests
-    ]
+class Scorer:
+    """Scores that follow from the tokens."""
+
+    tokens = 1000
+
+    def __call__(self, requests: list[ScoreRequest]) -> list[Score]:
+        return [
+            Score(
+                log_probs_of(request.context, request.target) if request.log_probs else None,
+                None if request.state_at is None else state_of(request.context, request.target, request.state_at),
+            )
+            for request in requests
+        ]
 
 
 class Actor:
@@ -181,7 +186,7 @@ class Actor:
         data = self.queue.kv_batch_get(request.keys, request.partition_id, request.fields)
         tu.assign_non_tensor(data, **request.extra_info)
         wanted = SimpleNamespace(**tu.get_non_tensor_data(data, "gcpo_scoring", None))
-        found = score_rows(data, wanted, scorer, self.tokenizer)
+        found = score_rows(data, wanted, Scorer(), self.tokenizer)
         return self.queue.kv_batch_put(request.keys, request.partition_id, found)
 
     def update_actor(self, batch: Any) -> Any:
@@ -323,6 +328,8 @@ def test_what_the_update_is_told(make_config: Callable, queue: MemoryQueue, toke
         "loss_agg_mode": "seq-mean-token-mean",
         "loss_scale_factor": None,
         "max_token_len_per_gpu": 32768,
+        "packing": "tree",
+        "min_shared_tokens": 8,
         "measure_parts": [],
     }
     assert "gcpo" not in batch.extra_info

@@ -6,11 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from gcpo.adapters.scoring import DenseScorer, Score, ScoreRequest
+from gcpo.adapters.scoring import DenseScorer, Score, ScoreRequest, TreeScorer, make_scorer
 from gcpo.adapters.workers import score_rows
 from tests.adapters.ranks import build_engine, pack, run_on_ranks
+
+PACKINGS = pytest.mark.parametrize("packing", ["tree", "dense"])
 
 
 def make_requests(count: int) -> list[ScoreRequest]:
@@ -35,20 +38,25 @@ def make_requests(count: int) -> list[ScoreRequest]:
     return requests
 
 
-def score(rank: int, world: int, path: str, counts: tuple[int, ...], layer: int, budgets: tuple[int, ...]) -> Any:
+def score(
+    rank: int, world: int, path: str, packing: str, counts: tuple[int, ...], layer: int, budgets: tuple[int, ...]
+) -> Any:
     engine = build_engine(path)
     head_positions: list[int] = []
     engine.module.lm_head.register_forward_hook(lambda m, args, out: head_positions.append(args[0].shape[1]))
     found = []
     with engine.eval_mode():
         for budget in budgets:
-            scorer = DenseScorer(
+            scorer = make_scorer(
                 engine,
+                packing=packing,
+                min_shared=2,
                 settings={"use_remove_padding": False, "use_fused_kernels": False},
                 temperature=0.7,
                 layer=layer,
                 max_tokens=budget,
             )
+            assert type(scorer) is {"tree": TreeScorer, "dense": DenseScorer}[packing]
             head_positions.clear()
             scores = scorer(make_requests(counts[rank]))
             found.append([(s.log_probs, s.state) for s in scores])
@@ -84,40 +92,48 @@ def assert_scores(found: list[tuple], wanted: list[tuple]) -> None:
                 torch.testing.assert_close(value.double(), right, rtol=1e-4, atol=1e-4)
 
 
-def test_scores_equal_one_at_a_time_for_any_budget(tiny_model: Path) -> None:
+@PACKINGS
+def test_scores_equal_one_at_a_time_for_any_budget(tiny_model: Path, packing: str) -> None:
     """Log-probs under the temperature and states after the final norm, whatever the token budget; requests without
     log-probs give the head no position to work on."""
-    found, head = run_on_ranks(1, score, str(tiny_model), (10,), -1, (4096, 45))[0]
+    found, head = run_on_ranks(1, score, str(tiny_model), packing, (10,), -1, (4096, 45))[0]
     wanted = expected(str(tiny_model), make_requests(10), -1)
     for scores in found:
         assert_scores(scores, wanted)
-    assert 0 in head and any(head)
+    targets = sum(len(request.target) for request in make_requests(10) if request.log_probs)
+    assert (0 in head and any(head)) if packing == "dense" else sum(head) == targets
 
 
-def test_an_inner_layer(tiny_model: Path) -> None:
+@PACKINGS
+def test_an_inner_layer(tiny_model: Path, packing: str) -> None:
     """``features.layer`` k is transformers' hidden state k."""
-    found, _ = run_on_ranks(1, score, str(tiny_model), (8,), 1, (4096,))[0]
+    found, _ = run_on_ranks(1, score, str(tiny_model), packing, (8,), 1, (4096,))[0]
     assert_scores(found[0], expected(str(tiny_model), make_requests(8), 1))
 
 
-def test_ranks_with_different_numbers_of_requests(tiny_model: Path) -> None:
+@PACKINGS
+def test_ranks_with_different_numbers_of_requests(tiny_model: Path, packing: str) -> None:
     """A rank with fewer requests, or none, takes part in every collective and returns its own."""
-    found = run_on_ranks(2, score, str(tiny_model), (9, 0), -1, (45,))
+    found = run_on_ranks(2, score, str(tiny_model), packing, (9, 0), -1, (45,))
     assert_scores(found[0][0][0], expected(str(tiny_model), make_requests(9), -1))
     assert found[1][0][0] == []
 
 
-def fake_scorer(requests: list[ScoreRequest]) -> list[Score]:
+class FakeScorer:
     """A state that names its sequence and place; log-probs that count the context."""
-    return [
-        Score(
-            torch.full((len(r.target),), -float(len(r.context))) if r.log_probs else None,
-            None
-            if r.state_at is None
-            else torch.tensor([float(torch.cat([r.context, r.target])[r.state_at]), float(len(r.context))]),
-        )
-        for r in requests
-    ]
+
+    tokens = 7
+
+    def __call__(self, requests: list[ScoreRequest]) -> list[Score]:
+        return [
+            Score(
+                torch.full((len(r.target),), -float(len(r.context))) if r.log_probs else None,
+                None
+                if r.state_at is None
+                else torch.tensor([float(torch.cat([r.context, r.target])[r.state_at]), float(len(r.context))]),
+            )
+            for r in requests
+        ]
 
 
 def layout(**changes: Any) -> dict[str, list[list[float]]]:
@@ -141,13 +157,14 @@ def layout(**changes: Any) -> dict[str, list[list[float]]]:
         "gcpo_output_lengths": torch.tensor([3, 0, 1]),
     }
     tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=0)
-    batch = score_rows(pack([row]), SimpleNamespace(**{**wanted, **changes}), fake_scorer, tokenizer)
+    batch = score_rows(pack([row]), SimpleNamespace(**{**wanted, **changes}), FakeScorer(), tokenizer)
     return {name: [value[0].tolist()] for name, value in batch.items()}
 
 
 def test_row_layout() -> None:
     """Places without a context or a generation are zeros; the others stand where they belong."""
     fields = layout()
+    assert fields["gcpo_scored_tokens"] == [[7.0, 3 + 4 + 2 * 3 + 4]]
     assert fields["gcpo_z"] == [[2.0, 0.0]]
     assert fields["gcpo_z_conditioned"] == [[2.0, 0.0, 0.0, 0.0, 60.0, 0.0]]
     assert fields["gcpo_log_p"] == [[-3.0] * 3 + [0.0] * 3 + [-1.0] * 3]

@@ -1,0 +1,167 @@
+"""Attention over a packed prefix tree, as an attention function of transformers.
+
+``tree_attention`` is registered under ``ATTENTION`` and finds the layout of the row in the keyword ``tree_pack``, which
+the model passes down. A query sees the keys of the nodes above its own and the earlier ones of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from gcpo.packing.tree import TreePack
+
+ATTENTION = "gcpo_tree"
+
+
+def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Mask [queries, keys] of queries that are the last ones of their keys' sequence."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _node_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of one node: query [1, H, S, D] at the end of key and value [1, H', P, D]."""
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == keys or queries == 1:
+        mask, causal = None, queries > 1
+    else:
+        mask, causal = _lower_right(queries, keys, query.device), False
+    return scaled_dot_product_attention(
+        query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Attention node by node.
+
+    The keys of a node's ancestors are gathered for it; saved for the backward pass they would take as much memory as
+    sequences that share nothing, so they are gathered, and the node's attention done, once more there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: TreePack, scaling: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.pack, ctx.scaling = pack, scaling
+        out = torch.empty_like(query)
+        for node, path in enumerate(pack.paths):
+            start, end = pack.spans[node]
+            keys, values = _gather(key, pack, path), _gather(value, pack, path)
+            out[:, :, start:end] = _node_attention(query[:, :, start:end], keys, values, scaling)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        pack = ctx.pack
+        grads = [torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)]
+        for node, path in enumerate(pack.paths):
+            start, end = pack.spans[node]
+            inputs = (query[:, :, start:end], _gather(key, pack, path), _gather(value, pack, path))
+            with torch.enable_grad():
+                inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+                out = _node_attention(*inputs, ctx.scaling)
+            of_query, *of_keys = torch.autograd.grad(out, inputs, grad[:, :, start:end])
+            grads[0][:, :, start:end] = of_query
+            for total, part in zip(grads[1:], of_keys, strict=True):
+                at = 0
+                for ancestor in path:
+                    low, high = pack.spans[ancestor]
+                    total[:, :, low:high] += part[:, :, at : at + high - low]
+                    at += high - low
+        return (*grads, None, None)
+
+
+def _gather(tensor: Tensor, pack: TreePack, path: tuple[int, ...]) -> Tensor:
+    """The columns of the nodes of ``path``, one after another."""
+    pieces = [tensor[:, :, slice(*pack.spans[node])] for node in path]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    tree_pack: TreePack,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one packed row.
+
+    Args:
+        module: the attention layer.
+        query: [1, H, N, D].
+        key: [1, H', N, D], H a multiple of H'.
+        value: as ``key``.
+        attention_mask: must be ``None``: the tree is the mask.
+        scaling: of the logits, 1/sqrt(D) where ``None``.
+        dropout: must be 0.
+        tree_pack: the layout of the row.
+        kwargs: ignored; transformers passes more.
+
+    Returns:
+        [1, N, H, D], and ``None`` for the attention weights.
+
+    Raises:
+        ValueError: the row does not have the pack's tokens, or a mask or dropout is asked for.
+    """
+    if query.shape[0] != 1 or query.shape[2] != len(tree_pack):
+        raise ValueError(
+            f"the pack holds one row of {len(tree_pack)} tokens, "
+            f"the model was given {query.shape[0]} of {query.shape[2]}"
+        )
+    if attention_mask is not None or dropout:
+        raise ValueError("attention over a packed tree takes neither a mask nor dropout")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = _TreeAttention.apply(query, key, value, tree_pack, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register_tree_attention() -> None:
+    """Make ``ATTENTION`` known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, tree_attention)
+
+
+def tree_problem(config: Any, module: torch.nn.Module) -> str | None:
+    """Why a model can't be run on packed trees, ``None`` if it can.
+
+    Args:
+        config: the model's transformers configuration.
+        module: the model.
+    """
+    kind = type(module).__name__
+    if not getattr(module, "_supports_attention_backend", False):
+        return f"{kind} does not take its attention function from transformers' AttentionInterface"
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        return f"{kind} has layers that are not full attention: {', '.join(sorted(layer_types))}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return f"{kind} caps its attention logits"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"{kind} has attention dropout"
+    return None
+
+
+@contextmanager
+def tree_attention_on(config: Any) -> Iterator[None]:
+    """Within, a model with this configuration attends over packed trees.
+
+    Backward passes belong inside: gradient checkpointing runs the layers again.
+    """
+    register_tree_attention()
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

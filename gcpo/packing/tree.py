@@ -1,0 +1,244 @@
+"""Prefix trees over token sequences, and their packing into rows of bounded length.
+
+A node of the tree is a stretch of tokens that the same sequences share. Its queries see the keys of the nodes above it
+and, causally, its own. The tree is found from the tokens themselves, so whatever is packed is exact: an order of the
+blocks that shares little costs time, never correctness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+class BudgetError(ValueError):
+    """A token budget that can't hold the longest sequence."""
+
+
+@dataclass(frozen=True)
+class TreePack:
+    """Some of the sequences of a forest as one packed row of N tokens.
+
+    Attributes:
+        sequences: which sequences are here, by their place in the forest's input.
+        token_ids: int64 [N].
+        position_ids: int64 [N], the depth of every token: its position in any sequence that it belongs to.
+        spans: start and end of every node in the row. A node stands behind its parent and before what follows its
+            parent's subtree.
+        parents: the parent of every node, -1 for a root.
+        places: for every sequence, int64 [its length]: where its tokens stand in the row.
+    """
+
+    sequences: tuple[int, ...]
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    spans: tuple[tuple[int, int], ...]
+    parents: tuple[int, ...]
+    places: tuple[torch.Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @cached_property
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """For every node the nodes from its root down to itself."""
+        paths: list[tuple[int, ...]] = []
+        for node, parent in enumerate(self.parents):
+            paths.append((*(paths[parent] if parent >= 0 else ()), node))
+        return tuple(paths)
+
+    @cached_property
+    def key_index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The keys of all nodes one after another, for variable-length attention kernels.
+
+        Returns:
+            Where the keys stand in the row, int64 [sum of the path lengths]; cumulative query lengths and cumulative
+            key lengths, int32 [nodes + 1].
+        """
+        index = [torch.arange(*self.spans[node]) for path in self.paths for node in path]
+        queries = [end - start for start, end in self.spans]
+        keys = [sum(self.spans[node][1] - self.spans[node][0] for node in path) for path in self.paths]
+        cumulative = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys)]
+        return torch.cat(index), *cumulative
+
+
+@dataclass(frozen=True)
+class _Node:
+    parent: int
+    start: int
+    end: int
+    """Positions in any of its sequences."""
+    sequence: int
+
+
+class PrefixForest:
+    """The prefix trees of a set of sequences.
+
+    Args:
+        sequences: token ids, int64 [S], S >= 1, in any order; equal ones and prefixes of others are fine.
+        min_shared: a stretch shorter than this is repeated instead of shared, because every node costs attention
+            calls of its own.
+
+    Raises:
+        ValueError: a sequence is empty, or ``min_shared`` is below 1.
+    """
+
+    def __init__(self, sequences: Sequence[torch.Tensor], *, min_shared: int = 8) -> None:
+        if min_shared < 1:
+            raise ValueError(f"min_shared is {min_shared}, it must be at least 1")
+        for i, sequence in enumerate(sequences):
+            if not len(sequence):
+                raise ValueError(f"sequence {i} of {len(sequences)} is empty")
+        self.sequences = [sequence.detach().to("cpu", torch.int64) for sequence in sequences]
+        # Big-endian bytes of ids, which are not negative, stand in the order of the ids.
+        names = [sequence.numpy().astype(">u4").tobytes() for sequence in self.sequences]
+        self.order = sorted(range(len(names)), key=names.__getitem__)
+        """The sequences in depth-first order."""
+        self._nodes: list[_Node] = []
+        self._leaf = [-1] * len(names)
+        """The last node of every sequence."""
+        common = [0] + [
+            _common_prefix(self.sequences[a], self.sequences[b])
+            for a, b in zip(self.order, self.order[1:], strict=False)
+        ]
+        self._build(common, min_shared)
+        self._chains = [self._chain(leaf) for leaf in self._leaf]
+
+    def _build(self, common: list[int], min_shared: int) -> None:
+        # Ranges of `order` that share their first `depth` tokens, with the node that holds them.
+        todo = [(0, len(self.order), 0, -1)] if self.order else []
+        while todo:
+            low, high, depth, parent = todo.pop()
+            children: list[tuple[int, int]] = []
+            start = low
+            for k in range(low + 1, high + 1):
+                if k == high or common[k] < depth + min_shared:
+                    children.append((start, k))
+                    start = k
+            below = []
+            for first, last in children:
+                end = min([len(self.sequences[self.order[first]]), *common[first + 1 : last]])
+                node = parent
+                if end > depth:
+                    node = len(self._nodes)
+                    self._nodes.append(_Node(parent, depth, end, self.order[first]))
+                if last - first == 1:
+                    self._leaf[self.order[first]] = node
+                else:
+                    below.append((first, last, end, node))
+            # A sequence that ends where its range forks is a child without tokens of its own.
+            todo.extend(reversed(below))
+
+    def _chain(self, node: int) -> tuple[int, ...]:
+        chain = []
+        while node >= 0:
+            chain.append(node)
+            node = self._nodes[node].parent
+        return tuple(reversed(chain))
+
+    @property
+    def dense_tokens(self) -> int:
+        """Tokens of all sequences without sharing."""
+        return sum(map(len, self.sequences))
+
+    @property
+    def tree_tokens(self) -> int:
+        """Tokens of all nodes: what one unlimited pack holds."""
+        return sum(node.end - node.start for node in self._nodes)
+
+    def _shared(self, a: int, b: int) -> int:
+        """Tokens that sequences ``a`` and ``b`` share in the tree."""
+        shared = 0
+        for x, y in zip(self._chains[a], self._chains[b], strict=False):
+            if x != y:
+                break
+            shared = self._nodes[x].end
+        return shared
+
+    def packs(self, budget: int | None = None) -> list[TreePack]:
+        """Cut the forest into rows of at most ``budget`` tokens where the least has to be repeated.
+
+        A row holds a stretch of the depth-first order; a cut repeats what the sequences on both sides share. Of cuts
+        that repeat as much, those that make fewer rows are taken.
+
+        Args:
+            budget: tokens of a row; ``None``: everything in one.
+
+        Raises:
+            BudgetError: a sequence is longer than ``budget``.
+        """
+        if not self.order:
+            return []
+        if budget is None:
+            return [self._pack(self.order)]
+        longest = max(map(len, self.sequences))
+        if longest > budget:
+            raise BudgetError(
+                f"the token budget is {budget} and the longest sequence has {longest} tokens: "
+                f"raise the budget to at least {longest}, or shorten the blocks"
+            )
+        order, count = self.order, len(self.order)
+        shared = [0] + [self._shared(a, b) for a, b in zip(order, order[1:], strict=False)]
+        best: list[tuple[float, int]] = [(0.0, 0)]  # cost of packing the first k sequences, and the last pack's start
+        for last in range(1, count + 1):
+            cheapest = (float("inf"), 0)
+            tokens = 0
+            for first in range(last - 1, -1, -1):
+                # The pack's first sequence stands in it with all its tokens, the next ones with what is new.
+                tokens += len(self.sequences[order[first]])
+                if first + 1 < last:
+                    tokens -= shared[first + 1]
+                if tokens > budget:
+                    break
+                cheapest = min(cheapest, (best[first][0] + (shared[first] + 1 if first else 0), first))
+            best.append(cheapest)
+        cuts, at = [count], count
+        while at:
+            at = best[at][1]
+            cuts.append(at)
+        cuts.reverse()
+        return [self._pack(order[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+    def _pack(self, chosen: Sequence[int]) -> TreePack:
+        kept = sorted({node for i in chosen for node in self._chains[i]}, key=self._depth_first_key(chosen))
+        children: dict[int, int] = {}
+        for node in kept:
+            children[self._nodes[node].parent] = children.get(self._nodes[node].parent, 0) + 1
+        row_of: dict[int, tuple[int, int]] = {}
+        number: dict[int, int] = {}
+        spans: list[tuple[int, int]] = []
+        parents: list[int] = []
+        tokens, positions, at = [], [], 0
+        for node in kept:
+            entry = self._nodes[node]
+            size = entry.end - entry.start
+            row_of[node] = (at, at + size)
+            if entry.parent >= 0 and children[entry.parent] == 1:
+                # An only child stands right behind its parent: one node for the attention.
+                number[node] = number[entry.parent]
+                spans[number[node]] = (spans[number[node]][0], at + size)
+            else:
+                number[node] = len(spans)
+                spans.append((at, at + size))
+                parents.append(number[entry.parent] if entry.parent >= 0 else -1)
+            tokens.append(self.sequences[entry.sequence][entry.start : entry.end])
+            positions.append(torch.arange(entry.start, entry.end))
+            at += size
+        places = tuple(torch.cat([torch.arange(*row_of[node]) for node in self._chains[i]]) for i in chosen)
+        return TreePack(tuple(chosen), torch.cat(tokens), torch.cat(positions), tuple(spans), tuple(parents), places)
+
+    def _depth_first_key(self, chosen: Sequence[int]) -> Callable[[int], tuple[int, int]]:
+        first: dict[int, tuple[int, int]] = {}
+        for rank, i in enumerate(chosen):
+            for depth, node in enumerate(self._chains[i]):
+                first.setdefault(node, (rank, depth))
+        return first.__getitem__
+
+
+def _common_prefix(a: torch.Tensor, b: torch.Tensor) -> int:
+    size = min(len(a), len(b))
+    differ = torch.nonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size
