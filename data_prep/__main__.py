@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.core import SEED, DataError, is_prepared, prepare
+from data_prep.core import PROVENANCE, SEED, DataError, is_prepared, prepare
 from data_prep.overlap import load_sets
 from data_prep.sets import SETS, find_set
 
@@ -87,10 +87,15 @@ def run(options: argparse.Namespace) -> None:
     if dataset.rows and prepared.read not in dataset.rows and not options.rows:
         known = " or ".join(map(str, dataset.rows))
         print(f"note: {dataset.name} is known with {known} rows, this source has {prepared.read}", file=sys.stderr)
-    print(f"{output}: {len(prepared.train)} rows to train on, {len(prepared.test)} to evaluate on")
+    counts = {"to train on": len(prepared.train), "to evaluate on": len(prepared.test)}
+    print(f"{output}: " + ", ".join(f"{count} rows {what}" for what, count in counts.items() if count))
     for word, reasons in (("dropped", prepared.dropped), ("kept", prepared.noted)):
         for reason, which in reasons.items():
             print(f"{word}: {len(which)} × {reason}")
+    for name in prepared.changed:
+        print(f"note: {output / name} is not what it was before", file=sys.stderr)
+    if prepared.dropped or prepared.noted:
+        print(f"which rows: {output / PROVENANCE}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

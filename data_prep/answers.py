@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.core import Drop
 from gcpo.rewards import boxed_answer, normalize
 
-NO_ANSWER = ("proof", "notfound", "not found", "none", "n/a", "nan")
+NO_ANSWER = ("proof", "notfound", "not found", "n/a")
 """What stands in the answer column of a problem that has none."""
 
 _PLAIN = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
@@ -47,7 +47,7 @@ def canonical(value: Any) -> str:
         if not math.isfinite(value):
             return ""
         value = int(value) if value.is_integer() else repr(value)
-    text = re.sub(r"\s+", " ", str(value)).strip().strip("$").strip()
+    text = re.sub(r"\s+", " ", str(value)).strip()
     number = normalize(text)
     return number if _PLAIN.fullmatch(number) else text
 

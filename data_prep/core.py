@@ -154,7 +154,7 @@ class Records:
                 yield self._rows[index]
             return
         for start in range(0, len(indices), BATCH):
-            yield from self._rows.take(indices[start : start + BATCH]).to_pylist()
+            yield from self._rows.take(list(indices[start : start + BATCH])).to_pylist()
 
 
 @dataclass(frozen=True)
@@ -217,12 +217,12 @@ def _files_of(dataset: DataSet, path: Path) -> list[Path]:
     )
     if not found:
         raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file; give the folder or the file with the rows")
-    of_split = [file for file in found if _split_of(file.relative_to(path)) == dataset.split]
-    if of_split:
-        return of_split
-    unnamed = [file for file in found if _split_of(file.relative_to(path)) is None]
-    if len(unnamed) == 1:
-        return unnamed
+    splits = {file: _split_of(file.relative_to(path)) for file in found}
+    chosen = [file for file in found if splits[file] == dataset.split] or [file for file in found if not splits[file]]
+    # Without the split in their names, parts of one set differ in numbers alone, and other files are other sets.
+    kinds = {re.sub(r"\d+", "", file.name) for file in chosen if _split_of(Path(file.name)) is None}
+    if chosen and len(kinds) <= 1:
+        return chosen
     names = ", ".join(str(file.relative_to(path)) for file in found[:5]) + (", ..." if len(found) > 5 else "")
     raise DataError(f"{path} holds {names}, and which of them is {dataset.name} is not clear; give the file")
 
@@ -256,7 +256,7 @@ def read_files(dataset: DataSet, files: Sequence[Path]) -> Source:
     if all(isinstance(part, pa.Table) for part in parts):
         try:
             joined: Any = parts[0] if len(parts) == 1 else pa.concat_tables(parts, promote_options="default")
-        except pa.ArrowException as error:
+        except (pa.ArrowException, TypeError) as error:
             raise DataError(f"{files[0].parent} holds files of different columns ({first_line(error)})") from error
     else:
         joined = [row for part in parts for row in (part.to_pylist() if isinstance(part, pa.Table) else part)]
@@ -277,17 +277,18 @@ def read_file(path: Path, wanted: Callable[[Iterable[str]], list[str]] = list) -
     Raises:
         DataError: it can't be read, or holds no rows of objects.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         if path.name.endswith(".parquet"):
-            import pyarrow.parquet as pq
-
             names = pq.read_schema(path).names
             return pq.read_table(path, columns=wanted(names), partitioning=None), set(names)
         data = path.read_bytes()
         if path.name.endswith(".gz"):
             data = gzip.decompress(data)
         rows = _rows_of_json(data.decode("utf-8-sig"))
-    except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:  # arrow's are OSError or ValueError
+    except (OSError, ValueError, EOFError, zlib.error, RecursionError, pa.ArrowException) as error:
         raise DataError(f"{path} can't be read: {first_line(error)}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} holds no list of rows; it must be a list of objects, or one object per line")
@@ -350,6 +351,8 @@ class Prepared:
     """The rows that also stand in an evaluation set, with where, and how alike they are."""
     read: int = 0
     not_drawn: int = 0
+    changed: list[str] = field(default_factory=list)
+    """Files that stood in the output folder with other bytes."""
 
     @property
     def summary(self) -> str:
@@ -391,6 +394,8 @@ def convert_rows(
             break
         try:
             row = schema.convert(raw)
+            if not is_unicode(row.question) or not is_unicode(row.ground_truth):
+                raise Drop("half a character, which is no text")
             trained = dataset.kind == "train" and not row.held_out
             if dataset.kind == "train":
                 key = key_of(row.question)
@@ -410,6 +415,15 @@ def convert_rows(
     return prepared
 
 
+def is_unicode(text: str) -> bool:
+    """False where there is a lone surrogate, which JSON can hold and no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _verl_row(dataset: DataSet, row: Row, index: int, split: str, source_row: int) -> dict[str, Any]:
     prompt = row.prompt
     if prompt is None:
@@ -426,7 +440,7 @@ def _verl_row(dataset: DataSet, row: Row, index: int, split: str, source_row: in
             "split": split,
             "source_row": source_row,
             "question": row.question,
-            "details": json.dumps(dict(row.details), ensure_ascii=False, sort_keys=True),
+            "details": json.dumps(dict(row.details), sort_keys=True),
         },
     }
 
@@ -506,7 +520,7 @@ def prepare(
         "compared_with": evaluation.origin if evaluation is not None and dataset.kind == "train" else [],
         "overlaps": prepared.overlaps,
     }
-    _write(output, {"train": prepared.train, "test": prepared.test}, provenance)
+    prepared.changed = _write(output, {"train": prepared.train, "test": prepared.test}, provenance)
     return prepared
 
 
@@ -521,8 +535,12 @@ def _check_output(dataset: DataSet, output: Path) -> None:
         raise DataError(f"{output} holds the set {there}; give another folder for {dataset.name}: --output DIR")
 
 
-def _write(output: Path, parts: Mapping[str, list[dict[str, Any]]], provenance: dict[str, Any]) -> None:
-    """Write all files into a folder beside ``output``, and put them in their places when they are whole."""
+def _write(output: Path, parts: Mapping[str, list[dict[str, Any]]], provenance: dict[str, Any]) -> list[str]:
+    """Write all files into a folder of their own and put them in their places when they are whole.
+
+    Returns:
+        The parquet files that were there before, with other bytes.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -540,13 +558,16 @@ def _write(output: Path, parts: Mapping[str, list[dict[str, Any]]], provenance: 
                 files[path.name] = {"rows": len(rows), "sha256": sha256_of(path)}
         provenance = {**provenance, "files": files, "versions": {"pyarrow": pa.__version__}}
         (staged / PROVENANCE).write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
-        for split in parts:
-            if f"{split}.parquet" not in files:
-                (output / f"{split}.parquet").unlink(missing_ok=True)
+        there = [output / f"{split}.parquet" for split in parts if (output / f"{split}.parquet").exists()]
+        changed = [path.name for path in there if files.get(path.name, {}).get("sha256") != sha256_of(path)]
+        for path in there:
+            if path.name not in files:
+                path.unlink()
         for name in (*files, PROVENANCE):
             os.replace(staged / name, output / name)
         made = None
-    except (OSError, pa.ArrowException) as error:
+        return changed
+    except (OSError, ValueError) as error:  # arrow's are one or the other
         raise DataError(f"{output} can't be written: {first_line(error)}") from error
     finally:
         if staged is not None:

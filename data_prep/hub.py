@@ -33,7 +33,7 @@ def read_hub(dataset: DataSet, hub: Hub, revision: str | None = None) -> Source:
     huggingface_hub.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     commit = _commit(hub.name, revision)
-    parts = []
+    parts: list[Any] = []
     with _cache_only(commit is None):
         for config in hub.configs:
             try:
@@ -47,18 +47,21 @@ def read_hub(dataset: DataSet, hub: Hub, revision: str | None = None) -> Source:
                     ) from error
                 raise DataError(f"the data set {hub.name} can't be loaded: {first_line(error)}") from error
             parts.append(_one_split(splits, hub))
+    found = commit or _commit_of_cache(parts[0])
+    if revision not in (None, found) and commit is None:
+        raise DataError(f"the revision {revision} of {hub.name} is not in the cache, and the hub does not answer")
     table = pa.concat_tables(
         [part.with_format("arrow").select_columns(dataset.wanted(part.column_names))[:] for part in parts],
         promote_options="default",
     )
-    if not len(table):
+    if not sum(map(len, parts)):
         raise DataError(f"the data set {hub.name} has no rows in its split {hub.split}")
     origin = {
         "kind": "hub",
         "name": hub.name,
         "configs": list(hub.configs),
         "split": hub.split,
-        "revision": commit or _commit_of_cache(parts[0]),
+        "revision": found,
         "rows": len(table),
         "sha256_of_rows": _hash_of_rows(table),
     }
@@ -121,7 +124,9 @@ def _commit_of_cache(part: Any) -> str | None:
 
 def _hash_of_rows(table: pa.Table) -> str:
     digest = hashlib.sha256()
-    for start in range(0, len(table), HASHED):  # whatever the chunks of the table are
-        for batch in table.slice(start, HASHED).combine_chunks().to_batches():
+    for start in range(0, len(table), HASHED):
+        # A slice keeps the chunks and offsets of the table; the same rows would have another hash.
+        rows = table.take(list(range(start, min(start + HASHED, len(table)))))
+        for batch in rows.combine_chunks().to_batches():
             digest.update(batch.serialize())
     return digest.hexdigest()

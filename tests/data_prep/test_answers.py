@@ -1,0 +1,98 @@
+"""Answers as they stand in the files, and what becomes of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_prep.answers import answers_of, boxed, canonical, encode, text_of
+from data_prep.core import Drop
+from gcpo.rewards import same_answer
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        (60.0, "60"),
+        (-1.0, "-1"),
+        (0.5, "0.5"),
+        (7, "7"),
+        ("060", "60"),
+        ("000", "0"),
+        ("27.0", "27"),
+        ("-4.0", "-4"),
+        ("1,000", "1000"),
+        (r"10,\!080", "10080"),
+        (r"\$32,\!348", "32348"),
+        (r"90^\circ", "90"),
+        ("9.6\n", "9.6"),
+        ("24.310", "24.31"),
+        (r"15000 \text{ kcal m}^{-2} \text{yr}^{-1}", "15000"),
+        ("1,2,3", "1,2,3"),
+        ("(1,000)", "(1,000)"),
+        (r"\frac{1}{2}", r"\frac{1}{2}"),
+        (r"\text{(C)}", r"\text{(C)}"),
+        ("4.5e33", "4.5e33"),
+        ("  p  -\n q ", "p - q"),
+        ("", ""),
+        (None, ""),
+        (True, ""),
+        (float("nan"), ""),
+        (float("inf"), ""),
+    ],
+)
+def test_one_form(value, answer):
+    assert canonical(value) == answer
+    assert canonical(answer) == answer
+
+
+@pytest.mark.parametrize(
+    "value", [r"10,\!080", r"\$32,\!348", r"90^\circ", "060", r"15000 \text{ kcal m}^{-2}", "1,000"]
+)
+def test_the_grader_takes_both_forms(value):
+    assert same_answer(value, canonical(value))
+
+
+def test_several_forms():
+    assert answers_of(["0.01\n", "0.02\n"]) == ["0.01", "0.02"]
+    assert answers_of([r"\frac{c}{2}", r"\frac{c}{2}" + "\n", ""]) == [r"\frac{c}{2}"]
+    assert answers_of([r"15000 \text{ kcal}", "15000"]) == ["15000"]
+    assert answers_of("080 or 081 (both were accepted)") == ["80", "81"]
+    assert answers_of("x or y") == ["x or y"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("", "no answer"),
+        (" \n", "no answer"),
+        (None, "no answer"),
+        ([], "no answer"),
+        ([None, ""], "no answer"),
+        (float("nan"), "no answer"),
+        ("proof", "a word for none"),
+        ("Proof.", "a word for none"),
+        ("notfound", "a word for none"),
+    ],
+)
+def test_no_usable_answer(value, reason):
+    with pytest.raises(Drop, match=reason):
+        answers_of(value)
+
+
+def test_several_answers_are_a_json_list():
+    assert encode(["80"]) == "80"
+    assert encode([r"\frac{1}{2}", "é"]) == '["\\\\frac{1}{2}", "é"]'
+
+
+def test_the_last_box():
+    assert boxed(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+    for solution in ("no box", r"\boxed{}", r"\boxed{1", None, 3):
+        with pytest.raises(Drop, match="no boxed answer"):
+            boxed(solution)
+
+
+def test_texts():
+    assert text_of(" a \n") == "a"
+    for value in ("", "  ", None, 3, ["a"]):
+        with pytest.raises(Drop, match="empty question"):
+            text_of(value)
