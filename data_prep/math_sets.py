@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from data_prep.answers import answers_of, boxed, encode, text_of
 from data_prep.core import DataSet, Drop, Hub, Row, Schema
+from gcpo.rewards import same_answer
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 LAST_YEAR = 2023
@@ -21,7 +24,7 @@ Raw = Mapping[str, Any]
 def problem(question: Any, answer: Any, details: Mapping[str, Any], held_out: bool = False) -> Row:
     """A row of a question and its answer, in whatever form the answer comes."""
     text, answers = text_of(question), answers_of(answer)
-    note = "several answers are right" if len(answers) > 1 else None
+    note = "several answers, or forms of one" if len(answers) > 1 else None
     return Row(text, encode(answers), details=details, held_out=held_out, note=note)
 
 
@@ -84,6 +87,27 @@ def gsm8k(row: Raw) -> Row:
     return problem(row["question"], solution.rpartition("####")[2], {})
 
 
+def minerva(row: Raw) -> Row:
+    """MinervaMATH: the box of the solution is right, and forms of an answer column that say the same.
+
+    In DeepScaleR's copy that column has the answer of another part of the question in some rows.
+    """
+    box = boxed(row["solution"])
+    box = re.sub(r"\bnp\.([a-z]+)", r"\\\1", box)  # np.arcsin(10/13)
+    forms = answers_of(row["answer"]) if row.get("answer") else []
+    agree = not forms or any(_same_form(box, form) for form in forms)
+    found = problem(row["problem"], [box, *forms] if agree else box, kept(row, MINERVA_DETAILS))
+    return (
+        found if agree else replace(found, note="the answer column differs from the box of the solution, which counts")
+    )
+
+
+def _same_form(one: str, other: str) -> bool:
+    bare = [re.sub(r"[\s(){}]|\\left|\\right", "", answer) for answer in (one, other)]
+    return bare[0] == bare[1] or same_answer(one, other)
+
+
+MINERVA_DETAILS = ("type", "idx")
 GSM8K = Schema(("question", "answer"), gsm8k)
 AIME_DETAILS = ("ID", "Problem Number", "Part")
 DEEPSCALER_DETAILS = ("aime_number", "problem_number", "difficulty")
@@ -228,8 +252,8 @@ SETS = (
         "math",
         (
             columns("question", "answer"),
-            columns("problem", "answer", "type", "idx"),
-            worked("problem", "solution", "type", "idx"),
+            Schema(("problem", "solution"), minerva, ("answer", *MINERVA_DETAILS)),
+            columns("problem", "answer", *MINERVA_DETAILS),
         ),
         hubs=(Hub("math-ai/minervamath", "test"),),
         split="test",

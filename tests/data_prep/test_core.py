@@ -369,7 +369,8 @@ def test_it_says_where_rows_come_from(tmp_path, capsys):
     assert f"aime: 7 rows from the file {source}\n" in printed.out
     assert f"{tmp_path}/data/aime: 3 rows to train on, 1 rows to evaluate on\n" in printed.out
     assert (
-        "dropped: 1 \u00d7 no answer\n" in printed.out and "kept: 1 \u00d7 several answers are right\n" in printed.out
+        "dropped: 1 \u00d7 no answer\n" in printed.out
+        and "kept: 1 \u00d7 several answers, or forms of one\n" in printed.out
     )
     assert "note: aime is known with 933 or 975 rows, this source has 7\n" in printed.err
     assert json.loads((tmp_path / "data" / "aime" / "provenance.json").read_text())["set"] == "aime"
