@@ -1,0 +1,191 @@
+"""Processes that compare answers with math-verify, so that no answer can hang, swamp or end the caller.
+
+sympy evaluates what it is given, and some of that takes for ever inside one C function, where neither a signal handler
+nor an exception gets through. A worker is therefore ended by the system once a comparison has used its processor time,
+and another one takes its place. The limits hold in any thread; verl grades off the main thread.
+
+The workers are plain programs with pipes, because processes of ``multiprocessing`` import the caller's main module
+again, which in a Ray worker is all of Ray, and in a script without a guard is the script.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import queue
+import select
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+__all__ = ["GraderError", "Pool", "shared", "size"]
+
+logger = logging.getLogger(__name__)
+
+MAX_SECONDS = 5.0
+"""Processor time of a comparison."""
+MAX_MEMORY = 2**30
+"""Address space of a worker in bytes; with sympy it starts at about 60 MiB."""
+MAX_WALL_SECONDS = 60.0
+"""A worker that has not replied by then is ended too, whatever it waits for."""
+START_SECONDS = 120.0
+"""A worker starts in half a second; on a busy machine it may take longer."""
+MAX_WORKERS = 8
+"""Most workers of a process; verl has several processes that grade."""
+
+_PROGRAM = Path(__file__).with_name("worker.py")
+
+
+class GraderError(RuntimeError):
+    """Nothing can be graded: the workers do not start."""
+
+
+def size() -> int:
+    """Workers that a process has at most: its cores, up to `MAX_WORKERS`."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+
+
+class _Worker:
+    """One process, and the pipes to it."""
+
+    def __init__(self, seconds: float, memory: int) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONHASHSEED": "0",  # sympy's order of terms, and with it what it can simplify, depends on it
+        }
+        try:
+            # -P: the folder of the program, with its math.py, stays off the path.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_PROGRAM), str(seconds), str(memory)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                bufsize=0,
+            )
+        except OSError as error:
+            raise GraderError(f"the math grader cannot start {sys.executable}: {error}") from error
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        self._poll = select.poll()
+        self._poll.register(self._replies, select.POLLIN)
+        if self._reply(START_SECONDS) != b"r":
+            self.end()
+            raise GraderError(
+                f"the math grader does not start (its error is above): check that `{sys.executable} -c 'import "
+                "math_verify'` works and that there is memory for it"
+            )
+
+    def _reply(self, seconds: float) -> bytes:
+        """One byte, or none where the process ended or did not reply in time."""
+        return self._replies.read(1) if self._poll.poll(1000 * seconds) else b""
+
+    def same(self, truth: str, answer: str, boxed: bool) -> bool | None:
+        """Its verdict; ``None`` where it ended or did not reply in time, and is of no more use."""
+        self._requests.write(json.dumps([truth, answer, boxed]).encode() + b"\n")
+        reply = self._reply(MAX_WALL_SECONDS)
+        return reply == b"1" if reply else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is still there."""
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        self._requests.close()
+        self._replies.close()
+
+
+class Pool:
+    """Up to ``workers`` processes, each started when it is first needed. Any thread may call it.
+
+    Args:
+        workers: most comparisons at once; a further one waits.
+        seconds: processor time of a comparison.
+        memory: address space of a worker in bytes.
+    """
+
+    def __init__(self, workers: int, seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY) -> None:
+        self._limits = seconds, memory
+        self._warned = threading.Event()
+        # The last one that was used comes first: where there is one comparison at a time, one worker does them all.
+        self._places: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(workers):
+            self._places.put(None)
+
+    def same(self, truth: str, answer: str, boxed: bool = True) -> bool:
+        """Whether math-verify takes ``answer`` for ``truth``; False where it exceeds a limit or breaks.
+
+        Args:
+            truth: the right answer.
+            answer: an answer, or with ``boxed=False`` a text with one after words like "the answer is".
+
+        Raises:
+            GraderError: the worker cannot be started.
+        """
+        worker = self._places.get()
+        verdict = None
+        try:
+            if worker is not None and not worker.alive:  # ended while it was idle, by the system or a person
+                worker.end()
+                worker = None
+            worker = worker or _Worker(*self._limits)
+            verdict = worker.same(truth, answer, boxed)
+        finally:  # also after an interrupt, when a reply may still be under way
+            if worker is not None and verdict is None:
+                worker.end()
+                worker = None
+            self._places.put(worker)
+        if verdict is None and not self._warned.is_set():
+            self._warned.set()
+            logger.warning(
+                "math-verify could not compare %.80r with %.80r within %g s and %d MiB: it counts as wrong, and so "
+                "will others without a word",
+                answer,
+                truth,
+                self._limits[0],
+                self._limits[1] >> 20,
+            )
+        return bool(verdict)
+
+    def close(self) -> None:
+        """End the workers that are idle; those at work end with their comparison."""
+        for _ in range(self._places.qsize()):
+            worker = self._places.get()
+            if worker is not None:
+                worker.end()
+            self._places.put(None)
+
+
+_shared: Pool | None = None
+_lock = threading.Lock()
+
+
+def shared() -> Pool:
+    """The pool of this process."""
+    global _shared
+    with _lock:
+        if _shared is None:
+            _shared = Pool(size())
+        return _shared
+
+
+def _close() -> None:
+    if _shared is not None:
+        _shared.close()
+
+
+def _forget() -> None:
+    """Leave the workers to the process that this one was forked from."""
+    global _shared, _lock
+    _shared, _lock = None, threading.Lock()
+
+
+atexit.register(_close)
+os.register_at_fork(after_in_child=_forget)
