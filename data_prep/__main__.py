@@ -10,6 +10,7 @@ from pathlib import Path
 from data_prep.core import PROVENANCE, SEED, DataError, is_prepared, prepare
 from data_prep.overlap import load_sets
 from data_prep.sets import SETS, find_set
+from gcpo.rewards import GraderError
 
 FOLDER = Path("data")
 
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if is_prepared(options.is_prepared) else 1
     try:
         run(options)
-    except DataError as error:
+    except (DataError, GraderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

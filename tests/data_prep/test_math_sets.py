@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.core import convert_rows, read_source
 from data_prep.sets import SETS
-from gcpo.rewards import compute_score
+from gcpo.rewards import GraderError, compute_score
 from tests.data_prep.made import AIME_ROWS, provenance, real, run, table, truths, write
 
 INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
@@ -185,6 +185,16 @@ def test_evaluation_sets(tmp_path, name, rows, expected, suffix):
     assert found.test[0]["prompt"][0]["content"] == f"p {INSTRUCTION}"
 
 
+def test_a_grader_that_does_not_start(tmp_path, capsys, monkeypatch):
+    def broken(one, other):
+        raise GraderError("math-verify does not start")
+
+    monkeypatch.setattr("data_prep.math_sets.same_answer", broken)
+    source = write(tmp_path / "x.json", [{"problem": "p", "solution": r"\boxed{1}", "answer": ["2"]}])
+    assert run("minerva", "--source", source, "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err == "error: math-verify does not start\n" and not (tmp_path / "out").exists()
+
+
 # ---- real files ----------------------------------------------------------------------------------------------------
 
 REAL = {
@@ -204,7 +214,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_files_lose_no_row(name):
+def test_real_files_lose_no_row_and_every_answer_is_right(name):
     path, count = REAL[name]
     dataset = SETS[name.split()[0]]
     found = convert_rows(dataset, read_source(dataset, [str(real(path))]))
@@ -212,6 +222,9 @@ def test_real_files_lose_no_row(name):
     assert len(found.train) == (count if dataset.kind == "train" else 0)
     if "aime" in name:
         assert all(answer.isdigit() and str(int(answer)) == answer for answer in answers(found))
+    for answer in answers(found):
+        for form in json.loads(answer) if answer.startswith('["') else [answer]:
+            assert compute_score("gcpo/" + name, rf"\boxed{{{form}}}", answer)["acc"] == 1.0
     if name.startswith(("amc23", "gsm8k")):
         assert all(answer.lstrip("-").replace(".", "", 1).isdigit() for answer in answers(found))
 
