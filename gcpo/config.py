@@ -54,8 +54,9 @@ class BlocksConfig:
 
     max_tokens: int | None = None
     """Tokens of a response that a block holds; ``null``: ``rollout.response_length``, so that nothing is cut."""
-    truncation: Literal["keep_end", "keep_start"] = "keep_end"
-    """Which part of a longer response stays; the end is where the answer is."""
+    truncation: Literal["keep_end", "keep_start", "answer"] = "keep_end"
+    """Which part of a longer response stays; the end is where the answer is. ``answer``: of every response, however
+    short, what stands from its last ``\\boxed{`` on (its end where it has none)."""
     drop_think: bool = True
     """Leave out ``<think>...</think>`` first when a response does not fit."""
     intro: str = "\n\nOther answers to this question:"
@@ -120,6 +121,9 @@ class ReferenceConfig:
     """Smallest value of pi'_ref as a share of pi_old(y|q)."""
     max_kl: float = 10.0
     """KL' of a token is cut here, and has no gradient beyond."""
+    fraction: float = 1.0
+    """Share of a group's responses that have a kappa term, drawn anew for every group (at least one of them). Their
+    terms are weighted by the inverse share, so that the gradient is the same in expectation."""
 
 
 @dataclass(frozen=True)
@@ -331,6 +335,8 @@ def _check(config: GCPOConfig, *, n: int) -> None:
         refuse("reference.floor", f"{config.reference.floor} must lie between 0 and 1")
     if not 0 <= config.reference.relative_floor < 1:
         refuse("reference.relative_floor", f"{config.reference.relative_floor} must be at least 0 and less than 1")
+    if not 0 < config.reference.fraction <= 1:
+        refuse("reference.fraction", f"{config.reference.fraction} must be greater than 0 and at most 1")
     for name in ("graded_fraction", "dump_fraction"):
         value = getattr(config.metrics, name)
         if not 0 <= value <= 1:

@@ -52,9 +52,7 @@ class GroupFeatures:
 def center(groups: Sequence[GroupFeatures]) -> list[GroupFeatures]:
     """Subtract the mean state of the batch's responses from every state (``features.center: batch``)."""
     mean = torch.cat([group.z for group in groups]).mean(0)
-    return [
-        GroupFeatures(g.z - mean, None if g.conditioned is None else g.conditioned - mean, g.valid) for g in groups
-    ]
+    return [GroupFeatures(g.z - mean, None if g.conditioned is None else g.conditioned - mean, g.valid) for g in groups]
 
 
 def group_weight(group: GroupFeatures, config: GCPOConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,9 +67,7 @@ def group_weight(group: GroupFeatures, config: GCPOConfig) -> tuple[Tensor, Tens
     elif config.weighting.target == "conditioned":
         target, has_target = conditioned_target(**group.split(num_shared), projection=config.collider.projection)
     else:
-        target, has_target = causal_target(
-            group.z, **group.split(num_shared), projection=config.collider.projection
-        )
+        target, has_target = causal_target(group.z, **group.split(num_shared), projection=config.collider.projection)
     options = {
         "similarity": config.weighting.similarity,
         "clamp_at_zero": config.features.center == "batch",
@@ -149,7 +145,12 @@ def noise_warning(metrics: dict[str, float]) -> str | None:
 
 
 def batch_reference(
-    log_p: Tensor, valid: Tensor, log_p_query: Tensor, mask: Tensor, config: GCPOConfig
+    log_p: Tensor,
+    valid: Tensor,
+    log_p_query: Tensor,
+    mask: Tensor,
+    config: GCPOConfig,
+    chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """The causal reference of every row (Eq. 13), and what KL' is before the first update.
 
@@ -159,6 +160,7 @@ def batch_reference(
         log_p_query: [B, T], verl's old log-probabilities.
         mask: [B, T], response mask.
         config: the resolved configuration.
+        chosen: bool [B], the rows that are to have a kappa term (``reference.fraction``); all where ``None``.
 
     Returns:
         log_ref [B, T]; mask of the kappa term [B, T], False in rows without a reference; metrics.
@@ -179,6 +181,7 @@ def batch_reference(
     )
     kl_mask = mask.bool() & has_reference.unsqueeze(-1)
     rows = mask.bool().any(-1)
+    rows = rows if chosen is None else rows & chosen
     metrics = {"gcpo/reference/without_share": float((~has_reference[rows]).float().mean()) if rows.any() else 0.0}
     if kl_mask.any():
         # The slot that the policy is conditioned on: x_{i,0}, or the first that is there.

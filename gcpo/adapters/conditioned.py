@@ -22,7 +22,7 @@ def policy_slot(lengths: torch.Tensor) -> int:
 
 def _rows(data: TensorDict) -> Iterator[tuple[torch.Tensor | None, dict[str, torch.Tensor]]]:
     """For every row the context that pi_theta is conditioned on, ``None`` without a reference, and its response."""
-    names = ("responses", "response_mask", "gcpo_log_ref", "gcpo_kl_mask")
+    names = ("responses", "response_mask", "gcpo_log_ref", "gcpo_kl_mask", "gcpo_kl_weight")
     contexts, lengths = data["gcpo_contexts"].unbind(), data["gcpo_context_lengths"].unbind()
     num_shared = int(tu.get_non_tensor_data(data, "gcpo", None)["num_shared"])
     for flat, length, *values in zip(contexts, lengths, *(data[name].unbind() for name in names), strict=True):
@@ -45,7 +45,7 @@ def conditioned_packs(data: TensorDict, settings: dict[str, Any], max_over_ranks
 
     Returns:
         A batch of ``packed_batch`` with ``gcpo_log_ref`` and ``gcpo_kl_mask``, flat in the order of the labels, and
-        ``gcpo_lengths``, the lengths of the responses in it.
+        for every response ``gcpo_lengths`` and ``gcpo_kl_weight``.
     """
     chosen = [(context, row) for context, row in _rows(data) if context is not None]
     packs = packed_rows(
@@ -55,16 +55,19 @@ def conditioned_packs(data: TensorDict, settings: dict[str, Any], max_over_ranks
         budget=settings["max_token_len_per_gpu"],
         min_shared=settings["min_shared_tokens"],
     )
-    columns: dict[str, list[torch.Tensor]] = {"gcpo_log_ref": [], "gcpo_kl_mask": [], "gcpo_lengths": []}
+    columns: dict[str, list[torch.Tensor]] = {
+        name: [] for name in ("gcpo_log_ref", "gcpo_kl_mask", "gcpo_kl_weight", "gcpo_lengths")
+    }
     for pack in packs:
         rows = [chosen[i][1] for i in pack.pack.sequences]
-        for name in ("gcpo_log_ref", "gcpo_kl_mask"):
+        for name in ("gcpo_log_ref", "gcpo_kl_mask", "gcpo_kl_weight"):
             columns[name].append(torch.cat([row[name] for row in rows]))
         columns["gcpo_lengths"].append(torch.tensor([len(row["responses"]) for row in rows]))
     for _ in range(max(1, max_over_ranks(len(packs))) - len(packs)):
         packs.append(filler())
         columns["gcpo_log_ref"].append(torch.zeros(1))
         columns["gcpo_kl_mask"].append(torch.zeros(1, dtype=torch.int64))
+        columns["gcpo_kl_weight"].append(torch.zeros(1))
         columns["gcpo_lengths"].append(torch.ones(1, dtype=torch.int64))
     batch = packed_batch(packs, **columns)
     for key, value in _non_tensors(data).items():
@@ -80,10 +83,10 @@ def conditioned_batch(data: TensorDict) -> TensorDict:
 
     Args:
         data: training rows with ``gcpo_contexts``, ``gcpo_context_lengths``, ``responses``, ``response_mask``,
-            ``gcpo_log_ref`` and ``gcpo_kl_mask`` (nested), and the settings ``gcpo``.
+            ``gcpo_log_ref``, ``gcpo_kl_mask`` and ``gcpo_kl_weight`` (nested), and the settings ``gcpo``.
     """
     columns: dict[str, list[torch.Tensor]] = {
-        name: [] for name in ("prompts", "responses", "response_mask", "gcpo_log_ref", "gcpo_kl_mask")
+        name: [] for name in ("prompts", "responses", "response_mask", "gcpo_log_ref", "gcpo_kl_mask", "gcpo_kl_weight")
     }
     for context, row in _rows(data):
         if context is None:
@@ -93,6 +96,7 @@ def conditioned_batch(data: TensorDict) -> TensorDict:
                 "response_mask": mask.to(row["response_mask"].dtype),
                 "gcpo_log_ref": torch.zeros_like(row["gcpo_log_ref"][:1]),
                 "gcpo_kl_mask": mask,
+                "gcpo_kl_weight": row["gcpo_kl_weight"],
             }
             context = token
         columns["prompts"].append(context)

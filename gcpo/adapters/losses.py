@@ -22,19 +22,21 @@ def _kappa_term(
     log_prob: torch.Tensor, data: TensorDict, settings: dict[str, Any], num_tokens: int | None
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """kappa times the aggregated KL' of Eq. 12, normalised like verl normalises the policy term of the same rows."""
-    padded = data.select("gcpo_log_ref", "gcpo_kl_mask").to_padded_tensor()
-    return _aggregate(log_prob, padded["gcpo_log_ref"], padded["gcpo_kl_mask"].bool(), data, settings, num_tokens)
+    padded = data.select("gcpo_log_ref", "gcpo_kl_mask", "gcpo_kl_weight").to_padded_tensor()
+    log_ref, mask = padded["gcpo_log_ref"], padded["gcpo_kl_mask"].bool()
+    return _aggregate(log_prob, log_ref, mask, padded["gcpo_kl_weight"], data, settings, num_tokens)
 
 
 def _aggregate(
     log_prob: torch.Tensor,
     log_ref: torch.Tensor,
     mask: torch.Tensor,
+    weight: torch.Tensor,
     data: TensorDict,
     settings: dict[str, Any],
     num_tokens: int | None,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
-    kl = causal_kl(log_prob, log_ref, max_kl=settings["max_kl"])
+    kl = weight * causal_kl(log_prob, log_ref, max_kl=settings["max_kl"])
     loss = agg_loss(
         loss_mat=kl,
         loss_mask=mask,
@@ -84,7 +86,8 @@ def packed_causal_kl_loss(
     log_prob, log_ref, mask = (
         rows(nested.values()) for nested in (model_output["log_probs"], data["gcpo_log_ref"], data["gcpo_kl_mask"])
     )
-    return _aggregate(log_prob, log_ref, mask.bool(), data, settings, num_tokens)
+    weight = data["gcpo_kl_weight"].values().unsqueeze(1)
+    return _aggregate(log_prob, log_ref, mask.bool(), weight, data, settings, num_tokens)
 
 
 def gcpo_loss(

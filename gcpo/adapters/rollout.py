@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 import transfer_queue as tq
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
@@ -188,7 +189,8 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
     def _empty_result(self, count: int) -> GroupResult:
         slots = self.gcpo.collider.num_draws + self.gcpo.marginal_draws
         generations = slots * self.gcpo.collider.num_generations
-        return GroupResult([[[]] * slots] * count, [[[]] * generations] * count, [], {"skipped": 1.0})
+        nothing = [[[]] * slots] * count, [[[]] * generations] * count
+        return GroupResult(*nothing, draws=[], stats={"skipped": 1.0}, kl_weight=[0.0] * count)
 
     async def _grade(
         self, result: GroupResult, session: Session, seed_parts: tuple[Any, ...], kwargs: dict[str, Any]
@@ -243,7 +245,8 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
                 {
                     **flat_field("gcpo_contexts", "gcpo_context_lengths", result.contexts[row]),
                     **flat_field("gcpo_outputs", "gcpo_output_lengths", result.outputs[row]),
-                    "gcpo_group": {"stats": stats, "draws": dump} if first else {},
+                    "gcpo_kl_weight": torch.tensor([result.kl_weight[row]]),
+                    "gcpo_group": {"stats": stats, "draws": dump, "layout": result.plan} if first else {},
                 }
             )
         await tq.async_kv_batch_put(

@@ -17,18 +17,20 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 from gcpo.adapters.fields import flat_field, nested
 from gcpo.adapters.registry import causal_weights
 from gcpo.adapters.workers import GCPOActorRolloutRefWorker
 from gcpo.algorithms import group_relative_advantage
 from gcpo.checks import check_run
+from gcpo.collider.plan import LeaveOneOutPlan
 from gcpo.stage import GroupFeatures, batch_reference, batch_weights, noise_warning, rollout_metrics
 
 logger = logging.getLogger(__name__)
 
 _ACTOR_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
-_CAUSAL_FIELDS = ("gcpo_contexts", "gcpo_context_lengths", "gcpo_outputs", "gcpo_output_lengths")
+_CAUSAL_FIELDS = ("gcpo_contexts", "gcpo_context_lengths", "gcpo_outputs", "gcpo_output_lengths", "gcpo_kl_weight")
 
 
 @register_trainer("gcpo")
@@ -86,13 +88,39 @@ class GCPOTrainer(PPOTrainerSync):
         ]
         batch.reorder(sorted(range(len(names)), key=names.__getitem__))
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
-        self._clear_padding(batch)
+        if self.gcpo.needs_rollout:
+            self._keep_groups_together(batch, metrics)
+            self._clear_padding(batch)
         return batch
+
+    def _keep_groups_together(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """Reorder rows so that a group's meet on one rank in one mini-batch, where their contexts share prefixes.
+
+        The balance is over whole groups then. A batch whose groups do not divide evenly, because sessions failed or
+        rows were added, stays as verl balanced it: less is shared, nothing else changes.
+        """
+        groups: dict[str, list[int]] = {}
+        for row, key in enumerate(batch.keys):
+            groups.setdefault(key.rsplit("_", 2)[0], []).append(row)
+        actor = self.config.actor_rollout_ref.actor
+        size = self.config.actor_rollout_ref.rollout.n
+        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        share = actor.ppo_mini_batch_size * size // ranks
+        whole = all(len(rows) == size for rows in groups.values()) and not len(batch) % share and not share % size
+        metrics["gcpo/balance/whole_groups"] = float(whole)
+        if not whole:
+            return
+        workload = calculate_workload(torch.tensor([tag["seq_len"] for tag in batch.tags], dtype=torch.int64))
+        members = list(groups.values())
+        loads = [int(workload[rows].sum()) for rows in members]
+        parts = get_seqlen_balanced_partitions(loads, k_partitions=len(batch) // share, equal_size=True)
+        session = {row: int(key.rsplit("_", 2)[1]) for row, key in enumerate(batch.keys)}
+        batch.reorder([row for part in parts for group in part for row in sorted(members[group], key=session.get)])
 
     def _clear_padding(self, batch: KVBatchMeta) -> None:
         """Padding rows are copies of a real row; they get no contexts, so that nothing is scored for them."""
         keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding", False)]
-        if not keys or not self.gcpo.needs_rollout:
+        if not keys:
             return
         slots = self.gcpo.collider.num_draws + self.gcpo.marginal_draws
         empty = {
@@ -132,14 +160,28 @@ class GCPOTrainer(PPOTrainerSync):
             )
 
     def _check_rollout(self, batch: KVBatchMeta) -> None:
-        """Refuse rows that another agent-loop manager made; TransferQueue leaves out a field that a row lacks."""
-        names = ["response_mask", "gcpo_context_lengths"]
+        """Refuse rows that another agent-loop manager made, or whose contexts are not those of their group's plan.
+
+        TransferQueue leaves out a field that a row lacks.
+        """
+        names = ["response_mask", "gcpo_context_lengths", "gcpo_group"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         if "gcpo_context_lengths" not in data.keys():
             raise RuntimeError(
                 "the batch lacks collider draws: is actor_rollout_ref.rollout.agent.agent_loop_manager_class set to "
                 "gcpo.adapters.rollout.GCPOAgentLoopManager?"
             )
+        groups: dict[str, list[int]] = {}
+        for row, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
+            if not tag.get("is_padding", False):
+                groups.setdefault(key.rsplit("_", 2)[0], []).append(row)
+        lengths, entries = list(data["gcpo_context_lengths"]), list(data["gcpo_group"])
+        for rows in groups.values():
+            rows.sort(key=lambda row: int(batch.keys[row].rsplit("_", 2)[1]))
+            layout = next((entries[row]["layout"] for row in rows if entries[row]), None)
+            if layout:
+                plan = LeaveOneOutPlan.from_dict(layout["plan"])
+                plan.check_lengths([lengths[row].tolist() for row in rows], layout["frame"], layout["blocks"])
 
     def _score(self, batch: KVBatchMeta) -> None:
         config = self.gcpo
@@ -177,7 +219,7 @@ class GCPOTrainer(PPOTrainerSync):
         if config.needs_rollout:
             names += ["gcpo_context_lengths", "gcpo_output_lengths", "gcpo_group"]
             names += ["gcpo_z_conditioned"] if config.causal_target_on else []
-            names += ["gcpo_log_p"] if config.reference_on else []
+            names += ["gcpo_log_p", "gcpo_kl_weight"] if config.reference_on else []
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         padding = torch.tensor([tag.get("is_padding", False) for tag in batch.tags])
         groups: dict[str, list[int]] = {}
@@ -234,14 +276,15 @@ class GCPOTrainer(PPOTrainerSync):
 
     def _reference(self, batch: KVBatchMeta, data: TensorDict, mask: torch.Tensor, metrics: dict) -> None:
         """Store log pi'_ref and the mask of the kappa term for the update."""
-        valid = torch.stack(list(data["gcpo_context_lengths"])) > 0
+        chosen = torch.stack(list(data["gcpo_kl_weight"])) > 0
+        valid = (torch.stack(list(data["gcpo_context_lengths"])) > 0) & chosen
         log_p_query = data["old_log_probs"].to_padded_tensor(0.0)
         rows, length = mask.shape
         lengths = mask_lengths(data["response_mask"])
         log_p = torch.zeros(rows, valid.shape[1], length)
         for row, flat in enumerate(data["gcpo_log_p"]):
             log_p[row, :, : lengths[row]] = flat.view(valid.shape[1], lengths[row])
-        log_ref, kl_mask, found = batch_reference(log_p, valid, log_p_query, mask, self.gcpo)
+        log_ref, kl_mask, found = batch_reference(log_p, valid, log_p_query, mask, self.gcpo, chosen.flatten())
         metrics.update(found)
         fields = {
             "gcpo_log_ref": nested([log_ref[row, : lengths[row]] for row in range(rows)]),

@@ -35,14 +35,15 @@ class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
         """Hidden states and conditioned log-probabilities of the old policy for every row.
 
         Args:
-            data: ``prompts`` and ``responses``; with contexts ``gcpo_contexts``, ``gcpo_context_lengths``, and with
-                conditioned generations ``gcpo_outputs``, ``gcpo_output_lengths``; non-tensor ``gcpo_scoring``.
+            data: ``prompts`` and ``responses``; with contexts ``gcpo_contexts``, ``gcpo_context_lengths`` and
+                ``gcpo_kl_weight`` (a row of weight 0 needs no log-probabilities), and with conditioned generations
+                ``gcpo_outputs``, ``gcpo_output_lengths``; non-tensor ``gcpo_scoring``.
 
         Returns:
             Nested fields: ``gcpo_z`` [d]; ``gcpo_z_conditioned`` [D * M * d], zero where there is no generation;
-            ``gcpo_log_p`` [D * T_i], zero where there is no context; ``gcpo_scored_tokens`` [2]: this rank's tokens
-            through the model, and those there would be without sharing, an equal part in every row. Those that
-            ``gcpo_scoring`` does not ask for are absent.
+            ``gcpo_log_p`` [D * T_i], zero where there is no context or no weight; ``gcpo_scored_tokens`` [2]: this
+            rank's tokens through the model, and those there would be without sharing, an equal part in every row.
+            Those that ``gcpo_scoring`` does not ask for are absent.
         """
         wanted = SimpleNamespace(**tu.get_non_tensor_data(data, "gcpo_scoring", None))
         engine, actor_config = self.actor.engine, self.loss_fn.keywords["config"]
@@ -89,14 +90,17 @@ def score_rows(data: TensorDict, wanted: SimpleNamespace, scorer: Scorer, tokeni
         if wanted.contexts:
             contexts = split_rows(data["gcpo_contexts"][i], data["gcpo_context_lengths"][i])
             prompt_states = wanted.conditioned and wanted.source == "prompt"
+            log_probs = wanted.log_probs and float(data["gcpo_kl_weight"][i]) > 0
+            row["log_probs"] = log_probs
             if wanted.log_probs or prompt_states:
                 row["contexts"] = []
                 for context in contexts:
-                    row["contexts"].append(len(requests) if len(context) else None)
-                    if len(context):
+                    asked = len(context) > 0 and (log_probs or prompt_states)
+                    row["contexts"].append(len(requests) if asked else None)
+                    if asked:
                         state_at = len(context) - 1 if prompt_states else None
-                        target = response if wanted.log_probs else response[:0]
-                        requests.append(ScoreRequest(context, target, wanted.log_probs, state_at))
+                        target = response if log_probs else response[:0]
+                        requests.append(ScoreRequest(context, target, log_probs, state_at))
             if wanted.conditioned and wanted.source == "response":
                 row["outputs"] = []
                 outputs = split_rows(data["gcpo_outputs"][i], data["gcpo_output_lengths"][i])
@@ -129,7 +133,8 @@ def _lay_out(
 
         def log_probs(row: dict[str, Any]) -> torch.Tensor:
             missing = torch.zeros(row["length"])
-            return torch.cat([missing if at is None else scores[at].log_probs for at in row["contexts"]])
+            found = [scores[at].log_probs if at is not None and row["log_probs"] else missing for at in row["contexts"]]
+            return torch.cat(found)
 
         fields["gcpo_log_p"] = nested([log_probs(row) for row in rows])
     return TensorDict(fields, batch_size=len(rows))

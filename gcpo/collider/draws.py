@@ -54,6 +54,10 @@ class GroupResult:
     outputs: list[list[list[int]]]
     draws: list[Draw]
     stats: dict[str, float]
+    kl_weight: list[float]
+    """Weight of every response's kappa term; 0: it has none."""
+    plan: dict[str, Any] | None = None
+    """The order of the blocks (``plan``), and the tokens of the ``frame`` and of the ``blocks``."""
 
 
 class ColliderStage:
@@ -131,7 +135,8 @@ class ColliderStage:
         started = time.monotonic()
         blocks = tuple(tuple(self.prompts.candidate_block(k, ids)) for k, ids in enumerate(responses))
         order = np.random.default_rng(request_seed(config.seed, "order", *seed_parts)).permutation(n).tolist()
-        plan = leave_one_out_plan(n, num_shared, lengths=[len(block) for block in blocks], permutation=order)
+        sizes = [len(block) for block in blocks]
+        plan = leave_one_out_plan(n, num_shared + num_marginal, lengths=sizes, permutation=order)
         group = GroupPrompts(self.prompts.frame(messages), blocks, plan)
 
         def seed(*parts: Any) -> int:
@@ -141,6 +146,9 @@ class ColliderStage:
             # A group with A = 0 needs no Upsilon; with kappa = 0 it needs nothing at all.
             return config.reference_on or not equal_rewards
 
+        kl_weight = self._kl_weight(n, seed("kappa"))
+        # The contexts of a response that has neither Upsilon nor a kappa term are needed by nobody.
+        chosen = [i for i in plan.depth_first() if config.causal_target_on or kl_weight[i] > 0]
         shared: list[Draw] = []
         marginal: list[list[Draw]] = [[] for _ in range(n)]
         if needed():
@@ -148,22 +156,25 @@ class ColliderStage:
             shared_tasks = [self.draw("collider", prompt, seed("collider", slot)) for slot in range(num_shared)]
             marginal_tasks = [
                 self.draw("marginal", group.marginal_prompt(i), seed("marginal", i, slot))
-                for i in range(n)
+                for i in chosen
                 for slot in range(num_marginal)
             ]
             draws = await asyncio.gather(*shared_tasks, *marginal_tasks)
             shared, rest = draws[:num_shared], draws[num_shared:]
-            marginal = [rest[i * num_marginal : (i + 1) * num_marginal] for i in range(n)]
+            for at, i in enumerate(chosen):
+                marginal[i] = rest[at * num_marginal : (at + 1) * num_marginal]
 
-        contexts = [self._contexts(group, i, shared, marginal[i], num_shared, num_marginal) for i in range(n)]
+        contexts: list[list[list[int]]] = [[[] for _ in range(plan.draws)] for _ in range(n)]
+        for i in chosen:
+            contexts[i] = self._contexts(group, i, shared, marginal[i], num_shared, num_marginal)
         generations = config.collider.num_generations
         outputs: list[list[list[int]]] = [[[] for _ in range(len(row) * generations)] for row in contexts]
         conditioned: list[Draw] = []
         if config.needs_generations and not equal_rewards and needed():
             places = [
                 (i, slot, m)
-                for i, row in enumerate(contexts)
-                for slot, context in enumerate(row)
+                for i in chosen
+                for slot, context in enumerate(contexts[i])
                 if context
                 for m in range(generations)
             ]
@@ -177,8 +188,18 @@ class ColliderStage:
         stats = _count(draws)
         stats["skipped"] = float(not draws)
         stats["seconds"] = time.monotonic() - started
-        stats["unique_block_share"] = plan.unique_blocks() / max(n * (n - 1) * num_shared, 1)
-        return GroupResult(contexts, outputs, draws, stats)
+        layout = {"plan": plan.to_dict(), "frame": len(group.frame.head) + len(group.frame.tail), "blocks": sizes}
+        return GroupResult(contexts, outputs, draws, stats, kl_weight, layout)
+
+    def _kl_weight(self, n: int, seed: int) -> list[float]:
+        """n / m for m of the n responses, drawn without replacement, 0 for the others."""
+        if not self.config.reference_on:
+            return [0.0] * n
+        count = max(1, round(self.config.reference.fraction * n))
+        weight = [0.0] * n
+        for i in np.random.default_rng(seed).choice(n, count, replace=False):
+            weight[i] = n / count
+        return weight
 
     def _contexts(
         self,
@@ -204,7 +225,7 @@ class ColliderStage:
             if append and own and slot > 0 and shared[0].valid:
                 replaced = self.prompts.collider_block(shared[0].token_ids)
             block = self.prompts.collider_block(draw.token_ids)
-            contexts.append(group.context(i, slot if own else 0, block, replaced))
+            contexts.append(group.context(i, slot, block, replaced))
         return contexts
 
 

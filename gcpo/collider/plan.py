@@ -56,6 +56,37 @@ class LeaveOneOutPlan:
         """The candidates in the order in which the prompt of a shared collider draw holds all n of them."""
         return self.permutation
 
+    def depth_first(self) -> tuple[int, ...]:
+        """The candidates in the order of the tree's leaves, so that neighbours share the most."""
+        place = {k: p for p, k in enumerate(self.permutation)}
+        return tuple(sorted(range(self.n), key=lambda i: [place[k] for k in self.candidate_order(i)]))
+
+    def check_lengths(self, contexts: Sequence[Sequence[int]], frame: int, blocks: Sequence[int]) -> None:
+        """Refuse contexts that were not built on this plan.
+
+        Args:
+            contexts: tokens of every context [n][draws]; 0 where there is none.
+            frame: tokens around the blocks.
+            blocks: tokens of every candidate's block [n].
+
+        Raises:
+            ValueError: there are other numbers of candidates, draws or tokens than the plan's.
+        """
+        shape = (len(contexts), {len(row) for row in contexts}, len(blocks))
+        if shape != (self.n, {self.draws}, self.n):
+            raise ValueError(
+                f"the plan is of {self.n} candidates with {self.draws} draws each and does not belong to this group of "
+                f"{shape[0]} responses with {' or '.join(map(str, sorted(shape[1])))} contexts and {shape[2]} blocks."
+            )
+        for i, row in enumerate(contexts):
+            least = frame + sum(blocks) - blocks[i]
+            for draw, length in enumerate(row):
+                if 0 < length <= least:
+                    raise ValueError(
+                        f"the plan does not belong to this group: context {draw} of response {i} has {length} tokens, "
+                        f"and the other candidates' blocks alone take {least}."
+                    )
+
     def unique_blocks(self) -> int:
         """Number of nodes of the prefix tree over all orders, collider and scored blocks left out."""
         return len(self._prefixes())

@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 from gcpo.collider.plan import LeaveOneOutPlan
 
-Truncation = Literal["keep_end", "keep_start"]
+Truncation = Literal["keep_end", "keep_start", "answer"]
+
+_ANSWER = "\\boxed{"
 
 # Any text that no chat template and no question holds; it is cut out before anything is tokenised.
 _SPLIT = "\u241egcpo-blocks\u241e"
@@ -38,7 +40,8 @@ class BlockBudget:
 
     Attributes:
         max_tokens: tokens of response text in a block (its label not counted).
-        truncation: ``keep_end`` keeps the end, where the answer is; ``keep_start`` the beginning.
+        truncation: ``keep_end`` keeps the end, where the answer is; ``keep_start`` the beginning; ``answer`` what
+            stands from the last ``\\boxed{`` on, also of a response that would fit.
         drop_think: leave out ``<think>...</think>`` when the whole response does not fit. A response that opens a
             thinking part and never closes it has no text outside it, so its end is kept instead.
     """
@@ -136,14 +139,26 @@ class CandidatePrompts:
         while ids and ids[-1] in end_ids:
             ids.pop()
         limit = self.budget.max_tokens
+        if self.budget.truncation == "answer":
+            ids = ids[self._answer_start(ids) :]
         if len(ids) > limit and self.budget.drop_think:
             close = self._encode("</think>")
             at = _find_last(ids, close)
             if at >= 0 and at + len(close) < len(ids):
                 ids = ids[at + len(close) :]
         if len(ids) > limit:
-            ids = ids[-limit:] if self.budget.truncation == "keep_end" else ids[:limit]
+            ids = ids[:limit] if self.budget.truncation == "keep_start" else ids[-limit:]
         return ids
+
+    def _answer_start(self, ids: Sequence[int]) -> int:
+        r"""Place of the last token from which the text still holds ``\boxed{``; 0 where there is none."""
+        if _ANSWER not in self.tokenizer.decode(ids):
+            return 0
+        low, high = 0, len(ids)  # the text from `low` holds it, that from `high` does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if _ANSWER in self.tokenizer.decode(ids[middle:]) else (low, middle)
+        return low
 
     def candidate_block(self, k: int, response_ids: Sequence[int]) -> list[int]:
         """The block of response ``k``; its label names the response, not the place where the block stands."""
@@ -184,8 +199,7 @@ class GroupPrompts:
 
     def marginal_prompt(self, i: int) -> list[int]:
         """Prompt of a leave-one-out collider draw y_n^(i): the question and every response but ``i``."""
-        order = [index for kind, index in self.plan.orders[i][0] if kind == "candidate"]
-        return CandidatePrompts.join(self.frame, [self.candidates[k] for k in order])
+        return CandidatePrompts.join(self.frame, [self.candidates[k] for k in self.plan.candidate_order(i)])
 
     def context(self, i: int, slot: int, collider: Sequence[int], replaced: Sequence[int] | None = None) -> list[int]:
         """Prompt x_{i,l}: the question, every response but ``i``, and the block of one collider draw.

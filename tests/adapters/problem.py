@@ -12,6 +12,7 @@ SIZE = 3
 ROWS = GROUPS * SIZE
 LENGTHS = (7, 1, 5, 8, 3, 6, 2, 8, 4, 7, 1, 6)
 UPSILON = (1.7, 0.4, 1.0, -0.3, 1.2, 1.0, 0.8, 2.0, 1.1, 0.9, 1.5, 0.2)
+KL_WEIGHT = (1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 0.5, 1.0, 1.5, 1.0, 1.0, 1.0)
 REWARDS = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.25, 0.0, 1.0, 0.5, 0.0, 1.0)
 WITHOUT_TARGET = 2
 """Its weight is 1."""
@@ -61,15 +62,18 @@ def make_rows(path: str) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     for i, length in enumerate(LENGTHS):
+        if i % SIZE == 0:
+            shared = tokens(11)
         prompt = rows[-1]["prompt"] if i % SIZE else tokens(12 + i % 3)
         response = tokens(length)
         # x_{i,0}, x_{i,1}, and one over a leave-one-out draw, which the policy is never conditioned on.
-        contexts = [tokens(24 + i % 5), tokens(27), tokens(25)]
+        contexts = [torch.cat([shared, tokens(size)]) for size in (13 + i % 5, 16, 14)]
         if i == FIRST_SLOT_MISSING:
             contexts[0] = contexts[0][:0]
         if i == WITHOUT_CONTEXTS:
             contexts = [context[:0] for context in contexts]
         row = {"prompt": prompt, "response": response, "contexts": contexts, "group": i // SIZE}
+        row["kl_weight"] = KL_WEIGHT[i]
         row["has_reference"] = i not in (WITHOUT_REFERENCE, WITHOUT_CONTEXTS)
         with torch.no_grad():
             on_query = log_probs(model, prompt, response)
@@ -118,7 +122,7 @@ def objective(
                 else:
                     gap = row["ref" if part == "beta" else "log_ref"][j].double() - logp[j]
                     k3 = (gap.exp() - gap - 1).clamp(max=MAX_KL)
-                    term = (BETA if part == "beta" else KAPPA) * k3
+                    term = (BETA if part == "beta" else KAPPA * row["kl_weight"]) * k3
                 total = total + term / (tokens if token_mean else len(logp) * ROWS)
         total.backward()
         found[part] = (total.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})

@@ -107,6 +107,7 @@ def training_rows(
                 "gcpo_context_lengths": torch.tensor(lengths),
                 "gcpo_log_ref": row["log_ref"],
                 "gcpo_kl_mask": mask * int(row["has_reference"]),
+                "gcpo_kl_weight": torch.tensor([row["kl_weight"]]),
             }
         )
     padding_utils.SYNTHETIC_PADDING_SEQ_LEN = PADDING_LENGTH

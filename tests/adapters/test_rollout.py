@@ -60,7 +60,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.stages.append((responses, equal_rewards))
         if seen.stage_error:
             raise seen.stage_error
-        return GroupResult([[[1], [1, 1]]] * len(responses), [[[]] * 2] * len(responses), [], {"skipped": 0.0})
+        return GroupResult(
+            [[[1], [1, 1]]] * len(responses), [[[]] * 2] * len(responses), [], {"skipped": 0.0}, [1.0] * len(responses)
+        )
 
     async def put(keys, fields, partition_id):
         seen.stored.append((keys, fields, partition_id))

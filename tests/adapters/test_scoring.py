@@ -136,7 +136,7 @@ class FakeScorer:
         ]
 
 
-def layout(**changes: Any) -> dict[str, list[list[float]]]:
+def layout(weight: float = 1.0, **changes: Any) -> dict[str, list[list[float]]]:
     wanted = dict(
         states=True,
         contexts=True,
@@ -153,6 +153,7 @@ def layout(**changes: Any) -> dict[str, list[list[float]]]:
         "responses": torch.tensor([20, 21, eos]),
         "gcpo_contexts": torch.tensor([30, 31, 32, 40]),
         "gcpo_context_lengths": torch.tensor([3, 0, 1]),
+        "gcpo_kl_weight": torch.tensor([weight]),
         "gcpo_outputs": torch.tensor([50, 51, eos, 60]),
         "gcpo_output_lengths": torch.tensor([3, 0, 1]),
     }
@@ -178,3 +179,5 @@ def test_row_options() -> None:
     assert fields["gcpo_z_conditioned"] == [[2.0, 3.0, 0.0, 0.0, 60.0, 1.0]]
     assert layout(source="prompt")["gcpo_z_conditioned"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]
     assert "gcpo_log_p" not in layout(log_probs=False)
+    assert layout(weight=0.0)["gcpo_log_p"] == [[0.0] * 9]
+    assert layout(weight=0.0, source="prompt")["gcpo_z_conditioned"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]
