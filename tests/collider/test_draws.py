@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from data_prep.warm_start import Recipe, make_tokenizer
 from gcpo.collider.draws import ColliderStage, GroupResult
+from gcpo.collider.plan import LeaveOneOutPlan
 from gcpo.collider.prompts import CandidatePrompts
 from gcpo.config import GCPOConfig
 
@@ -35,9 +37,7 @@ class Server:
 def run(server: Server, *, equal: bool = False, key: tuple = (1, "q"), limit: int = 2048, **config: Any) -> GroupResult:
     tokenizer = make_tokenizer(Recipe())
     gcpo = GCPOConfig.from_config(config, n=4, response_length=16)
-    stage = ColliderStage(
-        gcpo, CandidatePrompts(tokenizer), server, {"temperature": 1.0}, limit, frozenset({END})
-    )
+    stage = ColliderStage(gcpo, CandidatePrompts(tokenizer), server, {"temperature": 1.0}, limit, frozenset({END}))
     messages = [{"role": "user", "content": "What is 12 + 39?"}]
     return asyncio.run(stage.run(messages, RESPONSES, seed_parts=key, equal_rewards=equal))
 
@@ -94,6 +94,42 @@ def test_draws_that_are_left_out(reply: Any, outcome: str) -> None:
     assert result.stats[f"collider/{outcome}"] == 4
     assert all(context == [] for row in result.contexts for context in row)
     assert all(output == [] for row in result.outputs for output in row)
+
+
+def test_a_share_of_the_responses_has_a_kappa_term() -> None:
+    """m of n, weighted n / m, drawn anew for every group; the others ask for nothing that nobody needs."""
+    for fraction, count in ((1.0, 4), (0.5, 2), (0.1, 1)):
+        server = Server()
+        result = run(server, preset="balanced", weighting="off", reference={"fraction": fraction})
+        assert sorted(result.kl_weight) == [0.0] * (4 - count) + [4 / count] * count
+        assert len(server.asked) == 2 + count  # two shared draws, and a leave-one-out draw for each of them
+        for weight, row in zip(result.kl_weight, result.contexts, strict=True):
+            assert all((len(context) > 0) == (weight > 0) for context in row)
+    chosen = {tuple(run(Server(), preset="light", key=(k,), reference={"fraction": 0.5}).kl_weight) for k in range(30)}
+    assert len(chosen) == 6  # every pair of four is drawn sooner or later
+    assert run(Server(), preset="balanced", kappa=0.0).kl_weight == [0.0] * 4
+    everything = run(Server(), preset="light", reference={"fraction": 0.25})
+    assert all(context for row in everything.contexts for context in row)  # Upsilon needs them all
+
+
+def test_leave_one_out_draws_hang_on_the_tree_of_the_contexts() -> None:
+    """The prompt of a leave-one-out draw, up to its last block, begins both contexts of its response, and the requests
+    go out in the order of the tree's leaves."""
+    server = Server()
+    result = run(server, preset="light")
+    prompts = [prompt for prompt, _ in server.asked[1:]]
+    layout = result.plan
+    tail = next(k for k in range(1, 200) if len({tuple(prompt[-k:]) for prompt in prompts}) > 1) - 1
+    for i in range(4):
+        sharing = [p for p in prompts if all(c[: len(p) - tail] == p[: len(p) - tail] for c in result.contexts[i])]
+        assert sharing
+    shared = [sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(a, b, strict=False)))
+              for a, b in itertools.pairwise(prompts)]  # fmt: skip
+    best = [sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(a, b, strict=False)))
+            for a, b in itertools.pairwise(sorted(prompts))]  # fmt: skip
+    assert sum(shared) == sum(best)
+    plan = LeaveOneOutPlan.from_dict(layout["plan"])
+    plan.check_lengths([[len(c) for c in row] for row in result.contexts], layout["frame"], layout["blocks"])
 
 
 def test_a_full_length_answer_that_ends_is_whole() -> None:

@@ -168,3 +168,28 @@ def test_through_json_and_back():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         leave_one_out_plan(arguments.pop("n"), arguments.pop("draws"), **arguments)
+
+
+def test_depth_first_order() -> None:
+    """Neighbours in it share a prefix wherever any two do: leaves of one subtree stand together."""
+    plan = leave_one_out_plan(8, 2, lengths=[3, 1, 4, 1, 5, 9, 2, 6], permutation=[5, 2, 7, 0, 1, 3, 6, 4])
+    order = plan.depth_first()
+    assert sorted(order) == list(range(8))
+    prefixes: dict[tuple[int, ...], list[int]] = {}
+    for rank, i in enumerate(order):
+        path = plan.candidate_order(i)
+        for end in range(1, len(path) + 1):
+            prefixes.setdefault(path[:end], []).append(rank)
+    assert all(ranks == list(range(ranks[0], ranks[0] + len(ranks))) for ranks in prefixes.values())
+
+
+def test_contexts_of_another_group_are_refused() -> None:
+    """The sentence has the numbers of both."""
+    plan, blocks = leave_one_out_plan(3, 2), [4, 5, 6]
+    plan.check_lengths([[22, 0], [21, 21], [0, 20]], 10, blocks)
+    with pytest.raises(ValueError, match="3 candidates with 2 draws .* group of 2 responses with 2 contexts and 3"):
+        plan.check_lengths([[22, 22], [21, 21]], 10, blocks)
+    with pytest.raises(ValueError, match="group of 3 responses with 1 contexts"):
+        plan.check_lengths([[22], [21], [20]], 10, blocks)
+    with pytest.raises(ValueError, match="context 1 of response 0 has 21 tokens, .* blocks alone take 21"):
+        plan.check_lengths([[22, 21], [21, 21], [20, 20]], 10, blocks)

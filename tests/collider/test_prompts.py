@@ -75,6 +75,21 @@ def test_budget(tokenizer) -> None:
     assert keep_end.trim([end]) == [] and keep_end.trim([5, end, end]) == [5]
 
 
+def test_the_answer_alone(tokenizer) -> None:
+    """``answer`` keeps what stands from the last boxed answer on; without one the end, as far as the budget goes."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    end = tokenizer.eos_token_id
+    response = ids("1+1=2 \\boxed{2} 5+1=6 \\boxed{") + ids("6}")
+    kept = CandidatePrompts(tokenizer, BlockBudget(50, "answer")).trim([*response, end])
+    assert tokenizer.decode(kept).strip().startswith("\\boxed{") and kept == response[-len(kept) :]
+    assert tokenizer.decode(kept).count("boxed") == 1 and "6}" in tokenizer.decode(kept)
+    assert CandidatePrompts(tokenizer, BlockBudget(2, "answer")).trim(response) == kept[-2:]
+    assert CandidatePrompts(tokenizer, BlockBudget(3, "answer")).trim([5, 6, 7, 8, end]) == [6, 7, 8]
+
+
 def test_thinking_goes_first(tokenizer) -> None:
     """A response that does not fit loses its thinking part; one that never closes it keeps its end."""
 
