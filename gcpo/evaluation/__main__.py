@@ -66,9 +66,10 @@ def run(options: argparse.Namespace) -> None:
         )
     output = options.output or Path("outputs/evaluation") / model.name
 
-    def start() -> Sampler:
+    def start(log: Path) -> Sampler:
         return vllm_sampler(
             model,
+            log,
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_model_len=max(len(ids) + rooms[question] for question, ids in prompts.ids.items()),

@@ -15,7 +15,7 @@ from gcpo.collider.draws import request_seed
 from gcpo.evaluation import EvaluationError, metrics
 from gcpo.evaluation.models import Model
 from gcpo.evaluation.questions import Question, QuestionSet
-from gcpo.evaluation.samples import SETTINGS_FILE, SampleFile, alone_in, check_settings, read_json, write_json
+from gcpo.evaluation.samples import LOG_FILE, SETTINGS_FILE, SampleFile, alone_in, check_settings, read_json, write_json
 from gcpo.evaluation.sampling import Completion, Prompts, Request, Sampler
 
 RESULTS_FILE = "results.json"
@@ -73,7 +73,7 @@ def evaluate(
     prompts: Prompts,
     settings: Settings,
     output: Path,
-    start: Callable[[], Sampler],
+    start: Callable[[Path], Sampler],
 ) -> dict[str, list[metrics.Question]]:
     """Sample and grade what ``output`` doesn't hold yet, and write ``results.json``.
 
@@ -83,7 +83,7 @@ def evaluate(
         prompts: of all their questions.
         settings: how.
         output: folder of the samples, made if need be.
-        start: makes the sampler; called only if a sample is missing.
+        start: makes the sampler, told where its log goes; called only if a sample is missing.
 
     Returns:
         By set, what was found for every question, from its first ``settings.samples`` samples.
@@ -103,7 +103,7 @@ def evaluate(
         count = sum(map(len, missing.values()))
         if count:
             _say_what_is_there(sets, settings, count)
-            sampler = start()
+            sampler = start(output / LOG_FILE)
             write_json(output / SETTINGS_FILE, recorded)
             for found in sets:
                 _sample_set(found, files[found.name], missing[found.name], settings, sampler)
@@ -130,7 +130,7 @@ def _missing(found: QuestionSet, file: SampleFile, prompts: Prompts, settings: S
 def _say_what_is_there(sets: Sequence[QuestionSet], settings: Settings, missing: int) -> None:
     wanted = sum(len(found.questions) for found in sets) * settings.samples
     there = f"{wanted - missing:,} of {wanted:,} samples are there; " if missing < wanted else ""
-    print(f"{there}starting vLLM for {missing:,} samples", flush=True)
+    print(f"{there}starting vLLM for {missing:,}", flush=True)
 
 
 def _sample_set(

@@ -18,6 +18,8 @@ from gcpo.evaluation import EvaluationError
 from gcpo.evaluation.metrics import Sample
 
 SETTINGS_FILE = "settings.json"
+LOG_FILE = "vllm.log"
+"""It is there before the settings are, and alone where vLLM didn't start."""
 
 
 def parse_line(line: str | bytes) -> tuple[str, int, Sample]:
@@ -134,7 +136,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         raise EvaluationError(f"{output} is a file; give another --output")
     path = output / SETTINGS_FILE
     if not path.is_file():
-        if any(file for file in output.iterdir() if not file.name.startswith(".")):
+        if any(file.name != LOG_FILE for file in output.iterdir()):
             raise EvaluationError(f"{output} holds something else than an evaluation; give another --output")
         return dict(settings)
     before = read_json(path)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gcpo.evaluation import EvaluationError
@@ -96,12 +100,13 @@ def make_prompts(model: Model, sets: Sequence[QuestionSet]) -> Prompts:
 
 
 def vllm_sampler(
-    model: Model, *, temperature: float, top_p: float, max_model_len: int, tensor_parallel_size: int = 1
+    model: Model, log: Path, *, temperature: float, top_p: float, max_model_len: int, tensor_parallel_size: int = 1
 ) -> Sampler:
     """Start vLLM with the model.
 
     Args:
         model: what to load.
+        log: what vLLM and its processes print is added to this file.
         temperature: 0 is greedy.
         top_p: smallest set of tokens with this probability.
         max_model_len: longest prompt with its response, in tokens.
@@ -110,7 +115,6 @@ def vllm_sampler(
     Raises:
         EvaluationError: vLLM can't load it.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from gcpo.cpu import is_cpu_profile
 
@@ -119,13 +123,17 @@ def vllm_sampler(
         # A CPU generator can't be rewound, as vLLM does with that of a seeded request whose prompt it chunks.
         settings = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
     try:
-        from vllm import LLM, SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        with _printing_into(log):
+            from vllm import LLM, SamplingParams
+            from vllm.sampling_params import RequestOutputKind
 
-        llm = LLM(model=model.path, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size, **settings)
-    except Exception as error:  # whatever the engine's process dies of
+            llm = LLM(
+                model=model.path, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size, **settings
+            )
+    except Exception as error:  # whatever the engine's processes die of
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"vLLM can't load {model.path}: {reason}") from error
+        raise EvaluationError(f"vLLM can't load {model.path}: {reason} (all of it is in {log})") from error
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # from here on this process prints to the terminal again
     engine = llm.llm_engine
 
     def add(request: Request) -> None:
@@ -154,6 +162,25 @@ def vllm_sampler(
                 yield [_completion(output) for output in finished]
 
     return sample
+
+
+@contextlib.contextmanager
+def _printing_into(log: Path) -> Iterator[None]:
+    """Send what is printed here to a file, and what processes that are started here print, as long as they live."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    try:
+        with log.open("ab") as file:
+            for number in kept:
+                os.dup2(file.fileno(), number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def _completion(output: Any) -> Completion:

@@ -63,7 +63,7 @@ class Rule:
         self.starts = 0
         self.stop_after: int | None = None
 
-    def __call__(self) -> Callable[[Sequence[Request]], Iterator[list[Completion]]]:
+    def __call__(self, log: Path) -> Callable[[Sequence[Request]], Iterator[list[Completion]]]:
         self.starts += 1
         return self.sample
 

@@ -148,12 +148,23 @@ def test_folders_of_something_else_are_left_alone(found, tmp_path):
 
 
 def test_an_engine_that_does_not_start_leaves_nothing_behind(found, tmp_path):
-    def start():
+    def start(log):
         raise EvaluationError("vLLM can't load it")
 
     with pytest.raises(EvaluationError, match="can't load"):
         run(found, tmp_path / "new" / "out", start)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_log_of_an_engine_that_did_not_start_is_in_nobody_s_way(found, tmp_path):
+    def start(log):
+        log.write_text("why")
+        raise EvaluationError("vLLM can't load it")
+
+    with pytest.raises(EvaluationError, match="can't load"):
+        run(found, tmp_path / "out", start)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["vllm.log"]
+    assert len(run(found, tmp_path / "out", Rule([found], right_but_for_the_last))["sums"]) == 4
 
 
 def test_two_evaluations_do_not_write_into_one_folder(found, tmp_path):
