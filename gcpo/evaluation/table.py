@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gcpo.evaluation import EvaluationError
-from gcpo.evaluation.metrics import Interval, Question, Summary, interval, outside_noise, share_interval, summarize
+from gcpo.evaluation.metrics import Interval, Question, Summary, interval, outside_noise, summarize
 from gcpo.evaluation.questions import TABLE_1, TITLES
 from gcpo.evaluation.run import read_results
 
@@ -123,8 +123,10 @@ def make_table(results: Mapping[str, Mapping[str, Sequence[Question]]]) -> Table
 
 
 def _average(sets: Sequence[Sequence[Question]]) -> Interval:
-    values = [[question.accuracy for question in questions] for questions in sets]
-    return share_interval(values[0]) if len(values) == 1 else interval(*values)
+    found = interval(*([question.accuracy for question in questions] for questions in sets))
+    if found.low == found.high:  # all right or all wrong everywhere: no spread to tell from
+        return Interval(found.mean, math.nan, math.nan)
+    return found
 
 
 def _compare(sets: Sequence[Sequence[Question]], base: Sequence[Sequence[Question]]) -> tuple[Interval, bool | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from gcpo.evaluation import EvaluationError, models
 from gcpo.evaluation.models import find_model, weights_digest
 from gcpo.evaluation.questions import load_sets
-from gcpo.evaluation.sampling import make_prompts
+from gcpo.evaluation.sampling import _printing_into, make_prompts
 from tests.evaluation.made import rows, write_set
 
 
@@ -175,6 +176,23 @@ def test_models_that_are_not_whole(tiny_model, tmp_path, damage, sentence):
     with pytest.raises(EvaluationError, match=sentence) as error:
         find_model(str(tmp_path / "model"))
     assert "\n" not in str(error.value)
+
+
+# ---- the engine's log ------------------------------------------------------------------------------------------------
+
+
+def test_what_an_engine_prints_goes_into_its_log(tmp_path, capfd):
+    log = tmp_path / "vllm.log"
+    log.write_text("earlier\n")
+    with pytest.raises(ValueError), _printing_into(log):
+        os.write(1, b"from here\n")
+        subprocess.run(["bash", "-c", "echo from a process; echo and its errors >&2"], check=True)
+        child = subprocess.Popen(["bash", "-c", "read; echo later"], stdin=subprocess.PIPE)
+        raise ValueError
+    print("to the terminal")
+    child.communicate(b"\n")
+    assert log.read_text().splitlines() == ["earlier", "from here", "from a process", "and its errors", "later"]
+    assert capfd.readouterr() == ("to the terminal\n", "")
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

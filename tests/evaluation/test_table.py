@@ -77,6 +77,12 @@ def test_average_is_over_what_all_runs_have():
     assert new.split(" | ")[3] == "–"
 
 
+def test_average_without_any_spread_has_no_interval():
+    table = make_table({"base": {"aime24": found(0, 0), "amc23": found(0, 0, 0)}})
+    assert math.isnan(table.cells["base", AVERAGE].value.low)
+    assert "| 0.0 |" in markdown(table).splitlines()[2]
+
+
 def test_one_set_has_no_average():
     assert make_table({"a": {"aime24": found(1, 2), "humaneval": found(1)}}).columns == ["aime24", "humaneval"]
 
