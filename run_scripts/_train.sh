@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the paper's training runs share; sourced by them. A run sets NAME, MODEL, DATA_SET, EVALUATION_SETS (the first
-# one validates) and SETTINGS, and calls `train "$@"`.
+# What the paper's training runs share; sourced by them. A run sets NAME, MODEL, DATA_SET, EVALUATION_SETS, VALIDATION
+# (one of them, or nothing: what the data holds out) and SETTINGS, and calls `train "$@"`.
 
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
@@ -14,8 +14,7 @@ train_help() {
   --data PATH_OR_HUB_ID    a parquet in verl's schema, or what \`python -m data_prep $DATA_SET\` reads (default: its
                            usual place on the hub; the evaluation sets are then prepared first, so that their questions
                            are left out: ${EVALUATION_SETS[*]})
-  --val FILE               a parquet to validate on (default: ${EVALUATION_SETS[0]} if it is prepared, else what the
-                           data holds out)
+  --val FILE               a parquet to validate on (default: ${VALIDATION:+$VALIDATION if it is prepared, else }what the data holds out)
   --gpus N                 per machine (default: all that nvidia-smi lists)
   --nodes N                machines of a running Ray cluster (default 1)
   --output DIR             default outputs/gcpo-$NAME
@@ -137,17 +136,23 @@ prepare_data() {
         fi
         "$PY" -m data_prep "$DATA_SET" ${DATA:+--source "$DATA"} --data "$sets" --output "$OUTPUT/data"
     fi
+    if [ -z "$VAL" ]; then default_validation "$sets"; fi
     if [ -z "$VAL" ]; then
-        if [ -f "$sets/${EVALUATION_SETS[0]}/test.parquet" ] || { [ -n "$DRY_RUN" ] && [ -z "$DATA" ]; }; then
-            VAL="$sets/${EVALUATION_SETS[0]}/test.parquet"
-        elif [ "$TRAIN" != "$DATA" ] && [ -f "$OUTPUT/data/test.parquet" ]; then
-            VAL="$OUTPUT/data/test.parquet"
-        else
-            say "nothing to validate on (--val FILE): the run reports its training reward alone"
-            VAL="$TRAIN"
-            SETTINGS+=(trainer.test_freq=-1 trainer.val_before_train=False)
-        fi
+        say "nothing to validate on (--val FILE): the run reports its training reward alone"
+        VAL="$TRAIN"
+        SETTINGS+=(trainer.test_freq=-1 trainer.val_before_train=False)
     fi
+}
+
+default_validation() { # default_validation FOLDER_OF_THE_SETS; leaves VAL empty where there is nothing
+    local candidates=()
+    [ -z "$VALIDATION" ] || candidates+=("$1/$VALIDATION/test.parquet")
+    [ "$TRAIN" = "$DATA" ] || candidates+=("$OUTPUT/data/test.parquet")
+    for VAL in "${candidates[@]}"; do
+        # Where a dry run would read the hub, the first one would be there by now.
+        if [ -f "$VAL" ] || { [ -n "$DRY_RUN" ] && [ -z "$DATA" ]; }; then return; fi
+    done
+    VAL=""
 }
 
 train() {

@@ -6,8 +6,9 @@
 #   bash run_scripts/evaluate.sh table [--format terminal|markdown|csv] RUN... | NAME=RUN...
 #
 #   MODEL              folder of a model, checkpoint (.../global_step_N), or name on the hub
-#   --sets A,B,...     aime24, aime25, amc23, math500, minerva (default: these five), humaneval, humaneval_5shot, gsm8k,
-#                      arithmetic, or parquet files in verl's schema; `python -m data_prep SET` prepares a set
+#   --sets A,B,...     aime24, aime25, amc23, math500, minerva (default: these five), humaneval, humaneval_5shot,
+#                      mbpp_test, gsm8k, arithmetic, or parquet files in verl's schema; `python -m data_prep SET`
+#                      prepares a set
 #   --samples K        of a question (default 16)
 #   --temperature T    default 0.6; 0 is greedy and takes --samples 1
 #   --top-p P          default 0.95

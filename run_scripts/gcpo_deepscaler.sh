@@ -8,6 +8,7 @@ NAME=deepscaler
 MODEL=agentica-org/DeepScaleR-1.5B-Preview
 DATA_SET=aime
 EVALUATION_SETS=(aime24 aime25 amc23 math500 minerva)
+VALIDATION=aime24
 
 # Tokens. Eight whole responses of 16,384 are 131,072, which is the model's whole context before the question stands in
 # it, so a candidate block holds the last 1,024 tokens of a response, after its <think> part is left out: the answer and

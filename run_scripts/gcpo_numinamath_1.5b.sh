@@ -8,6 +8,7 @@ NAME=numinamath-1.5b
 MODEL=deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
 DATA_SET=numinamath
 EVALUATION_SETS=(aime24 aime25 amc23 math500 minerva)
+VALIDATION=aime24
 
 # Tokens. The model thinks as long as DeepScaleR does and has the same context of 131,072, so the lengths are those of
 # gcpo_deepscaler.sh, where they are worked out:

@@ -8,6 +8,7 @@ NAME=numinamath-7b
 MODEL=deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
 DATA_SET=numinamath
 EVALUATION_SETS=(aime24 aime25 amc23 math500 minerva)
+VALIDATION=aime24
 
 # Tokens: as in gcpo_numinamath_1.5b.sh; this model has the same context of 131,072.
 #   question 1,024 + fixed texts 57 + 9 x (1,024 + 16) = 10,441   the longest prompt with candidates

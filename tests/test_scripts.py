@@ -212,6 +212,27 @@ def test_validation_is_on_a_prepared_set(sandbox):
     assert f" data.val_files={sandbox.folder}/sets/aime24/test.parquet " in train and "test_freq=-1" not in train
 
 
+def test_validation_on_what_the_data_holds_out(sandbox, tiny_folder):
+    """No evaluation set is prepared here, so that is what is left; without it nothing is validated on."""
+    arguments = [
+        "gcpo_numinamath_1.5b.sh",
+        "--model",
+        "tiny",
+        "--data",
+        "my/set",
+        "--output",
+        str(sandbox.folder / "o"),
+    ]
+    assert sandbox.run(*arguments).returncode == 0
+    assert f"data.val_files={sandbox.folder}/o/data/train.parquet" in sandbox.calls[-2]
+    assert "trainer.test_freq=-1" in sandbox.calls[-2]
+    (sandbox.folder / "o" / "data").mkdir(parents=True)
+    (sandbox.folder / "o" / "data" / "test.parquet").write_text("")
+    assert sandbox.run(*arguments).returncode == 0
+    assert f"data.val_files={sandbox.folder}/o/data/test.parquet" in sandbox.calls[-2]
+    assert "trainer.test_freq=-1" not in sandbox.calls[-2]
+
+
 def test_a_set_that_can_not_be_prepared_stops_the_run(sandbox):
     sandbox.gpus(1)
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}; exit 2')
@@ -303,7 +324,9 @@ def test_dry_run_needs_no_gpu_model_or_data(sandbox, script):
     assert "no NVIDIA GPU here: the dry run needs none" in done.stdout
     (call,) = sandbox.calls  # the configuration is asked for, and nothing is prepared or trained
     assert call.startswith("-m recipe.gcpo.main_gcpo ") and call.endswith(" --cfg job --resolve")
-    assert f"data.val_files={sandbox.folder}/sets/{'humaneval' if 'code' in script else 'aime24'}/test.parquet" in call
+    held_out = f"{ROOT}/outputs/{script.removesuffix('.sh').replace('_', '-')}/data/test.parquet"
+    validation = held_out if "code" in script else f"{sandbox.folder}/sets/aime24/test.parquet"
+    assert f" data.val_files={validation} " in call and "test_freq=-1" not in call
     assert not (sandbox.folder / "sets").exists()
 
 

@@ -28,6 +28,7 @@ TITLES = {
     "minerva": "MinervaMATH",
     "humaneval": "HumanEval 0-shot",
     "humaneval_5shot": "HumanEval 5-shot",
+    "mbpp_test": "MBPP",
     "gsm8k": "GSM8K",
     "arithmetic": "arithmetic",
 }

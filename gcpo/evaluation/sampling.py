@@ -156,7 +156,10 @@ def vllm_sampler(
                 waiting += 1
             if not waiting:
                 return
-            finished = [output for output in engine.step() if output.finished]
+            try:
+                finished = [output for output in engine.step() if output.finished]
+            except Exception as error:
+                raise EvaluationError(f"vLLM stopped: {error} (see {log}); the same command goes on") from error
             waiting -= len(finished)
             if finished:
                 yield [_completion(output) for output in finished]
