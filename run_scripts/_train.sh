@@ -129,9 +129,9 @@ prepare_data() {
         TRAIN="$DATA"
     elif [ -z "$DRY_RUN" ]; then
         if [ -z "$DATA" ]; then
-            local name
-            for name in "${EVALUATION_SETS[@]}"; do
-                [ -f "$sets/$name/test.parquet" ] || "$PY" -m data_prep "$name" --data "$sets"
+            local set
+            for set in "${EVALUATION_SETS[@]}"; do
+                [ -f "$sets/$set/test.parquet" ] || "$PY" -m data_prep "$set" --data "$sets"
             done
         fi
         "$PY" -m data_prep "$DATA_SET" ${DATA:+--source "$DATA"} --data "$sets" --output "$OUTPUT/data"

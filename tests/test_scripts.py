@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.evaluation.made import rows, write_set
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "run_scripts").glob("*.sh"), *(ROOT / "requirements").glob("*.sh"), ROOT / ".ci" / "run"])
@@ -287,21 +290,23 @@ def test_context_of_the_paper_s_runs(name, context):
     )
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_settings_are_known_to_verl(sandbox, recipe_config, name):
-    """What the scripts override exists, and the longest prompt with candidates is within the context."""
-    from gcpo.checks import longest_prompt
-    from gcpo.config import GCPOConfig
+@pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
+def test_settings_pass_the_checks_of_a_run(sandbox, recipe_config, name, context):
+    """What the scripts override exists, and all lengths fit a model with the context of the paper's."""
+    from gcpo.checks import check_run
 
+    (sandbox.folder / "model").mkdir()
+    (sandbox.folder / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
+    (sandbox.folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
+    data = str(write_set(sandbox.folder / "mine.parquet", rows(2)))
+    sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}')
     sandbox.gpus(8)
-    done = sandbox.run(f"gcpo_{name}.sh", "--data", "some/set")
+    done = sandbox.run(f"gcpo_{name}.sh", "--model", "model", "--data", data, "--val", data)
     assert done.returncode == 0, done.stderr
     overrides = sandbox.calls[-2].partition(" -m recipe.gcpo.main_gcpo ")[2].split()
     config = recipe_config(*(one for one in overrides if not one.startswith("hydra.")))
-    rollout, length = config.actor_rollout_ref.rollout, config.data.max_response_length
-    gcpo = GCPOConfig.from_config(config.gcpo, n=rollout.n, response_length=length)
-    assert longest_prompt(config, gcpo) + length <= rollout.max_model_len
-    assert config.trainer.n_gpus_per_node % rollout.tensor_model_parallel_size == 0
+    check_run(config)
+    assert config.trainer.n_gpus_per_node % config.actor_rollout_ref.rollout.tensor_model_parallel_size == 0
 
 
 def test_dry_run_resolves_the_configuration(sandbox):
