@@ -1,0 +1,535 @@
+"""Runs a program that nobody has looked at against its tests; see ``docs/sandbox.md``.
+
+A sandbox is opened by name with `open_sandbox`: ``bubblewrap`` and ``namespaces`` are on this machine and need no
+privilege, ``fusion`` is a SandboxFusion service, and ``auto`` takes the first of them that proves to work. Whatever it
+is, the same ``inside.py`` runs in it. Programs are never run without one: where none works, `SandboxError` says what is
+missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import marshal
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gcpo.rewards.pool import GraderError, size
+
+__all__ = ["KINDS", "Limits", "Program", "Sandbox", "SandboxError", "Verdict", "check", "open_sandbox"]
+
+KINDS = ("auto", "bubblewrap", "namespaces", "fusion")
+FOLDER = "/box"
+"""The writable folder in a sandbox of this machine."""
+FOLDER_BYTES = 64 * 2**20
+DEVICES = ("null", "zero", "full", "random", "urandom")
+THREADS = 32
+"""Threads that a program may have; it can have no other process."""
+MIN_OUTPUT = 2**20
+WALL_FACTOR = 3.0
+"""How much more time on the clock than on the processor a program gets, since it shares the machine."""
+TOTAL_FACTOR = 5.0
+"""How much more time all cases together get than one."""
+START_SECONDS = 60.0
+"""A sandbox starts in less than 0.1 s; on a busy machine it may take longer."""
+
+_ANSWER = re.compile(r"[0-9a-f]{16}\{")
+_SOURCES = [Path(__file__).with_name(name) for name in ("namespaces.py", "inside.py")]
+
+
+class SandboxError(GraderError):
+    """Programs can't be run: no sandbox works here, or it failed; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use."""
+
+    time: float = 6.0
+    """Seconds of processor time for one test case; three times as long on the clock, and five times as long for all."""
+    memory_mb: int = 1024
+    """MiB of address space."""
+    output: int = MIN_OUTPUT
+    """Bytes that one test case may print."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time <= 3600:
+            raise ValueError(f"time_limit is {self.time}; it must be more than 0 and at most 3600 seconds")
+        if not 128 <= self.memory_mb <= 2**20:
+            raise ValueError(f"memory_limit_mb is {self.memory_mb}; it must be at least 128: Python starts with less")
+
+    @property
+    def wall(self) -> float:
+        """Seconds on the clock until all cases must be over."""
+        return self.time * TOTAL_FACTOR * WALL_FACTOR
+
+    def to_dict(self) -> dict[str, float]:
+        """As ``inside.py`` wants them, in bytes and seconds."""
+        return {
+            "cpu": self.time,
+            "cpu_total": self.time * TOTAL_FACTOR,
+            "wall": self.time * WALL_FACTOR,
+            "wall_total": self.wall,
+            "memory": self.memory_mb * 2**20,
+            "output": max(self.output, MIN_OUTPUT),
+            "file": FOLDER_BYTES,
+            "processes": THREADS,
+        }
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program and how it is tested.
+
+    Attributes:
+        code: Python source.
+        mode: ``stdin``: it reads and prints. ``call``: a function is called. ``assert``: test code calls it.
+        cases: what to test: (input, expected) for ``stdin``, (arguments, expected result) for ``call``, (source of the
+            test,) for ``assert``.
+        entry: name of the function, for ``call`` and where there is a ``prompt``.
+        prompt: source that the program goes on from, up to the head of ``entry``; see `inside.assemble`.
+        stars: whether to give it the names of common modules; see `inside.star_imports`.
+        setup: source that is run before the test code, beside it: out of the program's reach.
+        names: what the test code takes from the program.
+        recursion: Python's recursion limit.
+    """
+
+    code: str
+    mode: Literal["stdin", "call", "assert"]
+    cases: Sequence[tuple[Any, ...]]
+    entry: str | None = None
+    prompt: str | None = None
+    stars: bool = False
+    setup: str = ""
+    names: Sequence[str] = ()
+    recursion: int = 1000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a program did."""
+
+    passed: bool
+    """Whether it passed every case."""
+    cases: int = 0
+    """Cases passed before the first that failed."""
+    reason: str = ""
+    """Why it failed."""
+    seconds: float = 0.0
+    """Processor time of the program."""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A way to run programs that keeps them from everything else."""
+
+    kind: str
+
+    def run(self, program: Program, limits: Limits = Limits(), *, probe: bool = False) -> Verdict:  # noqa: B008
+        """Run a program against its tests; safe to call in any thread, and from several at once.
+
+        Raises:
+            SandboxError: the sandbox itself failed; a program can't cause this.
+        """
+        secret = secrets.token_hex(16)
+        job = {
+            "program": program.code,
+            "mode": program.mode,
+            "entry": program.entry,
+            "prompt": program.prompt,
+            "stars": program.stars,
+            "recursion": program.recursion,
+            "limits": limits.to_dict(),
+            "probe": probe,
+            **self._job(),
+        }
+        tests = {"setup": program.setup, "names": list(program.names), "cases": len(program.cases)}
+        parts = [part for case in program.cases for part in case]
+        data = b"".join(map(_message, (job, tests, *parts, {"secret": secret})))
+        answers, trouble = self._exchange(data, limits)
+        if trouble is None and not answers:
+            trouble = "it does not start"
+        for answer in answers:
+            trouble = trouble or answer.get("trouble")
+        if trouble is not None:
+            raise SandboxError(f"the sandbox ({self.kind}) failed: {trouble}")
+        verdict = answers[-1]
+        if verdict.get("secret") != secret:
+            return Verdict(False, reason="out of time, or it brought the sandbox down")
+        reason = verdict["reason"]
+        return Verdict(reason is None, int(verdict["passed"]), reason or "", float(verdict["seconds"]))
+
+    def _job(self) -> dict[str, Any]:
+        """What ``inside.py`` has to know of the place where it runs."""
+        raise NotImplementedError
+
+    def _exchange(self, data: bytes, limits: Limits) -> tuple[list[dict[str, Any]], str | None]:
+        """Start ``inside.py`` with ``data`` as its input; returns its messages, and what went wrong outside of it."""
+        raise NotImplementedError
+
+
+def _message(value: Any) -> bytes:
+    data = json.dumps(value).encode()
+    return b"%016x" % len(data) + data
+
+
+def _messages(text: str) -> list[dict[str, Any]]:
+    """The messages in what ``inside.py`` wrote; what isn't one is left out."""
+    found, at = [], 0
+    while match := _ANSWER.search(text, at):
+        start = match.end() - 1
+        at = start + int(match[0][:16], 16)
+        try:
+            found.append(json.loads(text[start:at]))
+        except ValueError:
+            at = match.end()
+    return found
+
+
+# ---- on this machine -------------------------------------------------------------------------------------------------
+
+# The first bytes of the input are the code to run; reading no further than that leaves the rest to it.
+_BOOT = """
+import marshal, os
+def take(size):
+    data = b""
+    while len(data) < size:
+        part = os.read(0, size - len(data))
+        if not part: os._exit(1)
+        data += part
+    return data
+exec(marshal.loads(take(int(take(16), 16))))
+"""
+_ENTER = """
+prctl(1, 9)
+if os.getppid() == {parent}:
+    try:
+        enter({folders!r}, {devices!r}, {links!r}, {folder!r}, {size!r})
+    except OSError as error:
+        write_message(1, {{"trouble": describe(error)}})
+        os._exit(1)
+    main()
+"""
+
+
+@functools.cache
+def _interpreter() -> str:
+    """The interpreter itself, not the link to it of a virtual environment."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+@functools.cache
+def _site_packages() -> list[str]:
+    """Folders of the installed packages, which programs may import."""
+    folders = dict.fromkeys(os.path.realpath(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+    return [folder for folder in folders if os.path.isdir(folder)]
+
+
+@functools.cache
+def _visible() -> tuple[list[str], list[tuple[str, str]]]:
+    """What of this machine a program can read: (folders and files, symbolic links)."""
+    links, wanted = [], ["/usr"]
+    for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
+        if os.path.islink(name):
+            links.append((name, os.readlink(name)))
+        else:
+            wanted.append(name)
+    prefixes = {os.path.realpath(prefix) for prefix in (sys.base_prefix, sys.base_exec_prefix)}
+    if "/" in prefixes:
+        raise SandboxError("Python is installed in /, all of which a program would see; use a virtual environment")
+    prefixes = {"/nix/store" if prefix.startswith("/nix/store/") else prefix for prefix in prefixes}
+    wanted += [*sorted(prefixes), *_site_packages(), _interpreter(), "/etc/ld.so.cache"]
+    visible: list[str] = []
+    for place in sorted(filter(os.path.exists, wanted), key=len):
+        if not any(place == above or place.startswith(above + "/") for above in visible):
+            visible.append(place)
+    if not any(place.startswith("/tmp/") for place in visible):
+        links.append(("/tmp", FOLDER))
+    return visible, links
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {
+        **kept,
+        "PATH": "/usr/bin:/bin",
+        "HOME": FOLDER,
+        "TMPDIR": FOLDER,
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    }
+
+
+@functools.cache
+def _compiled() -> str:
+    return "\n".join(source.read_text() for source in _SOURCES)
+
+
+@functools.cache
+def _marshalled(last: str) -> bytes:
+    """The code of ``namespaces.py`` and ``inside.py``, and what to do with it."""
+    data = marshal.dumps(compile(_compiled() + last, "<sandbox>", "exec"))
+    return b"%016x" % len(data) + data
+
+
+@dataclass(frozen=True)
+class _Local(Sandbox):
+    """A sandbox of this machine's kernel."""
+
+    threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(size(), thread_name_prefix="sandbox"), compare=False, repr=False
+    )
+    """As many run at once as there are cores: more would only eat into each other's time. The others wait in order."""
+
+    def _job(self) -> dict[str, Any]:
+        return {"folder": FOLDER, "paths": _site_packages(), "strict": True}
+
+    def _exchange(self, data: bytes, limits: Limits) -> tuple[list[dict[str, Any]], str | None]:
+        return self.threads.submit(self._start, data, limits.wall + START_SECONDS).result()
+
+    def _start(self, data: bytes, seconds: float) -> tuple[list[dict[str, Any]], str | None]:
+        command, last = self._command()
+        try:
+            process = subprocess.Popen(
+                [*command, _interpreter(), "-I", "-S", "-B", "-c", _BOOT],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=_environment(),
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            return [], str(error)
+        with process:
+            try:
+                out, complaint = process.communicate(_marshalled(last) + data, seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, complaint = process.communicate()
+            finally:
+                process.kill()
+        answers = _messages(out.decode("ascii", "replace"))
+        said = complaint.decode("utf-8", "replace").strip().splitlines()
+        return answers, (said[-1] if said else None) if not answers else None
+
+    def _command(self) -> tuple[list[str], str]:
+        """What to start the interpreter with, and the last lines to run in it."""
+        raise NotImplementedError
+
+
+class Bubblewrap(_Local):
+    """Made by the program bwrap."""
+
+    def _command(self) -> tuple[list[str], str]:
+        program = shutil.which("bwrap")
+        if program is None:
+            raise SandboxError("there is no program bwrap")
+        folders, links = _visible()
+        options = (
+            "--unshare-user --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
+            "--uid 65534 --gid 65534 --cap-drop ALL --hostname sandbox --new-session --die-with-parent"
+        ).split()
+        for place in folders:
+            options += ["--ro-bind", place, place]
+        for place, target in links:
+            options += ["--symlink", target, place]
+        for name in DEVICES:
+            options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+        options += ["--size", str(FOLDER_BYTES), "--tmpfs", FOLDER, "--remount-ro", "/", "--chdir", FOLDER, "--"]
+        return [program, *options], "\nmain()\n"
+
+
+class Namespaces(_Local):
+    """Made by ``namespaces.py``."""
+
+    def _command(self) -> tuple[list[str], str]:
+        folders, links = _visible()
+        place = {"folders": folders, "devices": DEVICES, "links": links, "folder": FOLDER, "size": FOLDER_BYTES}
+        return [], _ENTER.format(parent=os.getpid(), **place)
+
+
+# ---- elsewhere -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fusion(Sandbox):
+    """A SandboxFusion service, through verl's client."""
+
+    url: str = ""
+
+    def _job(self) -> dict[str, Any]:
+        # What the service allows is up to the service; what can be limited inside it is.
+        return {"folder": None, "paths": [], "strict": False}
+
+    def _exchange(self, data: bytes, limits: Limits) -> tuple[list[dict[str, Any]], str | None]:
+        from verl.utils.reward_score.sandbox_fusion.utils import call_sandbox_api
+
+        response, error = call_sandbox_api(
+            sandbox_fusion_url=self.url,
+            code=_SOURCES[-1].read_text() + "\nmain()\n",
+            stdin=data.decode(),
+            compile_timeout=int(START_SECONDS),
+            run_timeout=int(limits.wall + START_SECONDS),
+            memory_limit_mb=2 * limits.memory_mb + 512,
+        )
+        if error is not None or not isinstance(response, dict):
+            return [], error or "it answered something else than JSON"
+        result = response.get("run_result") or {}
+        answers = _messages(result.get("stdout") or "")
+        if answers or result.get("status") == "TimeLimitExceeded":
+            return answers or [{}], None
+        said = (result.get("stderr") or response.get("message") or "").strip().splitlines()
+        return [], said[-1] if said else f"its status is {response.get('status')}"
+
+
+# ---- which one -------------------------------------------------------------------------------------------------------
+
+# Prints what it should not have been able to do.
+_PROBE = """
+import _thread, json, os, sys
+asked = json.loads(input())
+leaks = []
+def look(folder):
+    for name in os.listdir(folder):
+        place = os.path.join(folder, name)
+        if place not in asked["visible"]:
+            if any(one.startswith(place + "/") for one in asked["visible"]):
+                look(place)
+            else:
+                leaks.append("can see " + place)
+look("/")
+for place in asked["protected"]:
+    try:
+        open(os.path.join(place, "probe"), "w")
+        leaks.append("can write into " + place)
+    except OSError:
+        pass
+with open("probe", "w") as file:
+    file.write("it has a folder of its own")
+if sorted(os.listdir(".")) != ["probe"]:
+    leaks.append("its folder is not its own")
+import socket
+for what, attempt in (("can start a process", os.fork), ("can open a socket", socket.socket)):
+    try:
+        attempt()
+        leaks.append(what)
+    except OSError:
+        pass
+try:
+    bytearray(asked["memory"])
+    leaks.append("has more memory than it should")
+except MemoryError:
+    pass
+lock = _thread.allocate_lock()
+lock.acquire()
+_thread.stack_size(2**16)
+try:
+    for _ in range(asked["threads"]):
+        _thread.start_new_thread(lock.acquire, ())
+    leaks.append("has more threads than it should")
+except RuntimeError:
+    pass
+print("; ".join(leaks) or "nothing")
+sys.stdout.flush()
+os._exit(0)
+"""
+_LOCK = threading.Lock()
+
+
+def _probe(sandbox: Sandbox) -> str | None:
+    """Why a sandbox does not do; None where it does."""
+    local = isinstance(sandbox, _Local)
+    limits = Limits(memory_mb=256)
+    folders, links = _visible() if local else ([], [])
+    asked = {
+        "visible": [*folders, *dict(links), *(f"/dev/{name}" for name in DEVICES), FOLDER],
+        "protected": ["/", "/dev", *folders],
+        "memory": limits.memory_mb * 2**20,
+        "threads": 2 * THREADS,
+    }
+    program = Program(_PROBE if local else "print('nothing')", "stdin", [(json.dumps(asked), "nothing")])
+    try:
+        verdict = sandbox.run(program, limits, probe=local)
+    except SandboxError as error:
+        return str(error).partition(" failed: ")[2] or str(error)
+    if verdict.passed:
+        return None
+    reason = verdict.reason.removeprefix("wrong output: ").strip("'").removesuffix("\\n")
+    return f"a program in it {reason}" if reason.startswith(("can ", "has ")) else reason
+
+
+@functools.lru_cache(maxsize=16)
+def _try(kind: str, url: str | None) -> Sandbox | str:
+    """A sandbox of this kind, or why there is none."""
+    sandbox: Sandbox
+    if kind == "fusion":
+        sandbox = Fusion(kind, url or "")
+    elif not sys.platform.startswith("linux"):
+        return "it needs Linux"
+    elif kind == "bubblewrap" and shutil.which("bwrap") is None:
+        return "it is not installed"
+    else:
+        sandbox = (Bubblewrap if kind == "bubblewrap" else Namespaces)(kind)
+    return _probe(sandbox) or sandbox
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_try.cache_clear)  # threads don't survive a fork
+
+
+def open_sandbox(kind: str = "auto", url: str | None = None) -> Sandbox:
+    """The sandbox to use, tried out once in every process.
+
+    Args:
+        kind: one of `KINDS`. ``auto``: ``fusion`` where there is a ``url``, else ``bubblewrap``, else ``namespaces``.
+        url: of the SandboxFusion service's ``run_code``.
+
+    Raises:
+        ValueError: the settings contradict each other.
+        SandboxError: none works; the message says why, and what to do.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"sandbox is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if kind == "fusion" and not url:
+        raise ValueError("sandbox is fusion, but sandbox_fusion_url does not say where it is; set it to its run_code")
+    if url and kind in ("bubblewrap", "namespaces"):
+        raise ValueError(f"sandbox is {kind}, but sandbox_fusion_url is set; leave one of them out")
+    kinds = ("fusion",) if url else ("bubblewrap", "namespaces") if kind == "auto" else (kind,)
+    reasons = []
+    for one in kinds:
+        with _LOCK:
+            found = _try(one, url)
+        if isinstance(found, Sandbox):
+            return found
+        reasons.append(f"{one}: {found}")
+    advice = (
+        "check that the service runs and that the address ends in /run_code"
+        if url
+        else "allow unprivileged user namespaces (in a container: --security-opt seccomp=unconfined --security-opt "
+        "apparmor=unconfined), install bubblewrap (apt install bubblewrap, or conda install -c conda-forge bubblewrap)"
+        ", or set sandbox_fusion_url to a SandboxFusion service"
+    )
+    raise SandboxError(f"programs can't be run safely here ({'; '.join(reasons)}); {advice}")
+
+
+def check(sandbox: str = "auto", sandbox_fusion_url: str | None = None) -> str:
+    """The name of the sandbox that these settings give; to be called before a long run.
+
+    Raises:
+        ValueError: the settings contradict each other.
+        SandboxError: none works; the message says why, and what to do.
+    """
+    return open_sandbox(sandbox, sandbox_fusion_url).kind
