@@ -40,6 +40,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, default=FOLDER, metavar="DIR", help="where sets are prepared (%(default)s)"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of this set (default: DATA/SET)")
+    parser.add_argument(
+        "--examples", nargs="+", default=[], metavar="PATH_OR_ID", help="few-shot examples: MBPP (humaneval_5shot)"
+    )
     parser.add_argument("--rows", type=int, metavar="N", help="draw so many rows at random (numinamath: 4000)")
     parser.add_argument("--seed", type=int, default=SEED, help="of the draw (%(default)s)")
     parser.add_argument(
@@ -83,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
         rows=options.rows,
         seed=options.seed,
         evaluation=evaluation,
+        examples=options.examples,
         say=lambda line: print(line, flush=True),
     )
     if dataset.rows and prepared.read not in dataset.rows and not options.rows:

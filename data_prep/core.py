@@ -109,6 +109,8 @@ class DataSet:
         data_source: verl's column of this name; ``gcpo/<name>`` if empty.
         sample: how many rows are drawn at random; None: all of them.
         rows: how many rows the source is known to have; another number is reported.
+        few_shot: makes the set with its examples, of which it is told the sources; None: it has none.
+        examples: where they are from, for the provenance.
     """
 
     name: str
@@ -124,6 +126,8 @@ class DataSet:
     data_source: str = ""
     sample: int | None = None
     rows: tuple[int, ...] = ()
+    few_shot: Callable[[Sequence[str]], DataSet] | None = None
+    examples: Mapping[str, Any] | None = None
 
     def wanted(self, columns: Iterable[str]) -> list[str]:
         """Those of the columns that a schema looks at."""
@@ -472,6 +476,7 @@ def prepare(
     rows: int | None = None,
     seed: int = SEED,
     evaluation: EvaluationSets | None = None,
+    examples: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
     """Read a set and write ``train.parquet`` and/or ``test.parquet`` and ``provenance.json`` into ``output``.
@@ -484,6 +489,7 @@ def prepare(
         rows: how many rows to draw; None: the set's own number.
         seed: of the draw.
         evaluation: what must not be trained on.
+        examples: like ``sources``, of the set that few-shot examples are taken from.
         say: told what is read, and from where.
 
     Raises:
@@ -491,6 +497,10 @@ def prepare(
             ``output`` is then as it was.
     """
     _check_output(dataset, output)
+    if dataset.few_shot is not None:
+        dataset = dataset.few_shot(examples)
+    elif examples:
+        raise DataError(f"{dataset.name} is asked without examples; leave out --examples")
     source = read_source(dataset, sources, revision)
     say(f"{dataset.name}: {len(source.records)} rows from {source.label}")
     rows = dataset.sample if rows is None else rows
@@ -507,6 +517,7 @@ def prepare(
         "ability": dataset.ability,
         "source": {**source.origin, "columns": list(schema.columns)},
         "instruction": dataset.instruction,
+        "examples": dataset.examples,
         "drawn": None if rows is None else {"rows": rows, "seed": seed},
         "rows": {
             "read": prepared.read,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 
-from data_prep import math_sets
+from data_prep import code_sets, math_sets
 from data_prep.core import DataError, DataSet
 
-SETS: dict[str, DataSet] = {dataset.name: dataset for dataset in (*math_sets.SETS,)}
+SETS: dict[str, DataSet] = {dataset.name: dataset for dataset in (*math_sets.SETS, *code_sets.SETS)}
 
 
 def find_set(name: str) -> DataSet:

@@ -1,0 +1,295 @@
+"""The sets of programs: where they lie, how they are asked, and how their tests are put.
+
+The tests are what ``gcpo.rewards.code`` reads.
+
+**MBPP** is asked as its authors do: the task and its tests, here with the request for a code block, since the answer
+is a chat message and not a continuation up to their ``[DONE]``. Task ids 601 to 974 are trained on, 511 to 600 are held
+out, 11 to 510 are the evaluation set ``mbpp_test``, and 1 to 10 are for few-shot prompts alone: MBPP's own splits.
+
+**HumanEval** is asked as EvalPlus asks chat models: one sentence, and the function's head in a code block. The answer
+is a whole function or the rest of one. HumanEval has no examples for few-shot prompts. Frameworks that offer them (such
+as lm-evaluation-harness with ``--num_fewshot 5``, which itself warns about it) draw from the 164 problems that are
+being measured. ``humaneval_5shot`` doesn't: its five examples are the problems 2 to 6 of MBPP's prompt split (2, 3 and
+4 are the examples of MBPP's authors), brought into HumanEval's form and put as earlier turns of the conversation.
+
+The reference solutions stay in ``extra_info.details``: nothing is asked or graded with them, but that they pass can be
+checked (``benchmarks.code_grading``).
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dataclasses
+import json
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_prep.answers import text_of
+from data_prep.core import DataError, DataSet, Drop, Hub, Row, Schema, read_source
+from gcpo.rewards.code import SOURCES, load_tests, program_of
+
+Raw = Mapping[str, Any]
+
+MBPP_TRAIN, MBPP_VALIDATION, MBPP_TEST, MBPP_PROMPT = range(601, 975), range(511, 601), range(11, 511), range(1, 11)
+EXAMPLES = (2, 3, 4, 5, 6)
+"""MBPP's task ids of the few-shot examples."""
+MBPP_COLUMNS = ("text", "code", "task_id", "test_list")
+MBPP_QUESTION = (
+    "You are an expert Python programmer, and here is your task: {task} "
+    "Your code should pass these tests:\n\n{tests}\n\nPut your code in a ```python block."
+)
+HUMANEVAL_QUESTION = (
+    "Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"
+    "```python\n{prompt}\n```"
+)
+
+
+def lines(text: str) -> str:
+    """Text whose lines end alike; MBPP was written on more than one system."""
+    return text.replace("\r\n", "\n")
+
+
+# ---- MBPP ------------------------------------------------------------------------------------------------------------
+
+
+def mbpp_tests(row: Raw) -> dict[str, Any]:
+    """The tests of a row of MBPP.
+
+    The names that the tests take from the program are those that the reference solution defines: some are those of
+    builtins (``sum``), which the program may replace in one problem, but not in another one to pass its tests.
+
+    Raises:
+        Drop: a test is no Python, or nothing of the program is tested.
+    """
+    setup = lines(row.get("test_setup_code") or "")
+    cases = [lines(test) for test in row["test_list"]]
+    try:
+        used = names_of(ast.parse("\n".join((setup, *cases))), ast.Load)
+        defined = top_level_names(ast.parse(lines(row["code"])))
+    except (SyntaxError, ValueError) as error:
+        raise Drop("a test or the reference solution is no Python") from error
+    names = [name for name in defined if name in used]
+    if not names:
+        raise Drop("its tests test nothing")
+    # One test compares with sys.getsizeof and leaves the import to the program.
+    modules = sorted(name for name in used if name in sys.stdlib_module_names and not hasattr(builtins, name))
+    imports = "".join(f"import {name}\n" for name in modules if name not in names)
+    before = imports + (setup and setup.rstrip() + "\n")
+    return {"assert_case": [before + case for case in cases], "names": names}
+
+
+def names_of(tree: ast.AST, context: type[ast.expr_context]) -> set[str]:
+    """Names that are used in this context."""
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+
+
+def top_level_names(tree: ast.Module) -> list[str]:
+    """Functions, classes and variables of a module, in order."""
+    found: dict[str, None] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = None
+        elif isinstance(node, ast.Assign):
+            found.update(dict.fromkeys(sorted(names_of(node, ast.Store))))
+    return list(found)
+
+
+def mbpp_row(row: Raw, *, held_out: bool = False) -> Row:
+    """A row of MBPP."""
+    task, tests = text_of(row["text"]), mbpp_tests(row)
+    shown = "\n".join(lines(test).strip() for test in row["test_list"])
+    prompt = MBPP_QUESTION.format(task=task, tests=shown)
+    details = {"task_id": row["task_id"], "solution": lines(row["code"])}
+    return Row(task, json.dumps(tests, sort_keys=True), prompt, details, held_out=held_out)
+
+
+def task_id(row: Raw) -> int:
+    """Its number, which tells its split."""
+    try:
+        return int(row["task_id"])
+    except (TypeError, ValueError):
+        raise Drop("no task id") from None
+
+
+def mbpp_train(row: Raw) -> Row:
+    """A row of MBPP to train on; its validation part is held out."""
+    number = task_id(row)
+    if number in MBPP_TEST:
+        raise Drop("of MBPP's test part (task ids 11 to 510)")
+    if number in MBPP_PROMPT:
+        raise Drop("of MBPP's few-shot part (task ids 1 to 10)")
+    return mbpp_row(row, held_out=number in MBPP_VALIDATION)
+
+
+def mbpp_test(row: Raw) -> Row:
+    """A row of MBPP to evaluate on."""
+    if task_id(row) not in MBPP_TEST:
+        raise Drop("not of MBPP's test part (task ids 11 to 510)")
+    return mbpp_row(row)
+
+
+# ---- HumanEval -------------------------------------------------------------------------------------------------------
+
+
+def humaneval_row(row: Raw, examples: Sequence[Mapping[str, str]] = ()) -> Row:
+    """A row of HumanEval, after the turns of the examples."""
+    prompt = lines(row["prompt"])
+    tests = {"prompt": prompt, "test": lines(row["test"]), "entry_point": row["entry_point"]}
+    question = {"role": "user", "content": HUMANEVAL_QUESTION.format(prompt=prompt.strip())}
+    details = {"task_id": row["task_id"], "solution": lines(row.get("canonical_solution") or "")}
+    return Row(prompt.strip(), json.dumps(tests, sort_keys=True), [*examples, question], details)
+
+
+def example_of(row: Raw) -> tuple[str, str]:
+    """A problem of MBPP in HumanEval's form: (what is asked, the whole program).
+
+    The task and the tests become the docstring of the function that is tested, the tests as in a console.
+    """
+    tree = ast.parse(lines(row["code"]))
+    entry = mbpp_tests(row)["names"][-1]
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == entry)
+    shown = [text_of(row["text"])]
+    for test in row["test_list"]:
+        check = ast.parse(lines(test).strip()).body[0]
+        if not isinstance(check, ast.Assert) or not isinstance(check.test, ast.Compare):
+            raise DataError(f"MBPP's problem {row['task_id']} can't be an example: its tests are no comparisons")
+        shown += [f">>> {ast.unparse(check.test.left)}", ast.unparse(check.test.comparators[0])]
+    docstring = ast.Expr(ast.Constant("\n" + textwrap.indent("\n".join(shown), "    ") + "\n    "))
+    body = function.body
+    function.body = [docstring]
+    asked = ast.unparse(ast.fix_missing_locations(tree))
+    function.body = [docstring, *body]
+    return asked, ast.unparse(ast.fix_missing_locations(tree))
+
+
+def five_shot(sources: Sequence[str]) -> DataSet:
+    """HumanEval with five examples of MBPP.
+
+    Args:
+        sources: of MBPP: files, a folder, or a data set of the hub; nothing: its usual place.
+
+    Raises:
+        DataError: MBPP can't be read, or the examples are not in it.
+    """
+    try:
+        source = read_source(MBPP_PROMPTS, sources)
+    except DataError as error:
+        raise DataError(f"the examples: {error}".replace("--source", "--examples")) from error
+    missing = set(MBPP_COLUMNS) - source.records.columns
+    if missing:
+        raise DataError(f"{source.label} can't give the examples: it lacks the columns {', '.join(sorted(missing))}")
+    found = {row["task_id"]: row for row in source.records.read(range(len(source.records)))}
+    if not found.keys() >= set(EXAMPLES):
+        wanted = ", ".join(map(str, EXAMPLES))
+        raise DataError(f"{source.label} can't give the examples: it lacks task ids of {wanted}; give all of MBPP")
+    turns: list[dict[str, str]] = []
+    for number in EXAMPLES:
+        asked, answer = example_of(found[number])
+        turns.append({"role": "user", "content": HUMANEVAL_QUESTION.format(prompt=asked)})
+        turns.append({"role": "assistant", "content": f"```python\n{answer}\n```"})
+    return dataclasses.replace(
+        HUMANEVAL_5SHOT,
+        schemas=(Schema(HUMANEVAL_COLUMNS, lambda row: humaneval_row(row, turns), HUMANEVAL_EXTRAS),),
+        few_shot=None,
+        examples={"set": "MBPP", "task_ids": list(EXAMPLES), "source": source.origin},
+    )
+
+
+def _without_examples(row: Raw) -> Row:
+    raise DataError("humaneval_5shot has no rows without its examples")
+
+
+# ---- programming contests --------------------------------------------------------------------------------------------
+
+
+def eurus_row(row: Raw) -> Row:
+    """A row of Eurus-2-RL-Data, which is in verl's schema already; its system message is left out."""
+    origin = row["data_source"]
+    if origin not in SOURCES:
+        raise Drop("no problem of a programming contest")
+    asked = [message["content"] for message in row["prompt"] if message["role"] == "user"]
+    if len(asked) != 1:
+        raise Drop("not one question")
+    truth = (row["reward_model"] or {}).get("ground_truth")
+    try:
+        program_of("", load_tests(truth))
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise Drop("its tests can't be read") from error
+    question = text_of(asked[0])
+    return Row(question.partition("\n\nWrite Python code to solve the problem.")[0], truth, question, {"set": origin})
+
+
+# ---- the sets --------------------------------------------------------------------------------------------------------
+
+MBPP_EXTRAS = ("test_setup_code",)
+MBPP_HUB = "google-research-datasets/mbpp"
+HUMANEVAL_COLUMNS = ("task_id", "prompt", "entry_point", "test")
+HUMANEVAL_EXTRAS = ("canonical_solution",)
+HUMANEVAL_HUBS = (Hub("openai/openai_humaneval", "test"),)
+
+MBPP_PROMPTS = DataSet(
+    name="mbpp_prompt",
+    title="MBPP's few-shot part",
+    kind="eval",
+    ability="code",
+    schemas=(Schema(MBPP_COLUMNS, mbpp_row, MBPP_EXTRAS),),
+    hubs=(Hub(MBPP_HUB, "prompt", ("full",)),),
+    split="prompt",
+)
+"""Where the examples come from; no set of its own."""
+
+HUMANEVAL_5SHOT = DataSet(
+    name="humaneval_5shot",
+    title="HumanEval after five examples of MBPP (--examples)",
+    kind="eval",
+    ability="code",
+    schemas=(Schema(HUMANEVAL_COLUMNS, _without_examples),),
+    hubs=HUMANEVAL_HUBS,
+    split="test",
+    rows=(164,),
+    few_shot=five_shot,
+)
+
+SETS = (
+    DataSet(
+        name="mbpp",
+        title="MBPP, task ids 601 to 974",
+        kind="train",
+        ability="code",
+        schemas=(Schema(MBPP_COLUMNS, mbpp_train, MBPP_EXTRAS),),
+        hubs=(Hub(MBPP_HUB, "train", ("full",)),),
+        rows=(374, 974),
+    ),
+    DataSet(
+        name="eurus_code",
+        title="programming contests of Eurus-2-RL-Data (codecontests, apps, codeforces, taco)",
+        kind="train",
+        ability="code",
+        schemas=(Schema(("data_source", "prompt", "reward_model"), eurus_row),),
+        hubs=(Hub("PRIME-RL/Eurus-2-RL-Data", "train"),),
+    ),
+    DataSet(
+        name="humaneval",
+        title="HumanEval",
+        kind="eval",
+        ability="code",
+        schemas=(Schema(HUMANEVAL_COLUMNS, humaneval_row, HUMANEVAL_EXTRAS),),
+        hubs=HUMANEVAL_HUBS,
+        split="test",
+        rows=(164,),
+    ),
+    HUMANEVAL_5SHOT,
+    DataSet(
+        name="mbpp_test",
+        title="MBPP, task ids 11 to 510",
+        kind="eval",
+        ability="code",
+        schemas=(Schema(MBPP_COLUMNS, mbpp_test, MBPP_EXTRAS),),
+        hubs=(Hub(MBPP_HUB, "test", ("full",)),),
+        split="test",
+        rows=(500, 974),
+    ),
+)
