@@ -117,6 +117,8 @@ def test_two_steps_train(first_run: tuple[Path, list[dict]]) -> None:
         assert step["gcpo/tokens/generated/collider"] > 0
         assert 0 <= step["gcpo/tokens/prefix_cache_hit_share"] <= 1
         assert step["timing_s/gcpo_score"] > 0
+        assert 0 < step["gcpo/tokens/scored"] < step["gcpo/tokens/scored_unshared"]
+        assert step["gcpo/balance/whole_groups"] == 1
         assert all(math.isfinite(value) for value in step.values() if isinstance(value, float))
     assert any(-2 <= step.get("gcpo/upsilon/mean", math.nan) <= 2 for step in steps)
     assert any(step.get("gcpo/reference/kl_mean", 0) > 0 for step in steps)
