@@ -649,7 +649,15 @@ def judge_stdin(job, read, clock):
     clock.next_case()
     printed = run_once(job, read(), clock)
     if not same_output(printed, read()):
-        raise Failed("wrong output: " + repr(printed[:200]))
+        raise Failed("wrong output: " + shown(printed[:200]))
+
+
+def shown(value):
+    """A value in a few words."""
+    try:
+        return repr(value)[:200]
+    except ValueError:  # an integer of more digits than Python likes to write
+        return "a " + type(value).__name__
 
 
 def same_output(printed, expected):
@@ -689,7 +697,7 @@ def judge_call(server, entry, read, clock):
     value = without_tuples(value)
     alternatives = [expected, expected[0]] if isinstance(expected, list) and expected else [expected]
     if not any(same_value(value, one) for one in alternatives):
-        raise Failed("wrong result: " + repr(value)[:200])
+        raise Failed("wrong result: " + shown(value))
 
 
 def plain(value):

@@ -267,7 +267,7 @@ def _environment() -> dict[str, str]:
         "HOME": FOLDER,
         "TMPDIR": FOLDER,
         "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",
+        "PYTHONHASHSEED": "0",  # the order of a set is the same every time
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     }
 
@@ -303,7 +303,8 @@ class _Local(Sandbox):
         command, last = self._command()
         try:
             process = subprocess.Popen(
-                [*command, _interpreter(), "-I", "-S", "-B", "-c", _BOOT],
+                # Nothing but the standard library, and not -I, which would ignore the hash seed.
+                [*command, _interpreter(), "-P", "-s", "-S", "-B", "-c", _BOOT],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -253,6 +253,11 @@ def test_each_run_starts_afresh(box):
     assert run(box, code).passed and run(box, code).passed
 
 
+def test_a_run_can_be_repeated(box):
+    program = Program("def f(): return list({str(i) for i in range(50)})", "call", [([], [])], "f")
+    assert box.run(program).reason == box.run(program).reason
+
+
 def test_nothing_of_the_machine_is_to_be_seen(box, monkeypatch):
     home = os.path.expanduser("~")
     absent = ["/etc/passwd", "/proc/self", "/sys", "/root/.ssh", "/var", __file__, os.path.join(os.getcwd(), "gcpo")]
@@ -546,6 +551,26 @@ def test_where_nothing_works_it_says_why(untried, monkeypatch, tmp_path):
     assert said.count("\n") == 0 and "bubblewrap: bwrap: No permissions to create a new namespace" in said
     assert "namespaces: FileNotFoundError" in said or "namespaces: OSError" in said
     assert "apt install bubblewrap" in said and "sandbox_fusion_url" in said
+
+
+def test_a_kernel_that_allows_no_namespaces(tmp_path):
+    """As in a container with the usual restrictions: the call unshare is refused."""
+    available("namespaces")
+    code = lines(
+        "import os",
+        "from gcpo.rewards import inside, sandbox",
+        "machine = os.uname().machine",
+        "architecture, partly, names = inside.REFUSED[machine]",
+        "unshare = names.split()[names.split().index('unshare') + 1]",
+        "never = {'clone': 9999, 'clone3': 9998, 'tgkill': 9997}",
+        "inside.REFUSED[machine] = (architecture, never, f'unshare {unshare}')",
+        "inside.refuse_system_calls()",
+        "try: sandbox.check('namespaces')",
+        "except sandbox.SandboxError as error: print(error)",
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "(namespaces: PermissionError: [Errno 1] unshare: Operation not permitted); allow" in said
+    assert said.count("\n") == 1
 
 
 def test_a_sandbox_that_leaks_is_refused(untried, monkeypatch):
