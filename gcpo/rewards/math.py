@@ -13,7 +13,7 @@ from typing import Any
 
 from gcpo.rewards.pool import shared
 
-__all__ = ["boxed_answer", "grade", "normalize", "same_answer"]
+__all__ = ["boxed_answer", "grade", "is_decided", "normalize", "same_answer"]
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer is wrong: none of the supported data sets comes near."""
@@ -181,10 +181,27 @@ def same_answer(answer: str, truth: Any) -> bool:
     Raises:
         GraderError: math-verify cannot be run at all.
     """
-    if len(answer) > MAX_ANSWER_CHARS:
-        return False
-    given = normalize(answer)
-    return bool(given) and any(_same(given, normalize(one)) for one in _truths(truth))
+    verdict = _by_text_and_number(answer, truth)
+    return verdict if isinstance(verdict, bool) else any(_same_mathematics(right, given) for right, given in verdict)
+
+
+def is_decided(solution_str: Any, ground_truth: Any) -> bool:
+    """Whether `grade` needs no math-verify for a response, and so next to no time."""
+    answer = boxed_answer(solution_str) if isinstance(solution_str, str) else None
+    return answer is not None and isinstance(_by_text_and_number(answer, ground_truth), bool)
+
+
+def _by_text_and_number(answer: str, truth: Any) -> bool | list[tuple[str, str]]:
+    """Whether an answer is right, or what math-verify has to compare to tell: right answers, each with the answer."""
+    given = normalize(answer) if len(answer) <= MAX_ANSWER_CHARS else ""
+    open_questions = []
+    for right in _truths(truth) if given else ():
+        verdict = _same(given, normalize(right)) if len(right) <= MAX_ANSWER_CHARS else False
+        if verdict is True:
+            return True
+        if verdict:
+            open_questions.append(verdict)
+    return open_questions or False
 
 
 def _truths(truth: Any) -> Iterator[str]:
@@ -213,8 +230,9 @@ def _alternatives(text: str) -> list[str]:
     return match[1].split(" or ") if match else [text]
 
 
-def _same(answer: str, truth: str) -> bool:
-    if not truth or len(truth) > MAX_ANSWER_CHARS:
+def _same(answer: str, truth: str) -> bool | tuple[str, str]:
+    """Whether two normalised answers are the same, or the truth and the answer that math-verify has to compare."""
+    if not truth:
         return False
     if _key(answer) == _key(truth):
         return True
@@ -223,15 +241,14 @@ def _same(answer: str, truth: str) -> bool:
         return False
     answer, answer_scale = _unscaled(answer)
     truth, truth_scale = _unscaled(truth)
+    # The unit of the question may be per cent, or millions: then 25 % is 25.
+    comparable = answer_scale == truth_scale or 0 in (answer_scale, truth_scale)
     given, right = _value(answer), _value(truth)
     if given is None or right is None:
-        return (answer_scale == truth_scale or 0 in (answer_scale, truth_scale)) and _same_mathematics(truth, answer)
+        return comparable and (truth, answer)
     if given * Fraction(10) ** answer_scale == right * Fraction(10) ** truth_scale:
         return True
-    # The unit of the question may be per cent, or millions: then 25 % is 25.
-    if answer_scale != truth_scale and 0 not in (answer_scale, truth_scale):
-        return False
-    return given == right or _rounds_to(right, answer) or _rounds_to(given, truth)
+    return comparable and (given == right or _rounds_to(right, answer) or _rounds_to(given, truth))
 
 
 def _key(text: str) -> str:

@@ -20,6 +20,23 @@ import sys
 from typing import Any
 
 LAST_LETTERS = re.compile(r"[\d\s})] *[A-Za-z]+ *$", re.MULTILINE)
+COMMAND_OR_LETTER = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+SPARE_SYMBOLS = ("\\Psi", "\\Xi", "\\Upsilon", "\\Omega", "\\Phi")
+
+
+def tell_apart(truth: str, answer: str) -> tuple[str, str]:
+    """Both with other symbols for the capitals that one of them also has as a small letter.
+
+    math-verify takes all letters for small ones, and so R - r for 0.
+    """
+    found = [set(COMMAND_OR_LETTER.findall(text)) for text in (truth, answer)]
+    clashing = sorted({one for symbols in found for one in symbols if one.isupper() and one.lower() in symbols})
+    spare = [symbol for symbol in SPARE_SYMBOLS if symbol not in found[0] | found[1]]
+    names = {capital: symbol + " " for capital, symbol in zip(clashing, spare, strict=False)}
+    if not names:
+        return truth, answer
+    renamed = [COMMAND_OR_LETTER.sub(lambda m: names.get(m[0], m[0]), text) for text in (truth, answer)]
+    return renamed[0], renamed[1]
 
 
 def main(seconds: float, memory: int) -> None:
@@ -56,6 +73,7 @@ def main(seconds: float, memory: int) -> None:
         try:
             if not boxed:
                 return equal(parsed(truth, usual), parse(answer, anchored, parsing_timeout=None))
+            truth, answer = tell_apart(truth, answer)
             # math-verify drops a last letter that could be a unit; in \frac{1}{m}t it is none.
             configs = [usual, without_units] if LAST_LETTERS.search(truth + "\n" + answer) else [usual]
             return any(equal(parsed(truth, config), parsed(answer, config)) for config in configs)

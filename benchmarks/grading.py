@@ -1,0 +1,164 @@
+"""Grades per second on real responses, ours beside bare math-verify, and the agreement of both with the labels.
+
+``python -m benchmarks.grading --rollouts FOLDER --output outputs/grading`` reads every ``.jsonl`` file of the folder. A
+row has the right ``answer``, ``response`` or ``responses`` (a list of texts), and their labels as ``score`` or
+``correct``. Five ways to grade run one after another, in rounds:
+
+* bare: ``verify(parse(truth), parse(response))`` of math-verify with its own time limits, in the main thread;
+* one caller: ``compute_score``, one response after another;
+* all cores: ``grade_many``;
+* workers, one caller, and workers, all cores: the same where no answer is decided as a text or a number, but every
+  boxed answer is compared by math-verify in a worker. This is what a set of hard answers would cost.
+
+Ours has forgotten, before every measurement, all answers that it has seen. It prints medians over the rounds, every
+response where a label and a grade differ, and writes ``grading.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gcpo.rewards.math as grader
+from benchmarks.common import record
+from gcpo.rewards import boxed_answer, compute_score, grade_many, normalize
+from gcpo.rewards.pool import shared, size
+
+Row = tuple[str, str, bool]
+"""Right answer, response, label."""
+
+
+def read(file: Path) -> list[Row]:
+    """The responses of a file."""
+    found: list[Row] = []
+    for row in map(json.loads, file.read_text().splitlines()):
+        responses = row["responses"] if "responses" in row else row["response"]
+        labels = row["correct"] if "correct" in row else row["score"]
+        found += [(row["answer"], r, bool(label)) for r, label in zip(responses, labels, strict=True)]
+    return found
+
+
+def bare(rows: list[Row]) -> list[bool]:
+    """math-verify as its documentation calls it."""
+    from math_verify import parse, verify
+
+    return [bool(verify(parse(f"${truth}$"), parse(response))) for truth, response, _ in rows]
+
+
+def one_caller(rows: list[Row]) -> list[bool]:
+    """One response after another."""
+    return [compute_score("", response, truth)["acc"] == 1 for truth, response, _ in rows]
+
+
+def all_cores(rows: list[Row]) -> list[bool]:
+    """All at once."""
+    results = grade_many([response for _, response, _ in rows], [truth for truth, _, _ in rows])
+    return [result["acc"] == 1 for result in results]
+
+
+def _in_worker(row: Row) -> bool:
+    truth, response, _ = row
+    answer = boxed_answer(response)
+    return answer is not None and shared().same(normalize(truth), normalize(answer))
+
+
+def workers_one_caller(rows: list[Row]) -> list[bool]:
+    """One response after another, each compared by math-verify in a worker."""
+    return [_in_worker(row) for row in rows]
+
+
+def workers_all_cores(rows: list[Row]) -> list[bool]:
+    """All at once, each compared by math-verify in a worker."""
+    with ThreadPoolExecutor(size()) as threads:
+        return list(threads.map(_in_worker, rows))
+
+
+WAYS: dict[str, Callable[[list[Row]], list[bool]]] = {
+    "bare": bare,
+    "one caller": one_caller,
+    "all cores": all_cores,
+    "workers, one caller": workers_one_caller,
+    "workers, all cores": workers_all_cores,
+}
+
+
+def forget() -> None:
+    """Clear what is remembered of answers, here and in the workers, which are started anew."""
+    normalize.cache_clear()
+    grader._same_mathematics.cache_clear()
+    shared().close()
+    with ThreadPoolExecutor(size()) as threads:
+        list(threads.map(lambda n: shared().same(f"x+{n}", f"{n}+x"), range(size())))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rollouts", type=Path, required=True, help="folder of .jsonl files with responses and labels")
+    parser.add_argument("--output", type=Path, default=Path("outputs/grading"))
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    files = sorted(args.rollouts.glob("*.jsonl"))
+    if not files:
+        sys.exit(f"grading: there is no .jsonl file in {args.rollouts}; give a folder with responses and labels")
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    sets = {file.stem: read(file) for file in files}
+    bare(next(iter(sets.values()))[:20])  # loads what it needs
+    found: dict[str, dict[str, object]] = {}
+    for name, rows in sets.items():
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        grades: dict[str, list[bool]] = {}
+        for attempt in range(args.rounds):
+            for way, grade in WAYS.items():
+                forget()
+                started = time.perf_counter()
+                grades[way] = grade(rows)
+                seconds[way].append(time.perf_counter() - started)
+            print(f"{name}: round {attempt + 1} of {args.rounds}", file=sys.stderr, flush=True)
+        found[name] = {
+            "responses": len(rows),
+            "grades per second": {way: round(len(rows) / statistics.median(s)) for way, s in seconds.items()},
+            "times bare": {
+                way: round(statistics.median(b / s for b, s in zip(seconds["bare"], own, strict=True)), 2)
+                for way, own in seconds.items()
+            },
+            "agree with the label": {
+                way: sum(grade == label for grade, (_, _, label) in zip(grades[way], rows, strict=True))
+                for way in ("bare", "one caller")
+            },
+            "differ": [
+                {"truth": truth, "answer": boxed_answer(response), "label": label, "bare": theirs, "ours": ours}
+                for (truth, response, label), theirs, ours in zip(
+                    rows, grades["bare"], grades["one caller"], strict=True
+                )
+                if not theirs == ours == label
+            ],
+        }
+        if grades["one caller"] != grades["all cores"]:
+            sys.exit(f"grading: on {name} grade_many does not give what compute_score gives")
+    print(f"| grades per second | responses | {' | '.join(WAYS)} |\n|---|---|{'---|' * len(WAYS)}")
+    for name, result in found.items():
+        cells = [f"{result['grades per second'][way]} ({result['times bare'][way]:.2f}x)" for way in WAYS]
+        print(f"| {name} | {result['responses']} | {' | '.join(cells)} |")
+    print("\n| agree with the label | bare | ours |\n|---|---|---|")
+    for name, result in found.items():
+        print(f"| {name} | {' | '.join(str(count) for count in result['agree with the label'].values())} |")
+    for name, result in found.items():
+        for difference in result["differ"]:
+            print(f"{name}: {difference}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    versions = {package: importlib.metadata.version(package) for package in ("math-verify", "sympy")}
+    entry = {**record(), "math": versions, "rounds": args.rounds, "sets": found}
+    (args.output / "grading.json").write_text(json.dumps(entry, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
