@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 
+import gcpo.rewards
 from gcpo.evaluation import EvaluationError
 from gcpo.evaluation.__main__ import main
 from gcpo.evaluation.models import Model
+from gcpo.evaluation.questions import load_sets
 from gcpo.evaluation.run import Settings, evaluate, read_results, sample_seed
 from gcpo.evaluation.samples import SampleFile, alone_in
 from tests.evaluation.made import Rule, prompts_of, rows, sums, write_set
@@ -167,6 +169,34 @@ def test_a_log_of_an_engine_that_did_not_start_is_in_nobody_s_way(found, tmp_pat
     assert len(run(found, tmp_path / "out", Rule([found], right_but_for_the_last))["sums"]) == 4
 
 
+def test_what_can_not_be_graded_stops_the_run_and_can_go_on(found, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise gcpo.rewards.GraderError("no sandbox here; set up one")
+
+    with monkeypatch.context() as patched, pytest.raises(EvaluationError, match="^no sandbox here"):
+        patched.setattr(gcpo.rewards, "grade_many", refuse)
+        run(found, tmp_path / "out", Rule([found], right_but_for_the_last))
+    rule = Rule([found], right_but_for_the_last)
+    assert len(run(found, tmp_path / "out", rule)["sums"]) == 4 and len(rule.asked) == 12
+
+
+def test_the_grader_is_told_what_it_is_told_in_training(found, tmp_path, monkeypatch):
+    """Programs are told from mathematics by the data source, and have no answers to count."""
+    told = []
+
+    def grade_many(texts, truths, sources, extras):
+        told.extend(zip(truths, sources, extras, strict=True))
+        return [{"score": 0.9, "acc": 1.0, "format": 0.0} for _ in texts]
+
+    monkeypatch.setattr(gcpo.rewards, "grade_many", grade_many)
+    path = write_set(tmp_path / "code.parquet", rows(2, ability="code", data_source="gcpo/humaneval"))
+    (programs,) = load_sets([str(path)])
+    results = run(programs, tmp_path / "out", Rule([programs], lambda row, index: "\\boxed{7}"))["code"]
+    assert told.count(("2", "gcpo/humaneval", {"index": 1})) == 3
+    assert [(question.right, question.majority, question.formatted) for question in results] == [(3, None, 0.0)] * 2
+    assert all(line["answer"] is None for line in lines(tmp_path / "out" / "code.jsonl"))
+
+
 def test_two_evaluations_do_not_write_into_one_folder(found, tmp_path):
     output = tmp_path / "out"
     with alone_in(output), pytest.raises(EvaluationError, match="an evaluation is writing into"):
@@ -191,8 +221,6 @@ def test_responses_end_where_the_context_does(found, tmp_path):
 def test_seeds_depend_on_the_question_and_not_on_its_place(tmp_path):
     first = sums(tmp_path / "a")
     shuffled = write_set(tmp_path / "b" / "sums.parquet", rows(4)[::-1])
-    from gcpo.evaluation.questions import load_sets
-
     (second,) = load_sets([str(shuffled)])
     assert {question.id for question in first.questions} == {question.id for question in second.questions}
     ids = [question.id for question in first.questions]
