@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gcpo.rewards import boxed_answer, compute_score, same_answer
+from gcpo.rewards import boxed_answer, compute_score, normalize, same_answer
 
 SHARED = Path(os.environ.get("GCPO_SHARED_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 
@@ -57,6 +57,7 @@ def test_gold_answers_are_right(name, count):
             answer = row["answer"] if "answer" in row else boxed_answer(row["solution"])
         for form in forms(answer):
             assert same_answer(form, answer), form
+            assert normalize(normalize(form)) == normalize(form)
             result = compute_score(name, f"<think>0</think> So $\\boxed{{ {form} }}$.", answer, require_think=True)
             assert result == {"score": 1.0, "acc": 1.0, "format": 1.0}, form
         graded += 1
