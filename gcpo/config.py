@@ -229,7 +229,7 @@ class GCPOConfig:
             raw["weighting"] = {"target": "off"}
         if isinstance(raw.get("weighting"), Mapping) and raw["weighting"].get("target") is False:
             raw["weighting"] = {**raw["weighting"], "target": "off"}
-        parsed = _parse(cls, raw, "gcpo")
+        parsed = parse_settings(cls, raw, "gcpo")
         resolved = _fill(parsed, n=n, response_length=response_length)
         _check(resolved, n=n)
         return resolved
@@ -348,7 +348,7 @@ def _check(config: GCPOConfig, *, n: int) -> None:
         refuse("blocks.candidate", "the label of a block must contain {label}, or the responses look all the same")
 
 
-def _parse(cls: type, raw: Any, where: str) -> Any:
+def parse_settings(cls: type, raw: Any, where: str) -> Any:
     """A dataclass from a mapping, with every key and type checked."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where} must be a group of settings, not {raw!r}")
@@ -359,9 +359,9 @@ def _parse(cls: type, raw: Any, where: str) -> Any:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {where}.{close[0]}?" if close else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"{where}.{key} is not a setting of GCPO; {hint}")
+            raise ConfigError(f"{where}.{key} is not a setting; {hint}")
         if is_dataclass(hints[key]):
-            values[key] = _parse(hints[key], value if value is not None else {}, f"{where}.{key}")
+            values[key] = parse_settings(hints[key], value if value is not None else {}, f"{where}.{key}")
         else:
             values[key] = _convert(hints[key], value, f"{where}.{key}")
     return cls(**values)

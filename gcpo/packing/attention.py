@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from gcpo.packing.tree import TreePack
 
@@ -24,10 +24,12 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def _node_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Attention of one node: query [1, H, S, D] at the end of key and value [1, H', P, D]."""
+def _node_attention(query: Tensor, key: Tensor, value: Tensor, own: Tensor | None, scaling: float) -> Tensor:
+    """Attention of one node: query [1, H, S, D] at the end of key and value [1, H', P, D]; ``own``: its mask."""
     queries, keys = query.shape[2], key.shape[2]
-    if queries == keys or queries == 1:
+    if own is not None:
+        mask, causal = pad(own.to(query.device), (keys - queries, 0), value=True), False
+    elif queries == keys or queries == 1:
         mask, causal = None, queries > 1
     else:
         mask, causal = _lower_right(queries, keys, query.device), False
@@ -51,7 +53,8 @@ class _TreeAttention(torch.autograd.Function):
         for node, path in enumerate(pack.paths):
             start, end = pack.spans[node]
             keys, values = _gather(key, pack, path), _gather(value, pack, path)
-            out[:, :, start:end] = _node_attention(query[:, :, start:end], keys, values, scaling)
+            own = pack.masks.get(node)
+            out[:, :, start:end] = _node_attention(query[:, :, start:end], keys, values, own, scaling)
         return out
 
     @staticmethod
@@ -64,7 +67,7 @@ class _TreeAttention(torch.autograd.Function):
             inputs = (query[:, :, start:end], _gather(key, pack, path), _gather(value, pack, path))
             with torch.enable_grad():
                 inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-                out = _node_attention(*inputs, ctx.scaling)
+                out = _node_attention(*inputs, pack.masks.get(node), ctx.scaling)
             of_query, *of_keys = torch.autograd.grad(out, inputs, grad[:, :, start:end])
             grads[0][:, :, start:end] = of_query
             for total, part in zip(grads[1:], of_keys, strict=True):

@@ -7,8 +7,8 @@ blocks that shares little costs time, never correctness.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -30,6 +30,8 @@ class TreePack:
             parent's subtree.
         parents: the parent of every node, -1 for a root.
         places: for every sequence, int64 [its length]: where its tokens stand in the row.
+        masks: for a node that branches inside, bool [its length, its length]: which of its own keys its queries see;
+            every other node is causal.
     """
 
     sequences: tuple[int, ...]
@@ -38,6 +40,7 @@ class TreePack:
     spans: tuple[tuple[int, int], ...]
     parents: tuple[int, ...]
     places: tuple[torch.Tensor, ...]
+    masks: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)
