@@ -122,7 +122,7 @@ def normalize(answer: str) -> str:
     """An answer without what does not change it.
 
     That is boxes, dollar signs, fonts, spaces, units, degree signs, thousands separators, leading zeros and decimals
-    that are zero. What was LaTeX stays LaTeX, and is not changed if it is normalised again. Percent signs and words like
+    that are zero. LaTeX stays LaTeX, and normalising it again changes nothing. Percent signs and words like
     "million" stay.
     """
     answer = answer.translate(_SYMBOLS).strip()
