@@ -144,6 +144,24 @@ def test_auxiliary_generations_are_dumped_and_not_trained_on(first_run: tuple[Pa
     assert all(draw["outcome"] in ("ok", "cut", "empty", "failed") for draw in draws)
 
 
+def test_the_checkpoint_is_evaluated(first_run: tuple[Path, list[dict]], inputs: Path, tmp_path: Path) -> None:
+    """The user's way: merge, sample, grade, and print the table."""
+    step = first_run[0] / "checkpoints" / "global_step_2"
+    environment = {**os.environ, "GCPO_SKIP_SETUP": "1", "GCPO_VENV": sys.prefix, "GCPO_PROFILE": "cpu"}
+
+    def evaluate(*arguments: object) -> str:
+        command = ["bash", f"{ROOT}/run_scripts/evaluate.sh", *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        return done.stdout
+
+    options = ("--sets", inputs / "data", "--samples", 2, "--max-tokens", 40, "--output", tmp_path / "out")
+    assert "with verl's merger" in evaluate(step, *options)
+    assert len((tmp_path / "out" / "data.jsonl").read_text().splitlines()) == 6 * 2
+    table = evaluate("table", "--format", "markdown", f"trained={tmp_path}/out")
+    assert re.search(r"^\| trained \| \d+\.\d .*\|$", table, re.MULTILINE)
+
+
 def test_resume_through_verls_entry_point(first_run: tuple[Path, list[dict]], inputs: Path) -> None:
     """`verl.trainer.main_ppo` with `+gcpo.` overrides goes on from the checkpoint with step 3, on two ranks' data."""
     output, _ = first_run
