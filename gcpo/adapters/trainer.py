@@ -21,7 +21,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from gcpo.adapters.fields import flat_field, nested
 from gcpo.adapters.registry import causal_weights
-from gcpo.adapters.workers import GCPOActorRolloutRefWorker
+from gcpo.adapters.workers import SCORED_KINDS, GCPOActorRolloutRefWorker
 from gcpo.algorithms import group_relative_advantage
 from gcpo.checks import check_run
 from gcpo.collider.plan import LeaveOneOutPlan
@@ -226,9 +226,11 @@ class GCPOTrainer(PPOTrainerSync):
         for row in torch.nonzero(~padding).flatten().tolist():
             groups.setdefault(batch.keys[row].rsplit("_", 2)[0], []).append(row)
         mask = data["response_mask"].to_padded_tensor(0)
-        scored, unshared = torch.stack(list(data["gcpo_scored_tokens"])).sum(0).tolist()
+        scored, *by_kind = torch.stack(list(data["gcpo_scored_tokens"])).sum(0).tolist()
         metrics["gcpo/tokens/scored"] = scored
-        metrics["gcpo/tokens/scored_unshared"] = unshared
+        metrics["gcpo/tokens/scored_unshared"] = sum(by_kind)
+        for kind, tokens in zip(SCORED_KINDS, by_kind, strict=True):
+            metrics[f"gcpo/tokens/scored_unshared/{kind}"] = tokens
         if config.needs_rollout:
             # A padding row is a copy of a real row, with the counts of that row's group.
             entries = zip(list(data["gcpo_group"]), padding.tolist(), strict=True)

@@ -16,6 +16,9 @@ from gcpo.adapters.fields import nested, split_rows
 from gcpo.adapters.losses import gcpo_loss
 from gcpo.adapters.scoring import Score, Scorer, ScoreRequest, make_scorer
 
+SCORED_KINDS = ("response", "context", "conditioned")
+"""What is scored: y_i by itself, y_i or the state of the prompt under x_{i,l}, and O_{i,l,m}."""
+
 
 class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
     """Actor, rollout and reference in one worker, for GCPO.
@@ -41,9 +44,9 @@ class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
 
         Returns:
             Nested fields: ``gcpo_z`` [d]; ``gcpo_z_conditioned`` [D * M * d], zero where there is no generation;
-            ``gcpo_log_p`` [D * T_i], zero where there is no context or no weight; ``gcpo_scored_tokens`` [2]: this
-            rank's tokens through the model, and those there would be without sharing, an equal part in every row.
-            Those that ``gcpo_scoring`` does not ask for are absent.
+            ``gcpo_log_p`` [D * T_i], zero where there is no context or no weight; ``gcpo_scored_tokens`` [4]: this
+            rank's tokens through the model, an equal part in every row, and the row's own without sharing, by
+            ``SCORED_KINDS``. Fields that ``gcpo_scoring`` does not ask for are absent.
         """
         wanted = SimpleNamespace(**tu.get_non_tensor_data(data, "gcpo_scoring", None))
         engine, actor_config = self.actor.engine, self.loss_fn.keywords["config"]
@@ -81,12 +84,17 @@ def score_rows(data: TensorDict, wanted: SimpleNamespace, scorer: Scorer, tokeni
 
     requests: list[ScoreRequest] = []
     rows = []
+
+    def ask(request: ScoreRequest, row: dict[str, Any], kind: str) -> int:
+        requests.append(request)
+        row["tokens"][SCORED_KINDS.index(kind)] += len(request.context) + len(request.target)
+        return len(requests) - 1
+
     for i in range(len(data)):
         prompt, response = data["prompts"][i], data["responses"][i]
-        row: dict[str, Any] = {"length": len(response)}
+        row: dict[str, Any] = {"length": len(response), "tokens": [0.0] * len(SCORED_KINDS)}
         if wanted.states:
-            row["z"] = len(requests)
-            requests.append(state_request(prompt, response))
+            row["z"] = ask(state_request(prompt, response), row, "response")
         if wanted.contexts:
             contexts = split_rows(data["gcpo_contexts"][i], data["gcpo_context_lengths"][i])
             prompt_states = wanted.conditioned and wanted.source == "prompt"
@@ -95,35 +103,31 @@ def score_rows(data: TensorDict, wanted: SimpleNamespace, scorer: Scorer, tokeni
             if wanted.log_probs or prompt_states:
                 row["contexts"] = []
                 for context in contexts:
-                    asked = len(context) > 0 and (log_probs or prompt_states)
-                    row["contexts"].append(len(requests) if asked else None)
-                    if asked:
-                        state_at = len(context) - 1 if prompt_states else None
-                        target = response if log_probs else response[:0]
-                        requests.append(ScoreRequest(context, target, log_probs, state_at))
+                    if not len(context) or not (log_probs or prompt_states):
+                        row["contexts"].append(None)
+                        continue
+                    state_at = len(context) - 1 if prompt_states else None
+                    target = response if log_probs else response[:0]
+                    row["contexts"].append(ask(ScoreRequest(context, target, log_probs, state_at), row, "context"))
             if wanted.conditioned and wanted.source == "response":
                 row["outputs"] = []
                 outputs = split_rows(data["gcpo_outputs"][i], data["gcpo_output_lengths"][i])
                 per_context = len(outputs) // len(contexts)
                 for j, output in enumerate(outputs):
-                    row["outputs"].append(len(requests) if len(output) else None)
-                    if len(output):
-                        requests.append(state_request(contexts[j // per_context], output))
+                    request = state_request(contexts[j // per_context], output) if len(output) else None
+                    row["outputs"].append(None if request is None else ask(request, row, "conditioned"))
         rows.append(row)
     scores = scorer(requests)
-    dense = sum(len(request.context) + len(request.target) for request in requests)
-    return _lay_out(rows, scores, wanted, scorer.tokens, dense)
+    return _lay_out(rows, scores, wanted, scorer.tokens)
 
 
-def _lay_out(
-    rows: list[dict[str, Any]], scores: list[Score], wanted: SimpleNamespace, tokens: int, dense: int
-) -> TensorDict:
+def _lay_out(rows: list[dict[str, Any]], scores: list[Score], wanted: SimpleNamespace, tokens: int) -> TensorDict:
     size = next((len(score.state) for score in scores if score.state is not None), 1)
 
     def states(indices: list[int | None]) -> torch.Tensor:
         return torch.cat([torch.zeros(size) if at is None else scores[at].state for at in indices])
 
-    fields = {"gcpo_scored_tokens": torch.tensor([[tokens, dense]]).repeat(len(rows), 1) / len(rows)}
+    fields = {"gcpo_scored_tokens": torch.tensor([[tokens / len(rows), *row["tokens"]] for row in rows])}
     if wanted.states:
         fields["gcpo_z"] = nested([scores[row["z"]].state for row in rows])
     if wanted.contexts and wanted.conditioned:

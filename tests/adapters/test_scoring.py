@@ -165,7 +165,7 @@ def layout(weight: float = 1.0, **changes: Any) -> dict[str, list[list[float]]]:
 def test_row_layout() -> None:
     """Places without a context or a generation are zeros; the others stand where they belong."""
     fields = layout()
-    assert fields["gcpo_scored_tokens"] == [[7.0, 3 + 4 + 2 * 3 + 4]]
+    assert fields["gcpo_scored_tokens"] == [[7.0, 3.0, 3 + 1 + 2 * 3, 3 + 1]]
     assert fields["gcpo_z"] == [[2.0, 0.0]]
     assert fields["gcpo_z_conditioned"] == [[2.0, 0.0, 0.0, 0.0, 60.0, 0.0]]
     assert fields["gcpo_log_p"] == [[-3.0] * 3 + [0.0] * 3 + [-1.0] * 3]
