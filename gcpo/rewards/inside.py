@@ -15,7 +15,6 @@ besides computing is cut down before the program's first line runs (see `confine
 The verdict is the judge's: a program can end it early or keep it waiting, and then it has failed.
 """
 
-import atexit
 import collections
 import ctypes
 import json
@@ -355,28 +354,15 @@ def be_child(job, fds):
 
 
 def run_program(job):
-    """The whole life of a ``stdin`` child; returns its exit code."""
-    code = 0
+    """The whole life of a ``stdin`` child. It ends as interpreters end, with SystemExit, which nothing here catches."""
     try:
         load(job, fresh_module("__main__"))
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SystemExit:
+        raise
     except BaseException as error:
-        print(describe(error), file=sys.stderr)
-        code = 1
-    try:
-        if "threading" in sys.modules:
-            import threading
-
-            for thread in threading.enumerate():
-                if not thread.daemon and thread is not threading.main_thread():
-                    thread.join()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-    except BaseException as error:
-        print(describe(error), file=sys.stderr)
-        code = code or 1
-    return code
+        os.write(2, describe(error).encode("utf-8", "replace"))
+        sys.exit(1)
+    sys.exit(0)
 
 
 def serve_calls(job, receive, send):
@@ -500,11 +486,12 @@ def run_once(job, text, clock):
             be_child(job, [stdin, child_out, child_err])
             for stream in (sys.stdin, sys.stdout):
                 stream.reconfigure(encoding="utf-8", errors="surrogateescape")
-            os._exit(run_program(job) & 0xFF)
+            run_program(job)
         except Exception as error:
-            os.write(2, describe(error).encode())
-        finally:
-            os._exit(1)
+            try:
+                os.write(2, describe(error).encode())
+            finally:
+                os._exit(1)
     for fd in (stdin, child_out, child_err):
         os.close(fd)
     clock.start(pid)

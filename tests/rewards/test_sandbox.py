@@ -439,6 +439,8 @@ def test_standard_input(any_box):
         + reads.replace("\n", "\n    ")
         + "\nthreading.stack_size(2**26)\nthreading.Thread(target=main).start()"
     ).passed
+    assert of(reads + "import io, sys\nout, sys.stdout = sys.stdout, io.StringIO()\nout.write(str(sum(x)))").passed
+    assert of(reads + "out = open(1, 'w')\nout.write(str(sum(x)))").passed
     assert of("print(sum(x for x in [*map(int, open(0).read().split())][1:]))").passed
     assert of("def f(n): return n and 1 + f(n - 1)\nprint(f(10**5))", [("", "100000")]).passed
     assert of("print('y' * 10**6)", [("", "y" * 10**6)]).passed
