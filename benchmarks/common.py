@@ -16,6 +16,8 @@ METHODS = {
     "light": ["gcpo.preset=light"],
     "balanced": ["gcpo.preset=balanced"],
     "paper": ["gcpo.preset=paper"],
+    "mean": ["gcpo.preset=light", "gcpo.weighting.control=mean"],
+    "shuffled": ["gcpo.preset=light", "gcpo.weighting.control=shuffled"],
 }
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

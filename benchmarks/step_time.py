@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/step_time"))
     parser.add_argument("--steps", type=int, default=5, help="steps of a run; the first is not counted")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["grpo", "light", "balanced", "paper"])
     args = parser.parse_args()
     steps: dict[str, list[dict[str, float]]] = {method: [] for method in args.methods}
     for attempt in range(args.rounds):

@@ -95,6 +95,9 @@ class WeightingConfig:
     generation), the conditioned mean, or nothing (Upsilon = 1). ``gcpo.weighting=off`` is short for ``off``."""
     similarity: Literal["cosine", "euclidean", "gaussian"] = "cosine"
     """How they are compared."""
+    control: Literal["none", "mean", "shuffled"] = "none"
+    """For experiments that ask whether Upsilon is more than a step size. ``mean``: every response gets the mean of the
+    batch; ``shuffled``: the weights are permuted inside their group."""
 
 
 @dataclass(frozen=True)

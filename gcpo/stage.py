@@ -77,8 +77,19 @@ def group_weight(group: GroupFeatures, config: GCPOConfig) -> tuple[Tensor, Tens
     return weight, similarity, has_target
 
 
+def controlled(weights: Sequence[Tensor], control: str, seed: int) -> list[Tensor]:
+    """Upsilon [n] of every group as ``weighting.control`` wants it; a response without a target counts like others."""
+    if control == "mean":
+        mean = torch.cat(list(weights)).mean()
+        return [torch.full_like(weight, float(mean)) for weight in weights]
+    if control == "shuffled":
+        generator = torch.Generator().manual_seed(seed)
+        return [weight[torch.randperm(len(weight), generator=generator)] for weight in weights]
+    return list(weights)
+
+
 def batch_weights(
-    groups: Sequence[GroupFeatures], advantages: Sequence[Tensor], config: GCPOConfig
+    groups: Sequence[GroupFeatures], advantages: Sequence[Tensor], config: GCPOConfig, *, seed: int = 0
 ) -> tuple[list[Tensor], dict[str, float]]:
     """Upsilon of every group, and the metrics that tell whether it says anything.
 
@@ -86,6 +97,7 @@ def batch_weights(
         groups: features of every group.
         advantages: A_i [n] of every group.
         config: the resolved configuration.
+        seed: of the permutation where ``weighting.control`` is ``shuffled``.
 
     Returns:
         Upsilon [n] of every group, and metrics under ``gcpo/upsilon/``, ``gcpo/causal/`` and ``gcpo/advantage/``.
@@ -124,8 +136,9 @@ def batch_weights(
     finite = [value for value in halves if math.isfinite(value)]
     if len(finite) > 1:
         metrics["gcpo/causal/split_half_standard_error"] = float(torch.tensor(finite).std()) / math.sqrt(len(finite))
+    weights = controlled(weights, config.weighting.control, seed)
     before = torch.cat(list(advantages)).float()
-    after = before * upsilon
+    after = before * torch.cat(weights)
     if before.abs().sum() > 0 and after.abs().sum() > 0:
         metrics["gcpo/advantage/cosine_to_grpo"] = float(torch.cosine_similarity(before, after, dim=0))
         metrics["gcpo/advantage/norm_ratio"] = float(after.norm() / before.norm())

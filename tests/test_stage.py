@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gcpo.config import GCPOConfig
-from gcpo.stage import GroupFeatures, batch_reference, batch_weights, noise_warning, rollout_metrics
+from gcpo.stage import GroupFeatures, batch_reference, batch_weights, controlled, noise_warning, rollout_metrics
 
 
 def config(**changes) -> GCPOConfig:
@@ -130,3 +130,20 @@ def test_noise_warning() -> None:
     assert "cannot be told from noise" in noise_warning(dict(zip(names, (0.05, 0.1), strict=True)))
     assert noise_warning(dict(zip(names, (0.5, 0.1), strict=True))) is None
     assert noise_warning({}) is None
+
+
+def test_controls_keep_the_size_of_the_step() -> None:
+    """``mean`` is one weight for all, ``shuffled`` a permutation inside each group; both keep the sum."""
+    weights = [torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 7.0])]
+    assert [w.tolist() for w in controlled(weights, "none", 0)] == [[1, 2, 3, 4], [5, 7]]
+    mean = torch.cat(controlled(weights, "mean", 0))
+    torch.testing.assert_close(mean, torch.full((6,), 22 / 6))
+    seen = set()
+    for seed in range(40):
+        shuffled = controlled(weights, "shuffled", seed)
+        assert [sorted(w.tolist()) for w in shuffled] == [[1, 2, 3, 4], [5, 7]]
+        seen.add(tuple(torch.cat(shuffled).tolist()))
+    assert len(seen) > 20
+    assert [w.tolist() for w in controlled(weights, "shuffled", 3)] == [
+        w.tolist() for w in controlled(weights, "shuffled", 3)
+    ]

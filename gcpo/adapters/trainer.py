@@ -24,6 +24,7 @@ from gcpo.adapters.registry import causal_weights
 from gcpo.adapters.workers import SCORED_KINDS, GCPOActorRolloutRefWorker
 from gcpo.algorithms import group_relative_advantage
 from gcpo.checks import check_run
+from gcpo.collider.draws import request_seed
 from gcpo.collider.plan import LeaveOneOutPlan
 from gcpo.stage import GroupFeatures, batch_reference, batch_weights, noise_warning, rollout_metrics
 
@@ -255,7 +256,9 @@ class GCPOTrainer(PPOTrainerSync):
             label = torch.zeros(len(rows), dtype=torch.long)
             norm_by_std = self.config.algorithm.get("norm_adv_by_std_in_grpo", True)
             advantages.append(group_relative_advantage(scores[rows], label, norm_by_std=norm_by_std))
-        weights, found = batch_weights(features, advantages, self.gcpo)
+        weights, found = batch_weights(
+            features, advantages, self.gcpo, seed=request_seed(self.gcpo.seed, "control", self.global_steps)
+        )
         metrics.update(found)
         warning = noise_warning(found)
         if warning:
