@@ -309,17 +309,12 @@ def cut_contexts(group: Group, prompts: CandidatePrompts) -> list[list[list[int]
     shared = [draw for draw in group.result.draws if draw.kind == "collider"]
     marginal = [draw for draw in group.result.draws if draw.kind == "marginal"]
     contexts: list[list[list[int]]] = [[] for _ in range(N)]
-    for at, i in enumerate(plan_order(group)):
-        own = marginal[at * N : (at + 1) * N]
+    for i in range(N):
+        own = marginal[i * N : (i + 1) * N]
         for slot, draw in enumerate([*shared, *own]):
             valid = draw.valid
             contexts[i].append(made.context(i, slot, prompts.collider_block(draw.token_ids)) if valid else [])
     return contexts
-
-
-def plan_order(group: Group) -> tuple[int, ...]:
-    """The responses in the order in which the stage made their leave-one-out draws."""
-    return LeaveOneOutPlan.from_dict(group.result.plan["plan"]).depth_first()
 
 
 def kappa_gradients(
