@@ -1,8 +1,8 @@
-"""verl's FSDP engine with the three things that GCPO asks of it.
+"""verl's FSDP engine with what GCPO and GC2PO ask of it.
 
 States: a forward-only batch with ``gcpo_layer`` yields the hidden state at ``state_index`` of every row.
 Packs: a micro-batch of ``gcpo.adapters.packed`` is one packed prefix tree; it yields the log-probabilities and states
-that its row asks for.
+that its row asks for. In a row of ``gcpo.adapters.perturbed`` states are perturbed on the way.
 Conditioned pass: a training batch with ``gcpo`` runs forward and backward twice before the one optimizer step, on the
 plain rows and on the rows y_i under x_i, for the kappa term of Eq. 10.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.torch_functional import logprobs_from_logits
@@ -27,6 +28,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from gcpo.adapters.conditioned import conditioned_batch, conditioned_packs
 from gcpo.adapters.losses import PARTS, causal_kl_loss, packed_causal_kl_loss
 from gcpo.adapters.packed import PackedRow, row_of
+from gcpo.adapters.perturbed import PerturbedRow
 from gcpo.packing.attention import tree_attention_on, tree_problem
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def state_module(module: torch.nn.Module, layer: int) -> torch.nn.Module:
     depth = len(model.layers)
     index = layer if layer >= 0 else depth + 1 + layer
     if not 0 <= index <= depth:
-        raise ValueError(f"gcpo.features.layer is {layer}, the model has hidden states 0 to {depth}")
+        raise ValueError(f"the model has hidden states 0 to {depth}, and no {layer}: change the layer that is set")
     if index == 0:
         return model.get_input_embeddings()
     if index < depth:
@@ -64,6 +66,11 @@ def state_module(module: torch.nn.Module, layer: int) -> torch.nn.Module:
         if hasattr(model, name):
             return getattr(model, name)
     raise ValueError(f"{type(model).__name__} has no final norm named {' or '.join(_NORM_NAMES)}")
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 class GCPOFSDPEngine(FSDPEngineWithLMHead):
@@ -89,7 +96,10 @@ class GCPOFSDPEngine(FSDPEngineWithLMHead):
             captured.append(output[0] if isinstance(output, tuple) else output)
 
         output_args["gcpo_captured"] = captured
-        output_args["gcpo_hook"] = state_module(self.module, layer).register_forward_hook(keep)
+        module = state_module(self.module, layer)
+        output_args["gcpo_hooks"] = [module.register_forward_hook(keep)]
+        if isinstance(row, PerturbedRow):
+            output_args["gcpo_hooks"].append(row.register(module, self.module.get_output_embeddings()))
         return model_inputs, output_args
 
     def prepare_model_outputs(
@@ -99,9 +109,9 @@ class GCPOFSDPEngine(FSDPEngineWithLMHead):
         row = row_of(micro_batch)
         if row is not None:
             return self._pack_outputs(row, output, output_args, micro_batch)
-        if "gcpo_hook" not in output_args:
+        if "gcpo_hooks" not in output_args:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        output_args["gcpo_hook"].remove()
+        _remove(output_args["gcpo_hooks"])
         model_output = {}
         if tu.get_non_tensor_data(micro_batch, "gcpo_log_probs", False):
             model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
@@ -133,10 +143,13 @@ class GCPOFSDPEngine(FSDPEngineWithLMHead):
         temperature = float(tu.get_non_tensor_data(micro_batch, "temperature", 1.0))
         if temperature != 1.0:
             logits = logits / temperature
-        log_probs = logprobs_from_logits(logits, row.labels.to(logits.device))
-        model_output = {"log_probs": torch.nested.as_nested_tensor([log_probs], layout=torch.jagged)}
-        if "gcpo_hook" in output_args:
-            output_args["gcpo_hook"].remove()
+        if isinstance(row, PerturbedRow):
+            values = row.read(logits)
+        else:
+            values = logprobs_from_logits(logits, row.labels.to(logits.device))
+        model_output = {"log_probs": torch.nested.as_nested_tensor([values], layout=torch.jagged)}
+        if "gcpo_hooks" in output_args:
+            _remove(output_args["gcpo_hooks"])
             hidden = output_args["gcpo_captured"][-1][0]
             states = hidden[row.state_at.to(hidden.device)].float().flatten()
             model_output["states"] = torch.nested.as_nested_tensor([states], layout=torch.jagged)

@@ -1,0 +1,171 @@
+"""Packed rows whose states are perturbed inside the forward pass, and their scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from verl.utils import tensordict_utils as tu
+from verl.utils.torch_functional import logprobs_from_logits
+
+from gcpo.adapters.packed import PackedRow, filler, packed_batch
+from gcpo.counterfactual.pack import FUSED_TOKENS, EpisodePack, EpisodeRequest, pack_requests
+from gcpo.counterfactual.stage import answer_divergence
+
+
+@dataclass(frozen=True)
+class PerturbedRow(PackedRow):
+    """A pack in which some states are moved by g; see `gcpo.counterfactual.pack.EpisodePack` for the places.
+
+    Attributes:
+        perturbed: int64 [J].
+        noise: [J, d].
+        relative: g is the noise times the norm of the state; otherwise it is the noise.
+        form: ``inject``: the output of the chosen layer is moved; ``head``: the input of the language-model head.
+    """
+
+    perturbed: Tensor
+    noise: Tensor
+    relative: bool
+    form: Literal["inject", "head"]
+
+    def register(self, layer: torch.nn.Module, head: torch.nn.Module) -> RemovableHandle:
+        """Hook the perturbation into the next forward pass.
+
+        Args:
+            layer: the module whose output is the chosen hidden state.
+            head: the language-model head, which is given the states of ``predict``.
+        """
+        if self.form == "head":
+            return head.register_forward_pre_hook(lambda module, args: self._move(args[0]))
+        return layer.register_forward_hook(
+            lambda module, args, output: self._move(output[0] if isinstance(output, tuple) else output)
+        )
+
+    def _move(self, hidden: Tensor) -> None:
+        """Add g to the perturbed places of hidden [1, N, d], in place and in float32."""
+        at = self.perturbed.to(hidden.device)
+        state = hidden[0, at].float()
+        noise = self.noise[: len(at)].to(state)
+        if self.relative:
+            noise = noise * state.norm(dim=-1, keepdim=True)
+        hidden[0, at] = (state + noise).to(hidden.dtype)
+
+    def read(self, logits: Tensor) -> Tensor:
+        """What is wanted of the logits [Q, V] of ``predict``.
+
+        Returns:
+            ``inject``: the log-probabilities of the labels [Q]. ``head``: KL(q || q_m) over the vocabulary for every
+            perturbed place [J], q at the last place before it that is not perturbed.
+        """
+        if self.form == "inject":
+            return logprobs_from_logits(logits, self.labels.to(logits.device))
+        log_q = logits.float().log_softmax(-1)
+        moved = self.perturbed.to(logits.device)
+        base = torch.arange(len(logits), device=logits.device)
+        base[moved] = 0
+        base = log_q[base.cummax(0).values[moved]] if len(base) else log_q
+        return (base.exp() * (base - log_q[moved])).sum(-1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class EpisodeScore:
+    """Of one response, on the CPU.
+
+    Attributes:
+        states: [1 + K, d], float32: at the prompt's end and at every episode's; ``None`` where not asked for.
+        divergence: [number of episodes asked about, M], KL(q || q_m).
+    """
+
+    states: Tensor | None
+    divergence: Tensor
+
+
+class EpisodeScorer:
+    """Answer distributions under perturbed states, without gradient, in the order of the requests.
+
+    All ranks must call it together: a rank with fewer rows than another runs some of two tokens.
+
+    Args:
+        engine: a ``GCPOFSDPEngine`` in eval mode whose model can be run on packed trees.
+        settings: engine settings of the batch (``use_remove_padding``, ``use_fused_kernels``).
+        temperature: of the rollout.
+        layer: whose states are h.
+        form: ``gc2po.form``.
+        relative: whether noise is relative to the state's norm.
+        max_tokens: token budget of a row.
+        fused_tokens: see `gcpo.counterfactual.pack.FUSED_TOKENS`.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        settings: dict[str, Any],
+        temperature: float,
+        layer: int,
+        form: Literal["inject", "head"],
+        relative: bool,
+        max_tokens: int,
+        fused_tokens: int = FUSED_TOKENS,
+    ) -> None:
+        self.engine, self.settings, self.temperature = engine, settings, temperature
+        self.layer, self.form, self.relative = layer, form, relative
+        self.max_tokens, self.fused_tokens = max_tokens, fused_tokens
+        self.path_tokens = self.branch_tokens = self.unshared_tokens = 0
+
+    def __call__(self, requests: Sequence[EpisodeRequest]) -> list[EpisodeScore]:
+        """Score ``requests``."""
+        packs = pack_requests(requests, self.max_tokens, fused_tokens=self.fused_tokens)
+        rows = [self._row(pack) for pack in packs]
+        self.path_tokens += sum(pack.path_tokens for pack in packs)
+        self.branch_tokens += sum(len(pack.pack) - pack.path_tokens for pack in packs)
+        self.unshared_tokens += sum(request.unshared for request in requests)
+        fillers = max(1, self.engine.max_over_ranks(len(rows))) - len(rows)
+        batch = packed_batch(rows + [filler()] * fillers)
+        tu.assign_non_tensor(batch, **self.settings, temperature=self.temperature, gcpo_layer=self.layer)
+        with self.engine.tree_attention():
+            output = self.engine.infer_batch(batch)["model_output"]
+
+        states: list[Tensor | None] = [None] * len(requests)
+        divergence: list[list[Tensor]] = [[] for _ in requests]
+        for pack, values, hidden in zip(packs, output["log_probs"].unbind(), output["states"].unbind(), strict=False):
+            values = values.double().cpu()
+            hidden = hidden.cpu().view(len(pack.state_at), -1) if len(pack.state_at) else hidden
+            for i, asked in pack.requests:
+                request = requests[i]
+                count = len(asked) * (request.copies - 1)
+                if request.answers:
+                    count = len(asked) * request.copies * sum(map(len, request.answers))
+                found, values = values[:count], values[count:]
+                divergence[i].append(self._divergence(request, asked, found))
+            for i, asked in pack.requests:
+                # Of a request in parts the last one has the states.
+                if requests[i].states and (not requests[i].asked or asked[-1] == requests[i].asked[-1]):
+                    size = 1 + len(requests[i].ends)
+                    states[i], hidden = hidden[:size], hidden[size:]
+        return [EpisodeScore(s, torch.cat(d)) for s, d in zip(states, divergence, strict=True)]
+
+    def _row(self, pack: EpisodePack) -> PerturbedRow:
+        return PerturbedRow(
+            pack.pack,
+            pack.predict,
+            pack.labels,
+            pack.state_at,
+            perturbed=pack.perturbed,
+            noise=pack.noise,
+            relative=self.relative,
+            form=self.form,
+        )
+
+    def _divergence(self, request: EpisodeRequest, asked: Sequence[int], values: Tensor) -> Tensor:
+        """[len(asked), M] from what the row gave."""
+        if not request.answers:
+            return values.view(len(asked), request.copies - 1)
+        lengths = [len(answer) for answer in request.answers]
+        per_answer = values.view(len(asked), request.copies, sum(lengths)).split(lengths, dim=-1)
+        return answer_divergence(torch.stack([answer.mean(-1) for answer in per_answer], dim=-1))
