@@ -25,7 +25,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import ENVIRONMENT, record
-from gcpo.algorithms import causal_diagnostics, causal_kl, causal_reference, causal_target, causal_weight
+from gcpo.algorithms import (
+    causal_diagnostics,
+    causal_kl,
+    causal_reference,
+    causal_target,
+    causal_weight,
+    group_mean_target,
+)
 from gcpo.collider.draws import ColliderStage, GroupResult, request_seed
 from gcpo.collider.plan import LeaveOneOutPlan, leave_one_out_plan
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, GroupPrompts
@@ -54,6 +61,7 @@ TRUTHS = {
     "leave_one_out": Estimate("leave one out, L = L' = M = 8", N, N, N),
 }
 ESTIMATES = [
+    Estimate("mean of the group, nothing generated", 0, generations=0),
     Estimate("shared, L = 2, inclusive", 2),
     Estimate("shared, L = 2, exclusive", 2, projection="exclusive"),
     Estimate("shared, L = 4, inclusive", 4),
@@ -254,6 +262,8 @@ def features_of(policy: Policy, group: Group, contexts: list[list[list[int]]]) -
 
 def upsilon(features: Features, estimate: Estimate) -> torch.Tensor:
     """Upsilon [n]; NaN without a target."""
+    if not estimate.shared:
+        return causal_weight(features.z, group_mean_target(features.z))
     target, has_target = causal_target(features.z, **features.samples(estimate))
     weight = causal_weight(features.z, target, has_target)
     return torch.where(has_target, weight, torch.full_like(weight, math.nan))
@@ -390,12 +400,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
             label = entry["name"].split(",")[0]
             color = {"shared": "C0", "leave one out": "C1"}.get(label, "C2")
             marker = "s" if entry["source"] == "prompt" else "o"
-            axis.errorbar(entry["generated"], mean, half, fmt=marker, color=color, ms=5, lw=1)
-            axis.annotate(
-                entry["short"], (entry["generated"], mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
-            )
+            at = max(entry["generated"], 0.6)  # the mean of the group needs none
+            axis.errorbar(at, mean, half, fmt=marker, color=color, ms=5, lw=1)
+            axis.annotate(entry["short"], (at, mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
         axis.axhline(0, color="gray", lw=0.6)
-        axis.set(xscale="symlog", xlabel="tokens generated, as a multiple of the responses'")
+        axis.set(xscale="log", xlim=(0.5, 300), xlabel="tokens generated, as a multiple of the responses'")
         axis.set_title(f"against {TRUTHS[truth].name}", fontsize=9)
     axes[0].set_ylabel("rank correlation of Υ inside a group")
     figure.tight_layout()
@@ -403,6 +412,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def short(estimate: Estimate) -> str:
+    """How the plot names an estimate: L, L + L', p for prompt states."""
+    if not estimate.shared:
+        return "mean"
     kind = f"{estimate.shared}+{estimate.marginal}" if estimate.marginal else f"{estimate.shared}"
     return (
         kind
@@ -446,7 +458,11 @@ def main() -> None:
     }
     for estimate in [*TRUTHS.values(), *ESTIMATES]:
         values = [upsilon(f, estimate) for f in features]
-        halves = [causal_diagnostics(f.z, **f.samples(estimate))["split_half"].item() for f in features]
+        halves = (
+            [causal_diagnostics(f.z, **f.samples(estimate))["split_half"].item() for f in features]
+            if estimate.shared
+            else []
+        )
         halves = [value for value in halves if math.isfinite(value)]
         found["upsilon"].append(
             {
@@ -484,7 +500,7 @@ def main() -> None:
 
     for estimate in [
         *TRUTHS.values(),
-        *(e for e in ESTIMATES if e.source == "response" and e.name != "shared, L = 8, M = 1"),
+        *(e for e in ESTIMATES if e.shared and e.source == "response" and e.name != "shared, L = 8, M = 1"),
     ]:
         own = kappa_gradients(policy, few, [g.result.contexts for g in few], estimate)
         found["kappa gradient"]["estimates"].append(

@@ -124,9 +124,9 @@ class ReferenceConfig:
     """Smallest value of pi'_ref as a share of pi_old(y|q)."""
     max_kl: float = 10.0
     """KL' of a token is cut here, and has no gradient beyond."""
-    fraction: float = 1.0
+    fraction: float | None = None
     """Share of a group's responses that have a kappa term, drawn anew for every group (at least one of them). Their
-    terms are weighted by the inverse share, so that the gradient is the same in expectation."""
+    terms are weighted by the inverse share, so that the gradient is the same in expectation. ``null``: the preset's."""
 
 
 @dataclass(frozen=True)
@@ -244,11 +244,11 @@ class GCPOConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"draws": "shared", "num_draws": None, "num_marginal_draws": 0, "num_generations": None,
-              "projection": "inclusive", "source": "response"},
+              "projection": "inclusive", "source": "response", "fraction": 1.0},
     "balanced": {"draws": "leave_one_out", "num_draws": 2, "num_marginal_draws": 1, "num_generations": 1,
-                 "projection": "inclusive", "source": "response"},
+                 "projection": "inclusive", "source": "response", "fraction": 0.5},
     "light": {"draws": "leave_one_out", "num_draws": 1, "num_marginal_draws": 1, "num_generations": 1,
-              "projection": "inclusive", "source": "prompt"},
+              "projection": "inclusive", "source": "prompt", "fraction": 0.25},
 }  # fmt: skip
 
 
@@ -288,6 +288,7 @@ def _fill(config: GCPOConfig, *, n: int, response_length: int) -> GCPOConfig:
             max_tokens=config.blocks.max_tokens if config.blocks.max_tokens is not None else response_length,
         ),
         features=dataclasses.replace(config.features, source=pick(config.features.source, "source")),
+        reference=dataclasses.replace(config.reference, fraction=pick(config.reference.fraction, "fraction")),
     )
 
 

@@ -1,4 +1,4 @@
-"""Train with GCPO: ``python -m recipe.gcpo.main_gcpo [device=cpu] [key=value ...]``.
+"""Train: ``python -m recipe.gcpo.main_gcpo [--config-name gc2po_trainer] [device=cpu] [key=value ...]``.
 
 verl's own entry point with our yaml and our checks, which run before Ray starts.
 """
@@ -14,7 +14,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 
-from gcpo.checks import check_run, plugin_problem
+from gcpo.checks import check_gc2po_run, check_run, plugin_problem
 from gcpo.config import ConfigError
 
 
@@ -26,7 +26,8 @@ def main(config: DictConfig) -> None:
         sys.exit(f"gcpo: {problem}")
     auto_set_device(config)
     try:
-        check_run(config)
+        check = check_gc2po_run if config.algorithm.adv_estimator == "gc2po" else check_run
+        check(config)
     except ConfigError as error:
         sys.exit(f"gcpo: {error}")
     validate_config(

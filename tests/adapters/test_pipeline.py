@@ -271,7 +271,7 @@ def expected_group(rows: list[dict[str, Any]], gcpo: GCPOConfig) -> dict[str, to
             marginal = {"log_p_marginal": values[:, shared:], "valid_marginal": present[:, shared:]}
         query = log_probs_of(fields["prompts"], fields["responses"])[None]
         log_ref, _, has_reference = causal_reference(values[:, :shared], query, present[:, :shared], **marginal)
-        references.append((log_ref[0], bool(has_reference)))
+        references.append((log_ref[0], bool(has_reference) and float(fields["gcpo_kl_weight"]) > 0))
     return {"b": causal_advantage(advantage, weight), "weight": weight, "references": references}
 
 
@@ -308,6 +308,8 @@ def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overr
         fields = queue.fields["train"][key]
         assert fields["advantages"].tolist() == [0.0] and fields["gcpo_kl_mask"].tolist() == [0]
         assert fields["gcpo_context_lengths"].sum() == 0 and fields["gcpo_output_lengths"].sum() == 0
+    chosen = [float(fields["gcpo_kl_weight"]) for fields in queue.fields["train"].values()]
+    assert sum(chosen[: N * QUESTIONS]) == N * QUESTIONS and (0.0 in chosen) == (trainer.gcpo.preset != "paper")
     assert all(math.isfinite(value) for value in metrics.values())
     assert trainer.actor_rollout_wg.calls == ["compute_log_prob", "score_contexts", "update_actor"]
 

@@ -48,7 +48,8 @@ def run(server: Server, *, equal: bool = False, key: tuple = (1, "q"), limit: in
         ({"preset": "paper"}, (4, 0, 4 * 4 * 4)),
         ({"preset": "balanced"}, (2, 4, 4 * 3)),
         ({"preset": "light"}, (1, 4, 0)),
-        ({"preset": "balanced", "weighting": "off"}, (2, 4, 0)),
+        ({"preset": "balanced", "weighting": "off"}, (2, 2, 0)),
+        ({"preset": "balanced", "weighting": "off", "reference": {"fraction": 1.0}}, (2, 4, 0)),
         ({"preset": "balanced", "collider": {"num_generations": 2, "num_marginal_draws": 3}}, (2, 12, 4 * 5 * 2)),
     ],
 )
