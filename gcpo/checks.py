@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gcpo.config import ConfigError, GCPOConfig
+from gcpo.counterfactual.config import GC2POConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +43,71 @@ def check_run(config: DictConfig) -> GCPOConfig:
     return gcpo
 
 
+def check_gc2po_run(config: DictConfig) -> GC2POConfig:
+    """Check the configuration of a GC2PO run, as `check_run` does for GCPO.
+
+    Raises:
+        ConfigError: something in it cannot work; the sentence says what to change.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    group = OmegaConf.to_container(config.gc2po, resolve=True) if config.get("gc2po") is not None else {}
+    depth = (_local_model(config) or {}).get("num_hidden_layers")
+    gc2po = GC2POConfig.from_config(group, n=rollout.n, depth=depth)
+    requests = OmegaConf.to_container(config.gcpo, resolve=True) if config.get("gcpo") is not None else {}
+    gcpo = GCPOConfig.from_config(requests, n=rollout.n, response_length=config.data.max_response_length)
+    if not gcpo.is_grpo:
+        raise ConfigError("gcpo.kappa and gcpo.weighting belong to GCPO: set gcpo.kappa=0 gcpo.weighting=off for GC2PO")
+    _check_supported(config, gcpo, mode="gc2po")
+    perturbs = gc2po.counterfactual
+    if perturbs and (_get(config, "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size") or 1) > 1:
+        raise ConfigError(
+            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size: sequence parallelism is not "
+            "supported, set it to 1"
+        )
+    if perturbs and _get(config, "actor_rollout_ref.model.use_fused_kernels"):
+        raise ConfigError(
+            "actor_rollout_ref.model.use_fused_kernels=True replaces the forward in which states are perturbed, set it "
+            "to False"
+        )
+    if not _get(config, "algorithm.norm_adv_by_std_in_grpo"):
+        raise ConfigError(
+            "algorithm.norm_adv_by_std_in_grpo is False: GC2PO divides by the standard deviation, set it to True"
+        )
+    _check_model(config)
+    _check_lengths(config, gcpo)
+    _check_branches(config, gc2po)
+    for name in ("train_files", "val_files"):
+        _check_files(name, config.data)
+    return gc2po
+
+
+def _check_branches(config: DictConfig, gc2po: GC2POConfig) -> None:
+    """A response with the branches of one episode must fit into a forward pass."""
+    if not gc2po.counterfactual:
+        return
+    answers, copies = gc2po.answers, 1 + gc2po.perturbation.draws
+    branch = len(answers.prompt)
+    if gc2po.form == "inject":
+        branch = copies * (1 + branch + answers.max_answers * answers.max_tokens)
+    need = config.data.max_prompt_length + config.data.max_response_length + max(branch, copies)
+    budget = gc2po.max_token_len_per_gpu or config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+    if need > budget:
+        raise ConfigError(
+            f"a response with the perturbations of one episode can take {need} tokens, a forward pass holds {budget}: "
+            "raise gc2po.max_token_len_per_gpu, or lower gc2po.perturbation.draws or gc2po.answers.max_tokens"
+        )
+
+
 def _get(config: DictConfig, key: str) -> Any:
     return OmegaConf.select(config, key, default=None)
 
 
-def _check_supported(config: DictConfig, gcpo: GCPOConfig) -> None:
-    """Refuse by name what GCPO does not do yet."""
+def _check_supported(config: DictConfig, gcpo: GCPOConfig, mode: str = "gcpo") -> None:
+    """Refuse by name what GCPO, or the other trainer mode, does not do yet."""
     required = {
         "trainer.use_v1": (True, "GCPO is built on verl's V1 trainer"),
-        "trainer.v1.trainer_mode": ("gcpo", "asynchronous modes are not supported"),
-        "algorithm.adv_estimator": ("gcpo", "other estimators know nothing of Upsilon"),
+        "trainer.v1.trainer_mode": (mode, "asynchronous modes are not supported"),
+        "algorithm.adv_estimator": (mode, f"other estimators know nothing of what {mode} adds"),
         "actor_rollout_ref.actor.strategy": ("fsdp2", "other engines are not supported"),
         "actor_rollout_ref.rollout.name": ("vllm", "other rollout engines are not supported"),
         "actor_rollout_ref.rollout.agent.default_agent_loop": (
@@ -103,8 +159,7 @@ def _check_supported(config: DictConfig, gcpo: GCPOConfig) -> None:
         )
     if gcpo.needs_rollout and not _get(config, "actor_rollout_ref.rollout.agent.agent_loop_manager_class"):
         raise ConfigError(
-            "nothing makes the collider draws: set "
-            f"+actor_rollout_ref.rollout.agent.agent_loop_manager_class={MANAGER}"
+            f"nothing makes the collider draws: set +actor_rollout_ref.rollout.agent.agent_loop_manager_class={MANAGER}"
         )
     if _get(config, "actor_rollout_ref.actor.loss_agg_mode") != "seq-mean-token-mean" and not gcpo.is_grpo:
         logger.warning(
@@ -130,12 +185,15 @@ def _check_model(config: DictConfig) -> None:
             )
 
 
+def _local_model(config: DictConfig) -> dict[str, Any] | None:
+    """``config.json`` of a local model; ``None`` where the model is still on a hub."""
+    path = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def model_context(config: DictConfig) -> int | None:
     """``max_position_embeddings`` of a local model; ``None`` where the model is still on a hub."""
-    path = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text()).get("max_position_embeddings")
+    return (_local_model(config) or {}).get("max_position_embeddings")
 
 
 def longest_prompt(config: DictConfig, gcpo: GCPOConfig) -> int:

@@ -24,7 +24,7 @@ def register() -> None:
 
             platform.activate()
             patches.apply_in_verl()
-        from gcpo.adapters import engine, registry, trainer  # noqa: F401  (importing them registers)
+        from gcpo.adapters import engine, gc2po, registry, trainer  # noqa: F401  (importing them registers)
 
         if is_cpu_profile():
             patches.apply_in_worker()

@@ -39,6 +39,7 @@ def test_symbol_exists(module: str, name: str) -> None:
 
 def overridden() -> list[tuple[type, str]]:
     """Methods that our subclasses of verl's classes override."""
+    from gcpo.adapters.base import GroupTrainer
     from gcpo.adapters.engine import GCPOFSDPEngine
     from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
     from gcpo.adapters.trainer import GCPOTrainer
@@ -48,10 +49,9 @@ def overridden() -> list[tuple[type, str]]:
         GCPOFSDPEngine: ["prepare_model_inputs", "prepare_model_outputs", "forward_backward_batch", "train_batch"],
         GCPOAgentLoopWorkerPlain: ["_run_agent_loop", "_run_prompt", "_compute_score", "_agent_loop_postprocess"],
         GCPOActorRolloutRefWorker: ["init_model"],
+        GroupTrainer: ["_init_resource_pool_mgr", "_build_replay_buffer", "_balance_batch"],
         GCPOTrainer: [
             "_setup",
-            "_init_resource_pool_mgr",
-            "_build_replay_buffer",
             "_balance_batch",
             "_compute_old_log_prob",
             "_compute_advantage",

@@ -6,19 +6,15 @@ import logging
 import os
 from typing import Any
 
-import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
-from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
+from gcpo.adapters.base import GroupTrainer
 from gcpo.adapters.fields import flat_field, nested
 from gcpo.adapters.registry import causal_weights
 from gcpo.adapters.workers import SCORED_KINDS, GCPOActorRolloutRefWorker
@@ -30,32 +26,24 @@ from gcpo.stage import GroupFeatures, batch_reference, batch_weights, noise_warn
 
 logger = logging.getLogger(__name__)
 
-_ACTOR_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
 _CAUSAL_FIELDS = ("gcpo_contexts", "gcpo_context_lengths", "gcpo_outputs", "gcpo_output_lengths", "gcpo_kl_weight")
 
 
 @register_trainer("gcpo")
-class GCPOTrainer(PPOTrainerSync):
+class GCPOTrainer(GroupTrainer):
     """Trainer mode ``gcpo``.
 
     Between verl's old log-probabilities and its advantages the actor scores the contexts of every group; the weights
     Upsilon then go to the advantage estimator and the reference to the update.
     """
 
+    mode = "gcpo"
+    worker_class = GCPOActorRolloutRefWorker
+
     def __init__(self, config: Any) -> None:
         self.gcpo = check_run(config)
         self._weight: torch.Tensor | None = None
         super().__init__(config)
-
-    @property
-    def trainer_mode(self) -> str:
-        """verl compares the mode with "sync" to choose its buffer and what goes into a checkpoint."""
-        return "sync"
-
-    @trainer_mode.setter
-    def trainer_mode(self, value: str) -> None:
-        if value != "gcpo":
-            raise ValueError(f"GCPOTrainer is the trainer mode gcpo, not {value!r}")
 
     # ---- set-up ---------------------------------------------------------------------------------------------------
 
@@ -65,58 +53,15 @@ class GCPOTrainer(PPOTrainerSync):
             self.config.actor_rollout_ref.gcpo = OmegaConf.create(self.gcpo.to_dict())
         super()._setup()
 
-    def _init_resource_pool_mgr(self) -> None:
-        super()._init_resource_pool_mgr()
-        for role in _ACTOR_ROLES:
-            if role in self.role_worker_mapping:
-                self.role_worker_mapping[role] = ray.remote(GCPOActorRolloutRefWorker)
-
-    def _build_replay_buffer(self) -> ReplayBuffer:
-        buffer = super()._build_replay_buffer()
-        if self.config.trainer.device == "cpu":
-            # A step of the embedded task is shorter than verl's two seconds between looks.
-            buffer.poll_interval = 0.1
-        return buffer
-
     # ---- stages of a step -----------------------------------------------------------------------------------------
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
-        """verl's balancing, of rows in an order that does not depend on which response came first."""
-        index = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["index", "raw_prompt"])
-        names = [
-            (str(i), str(prompt), int(key.rsplit("_", 2)[1]))
-            for i, prompt, key in zip(list(index["index"]), list(index["raw_prompt"]), batch.keys, strict=True)
-        ]
-        batch.reorder(sorted(range(len(names)), key=names.__getitem__))
+        """Whole groups meet in a mini-batch; padding rows have no contexts."""
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         if self.gcpo.needs_rollout:
             self._keep_groups_together(batch, metrics)
             self._clear_padding(batch)
         return batch
-
-    def _keep_groups_together(self, batch: KVBatchMeta, metrics: dict) -> None:
-        """Reorder rows so that a group's meet on one rank in one mini-batch, where their contexts share prefixes.
-
-        The balance is over whole groups then. A batch whose groups do not divide evenly, because sessions failed or
-        rows were added, stays as verl balanced it: less is shared, nothing else changes.
-        """
-        groups: dict[str, list[int]] = {}
-        for row, key in enumerate(batch.keys):
-            groups.setdefault(key.rsplit("_", 2)[0], []).append(row)
-        actor = self.config.actor_rollout_ref.actor
-        size = self.config.actor_rollout_ref.rollout.n
-        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
-        share = actor.ppo_mini_batch_size * size // ranks
-        whole = all(len(rows) == size for rows in groups.values()) and not len(batch) % share and not share % size
-        metrics["gcpo/balance/whole_groups"] = float(whole)
-        if not whole:
-            return
-        workload = calculate_workload(torch.tensor([tag["seq_len"] for tag in batch.tags], dtype=torch.int64))
-        members = list(groups.values())
-        loads = [int(workload[rows].sum()) for rows in members]
-        parts = get_seqlen_balanced_partitions(loads, k_partitions=len(batch) // share, equal_size=True)
-        session = {row: int(key.rsplit("_", 2)[1]) for row, key in enumerate(batch.keys)}
-        batch.reorder([row for part in parts for group in part for row in sorted(members[group], key=session.get)])
 
     def _clear_padding(self, batch: KVBatchMeta) -> None:
         """Padding rows are copies of a real row; they get no contexts, so that nothing is scored for them."""
@@ -144,22 +89,6 @@ class GCPOTrainer(PPOTrainerSync):
             self._causal_stage(batch, metrics)
         return batch
 
-    def _count_reward_errors(self, batch: KVBatchMeta, metrics: dict) -> None:
-        """Responses that the reward function could not grade; a step in which it graded none ends the run."""
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-        errors = [
-            entry.get("reward_extra_info", {}).get("reward_error", 0.0)
-            for entry, tag in zip(list(data["extra_fields"]), batch.tags, strict=True)
-            if not tag.get("is_padding", False)
-        ]
-        metrics["gcpo/reward/errors"] = float(sum(errors))
-        if errors and sum(errors) == len(errors):
-            raise RuntimeError(
-                f"the reward function {self.config.reward.custom_reward_function.path} raised or returned no finite "
-                f"number on all {len(errors)} responses of step {self.global_steps}; the first causes are in the log "
-                'of the agent loop ("gcpo: the reward function")'
-            )
-
     def _check_rollout(self, batch: KVBatchMeta) -> None:
         """Refuse rows that another agent-loop manager made, or whose contexts are not those of their group's plan.
 
@@ -172,10 +101,7 @@ class GCPOTrainer(PPOTrainerSync):
                 "the batch lacks collider draws: is actor_rollout_ref.rollout.agent.agent_loop_manager_class set to "
                 "gcpo.adapters.rollout.GCPOAgentLoopManager?"
             )
-        groups: dict[str, list[int]] = {}
-        for row, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
-            if not tag.get("is_padding", False):
-                groups.setdefault(key.rsplit("_", 2)[0], []).append(row)
+        groups = self._groups(batch)
         lengths, entries = list(data["gcpo_context_lengths"]), list(data["gcpo_group"])
         for rows in groups.values():
             rows.sort(key=lambda row: int(batch.keys[row].rsplit("_", 2)[1]))
@@ -223,9 +149,7 @@ class GCPOTrainer(PPOTrainerSync):
             names += ["gcpo_log_p", "gcpo_kl_weight"] if config.reference_on else []
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         padding = torch.tensor([tag.get("is_padding", False) for tag in batch.tags])
-        groups: dict[str, list[int]] = {}
-        for row in torch.nonzero(~padding).flatten().tolist():
-            groups.setdefault(batch.keys[row].rsplit("_", 2)[0], []).append(row)
+        groups = self._groups(batch)
         mask = data["response_mask"].to_padded_tensor(0)
         scored, *by_kind = torch.stack(list(data["gcpo_scored_tokens"])).sum(0).tolist()
         metrics["gcpo/tokens/scored"] = scored

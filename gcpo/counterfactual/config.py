@@ -1,4 +1,7 @@
-"""The ``gc2po:`` group of the configuration: fields and checks, in the style of ``gcpo.config``."""
+"""The ``gc2po:`` group of the configuration: fields and checks, in the style of ``gcpo.config``.
+
+It needs neither torch nor verl, so that a wrong value is refused before anything starts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
 from gcpo.config import ConfigError, parse_settings
-from gcpo.counterfactual.episodes import BLANK_LINES
+
+BLANK_LINES = r"\n\s*\n"
 
 
 @dataclass(frozen=True)

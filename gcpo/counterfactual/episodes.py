@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from gcpo.counterfactual.config import BLANK_LINES
+
 EPISODE_PROMPT = (
     "\n\nWrite every step of your reasoning between tags of its own, numbered from 1: "
     "<episode_1>first step</episode_1>, <episode_2>second step</episode_2> and so on. "
@@ -17,7 +19,6 @@ EPISODE_PROMPT = (
 )
 """What a user's message ends with so that the response has tags (``data.episode_prompt``)."""
 
-BLANK_LINES = r"\n\s*\n"
 _TAG = re.compile(r"<(/?)episode_(\d+)>")
 _LOOKS_LIKE_A_TAG = re.compile(r"</?episode", re.IGNORECASE)
 _MOST_TOKENS_OF_A_CHARACTER = 8

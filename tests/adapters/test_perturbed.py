@@ -177,8 +177,8 @@ def bits(rank: int, world: int, path: str) -> Any:
 
 
 def test_injecting_h_itself(tiny_model: Path) -> None:
-    """It reproduces the unperturbed distribution bit for bit. Between the copies in a row a matrix product may round the
-    last digit differently, which is why nothing is run at all where nothing is perturbed."""
+    """It reproduces the unperturbed distribution bit for bit. Between the copies in a row a matrix product may round
+    the last digit differently, which is why nothing is run at all where nothing is perturbed."""
     for moved, plain, divergence in run_on_ranks(1, bits, str(tiny_model))[0]:
         assert moved.numel() and torch.equal(moved, plain)
         assert divergence < 1e-6
