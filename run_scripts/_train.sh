@@ -18,8 +18,8 @@ train_help() {
   --gpus N                 per machine (default: all that nvidia-smi lists)
   --nodes N                machines of a running Ray cluster (default 1)
   --output DIR             default outputs/gcpo-$NAME
-  --preset NAME            paper (default), balanced or light
-  --method gcpo|grpo       grpo: the same run with the parts of GCPO off
+  --preset NAME            of GCPO: paper (default), balanced or light
+  --method NAME            gcpo (default), gc2po, or grpo: the same run with the parts of GCPO off
   --dry-run                print the command and the resolved configuration; needs no GPU, model or data
   --resume-changed         go on from a checkpoint that was made with other settings
 
@@ -90,7 +90,10 @@ parse_arguments() {
             *) die "$1 is neither an option nor an override key=value (see --help)" 2 ;;
         esac
     done
-    case "$METHOD" in gcpo | grpo) ;; *) die "--method is '$METHOD'; it must be gcpo or grpo" 2 ;; esac
+    case "$METHOD" in
+        gcpo | gc2po | grpo) ;;
+        *) die "--method is '$METHOD'; it must be gcpo, gc2po or grpo" 2 ;;
+    esac
     case "$PRESET" in
         paper | balanced | light) ;;
         *) die "--preset is '$PRESET'; it must be paper, balanced or light" 2 ;;
@@ -165,7 +168,15 @@ train() {
     else
         SETTINGS+=("trainer.n_gpus_per_node=${GPUS:-$(count_gpus 8)}" "trainer.nnodes=$NODES")
     fi
-    if [ "$METHOD" = grpo ]; then SETTINGS+=(gcpo.kappa=0 gcpo.weighting=off); else SETTINGS+=("gcpo.preset=$PRESET"); fi
+    local config=()
+    case "$METHOD" in
+        gcpo) SETTINGS+=("gcpo.preset=$PRESET") ;;
+        grpo) SETTINGS+=(gcpo.kappa=0 gcpo.weighting=off) ;;
+        gc2po)
+            config=(--config-name gc2po_trainer)
+            SETTINGS+=(gcpo.kappa=0)
+            ;;
+    esac
     if [ "$NODES" -gt 1 ]; then
         # The other machines' processes don't inherit this one's environment.
         SETTINGS+=(
@@ -175,7 +186,7 @@ train() {
     fi
     prepare_data
     local command=(
-        "$PY" -m recipe.gcpo.main_gcpo
+        "$PY" -m recipe.gcpo.main_gcpo "${config[@]}"
         "data.train_files=$TRAIN"
         "data.val_files=$VAL"
         "actor_rollout_ref.model.path=$MODEL"

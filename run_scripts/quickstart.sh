@@ -3,12 +3,13 @@
 # held-out questions before and after, the curves and the checkpoint. Run it again: what is done is not done again,
 # and an interrupted run goes on from its checkpoint.
 #
-#   bash run_scripts/quickstart.sh [--method gcpo|grpo] [--preset paper|balanced|light] [--seed N] [--steps N]
+#   bash run_scripts/quickstart.sh [--method gcpo|gc2po|grpo] [--preset paper|balanced|light] [--seed N] [--steps N]
 #                                  [--output DIR] [verl and gcpo overrides, key=value ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
 METHOD=gcpo
+CONFIG=gcpo_quickstart
 OUTPUT=""
 SETTINGS=()
 LAUNCH=()
@@ -37,7 +38,11 @@ case "$METHOD" in
         : "${OUTPUT:=outputs/quickstart-grpo}"
         SETTINGS+=(gcpo.kappa=0 gcpo.weighting=off)
         ;;
-    *) die "--method is '$METHOD'; it must be gcpo or grpo" 2 ;;
+    gc2po)
+        : "${OUTPUT:=outputs/quickstart-gc2po}"
+        CONFIG=gc2po_quickstart
+        ;;
+    *) die "--method is '$METHOD'; it must be gcpo, gc2po or grpo" 2 ;;
 esac
 OUTPUT="${OUTPUT%/}"
 ABSOLUTE="$(absolute "$OUTPUT")"
@@ -49,7 +54,7 @@ ensure_environment
 "$PY" -m data_prep.warm_start --data data/arithmetic --output models/arithmetic-warm
 
 "$PY" -m gcpo.launch --output "$OUTPUT" "${LAUNCH[@]}" -- \
-    "$PY" -m recipe.gcpo.main_gcpo --config-name gcpo_quickstart \
+    "$PY" -m recipe.gcpo.main_gcpo --config-name "$CONFIG" \
     "trainer.default_local_dir=$ABSOLUTE/checkpoints" \
     "trainer.rollout_data_dir=$ABSOLUTE/rollouts" \
     "hydra.run.dir=$ABSOLUTE/hydra" \

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from data_prep.arithmetic import prepare
-from gcpo.checks import check_run, longest_prompt, plugin_problem
+from gcpo.checks import check_gc2po_run, check_run, longest_prompt, plugin_problem
 from gcpo.config import ConfigError
 
 CONFIG = Path(__file__).parents[1] / "recipe" / "gcpo" / "config"
@@ -24,7 +24,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     prepare(folder, train_size=6, test_size=6)
     (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
+    (folder / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 2048, "num_hidden_layers": 3}))
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     return folder
 
@@ -81,6 +81,38 @@ def test_refused_by_name(inputs: Path, override: str, message: str) -> None:
     """Each gives one sentence, without Ray and without a model."""
     with pytest.raises(ConfigError, match=message):
         check_run(config_of(inputs, override))
+
+
+GC2PO_REFUSED = [
+    ("gc2po.perturbation.draws=0", "gc2po.perturbation.draws: 0 is too small"),
+    ("gc2po.perturbation.sigma=-1", "gc2po.perturbation.sigma: -1.0 is not"),
+    ("gc2po.layer=9", "the model has hidden states 0 to 3"),
+    ("gc2po.draws=3", "gc2po.draws is not a setting"),
+    ("gcpo.kappa=0.1", "belong to GCPO"),
+    ("gcpo.weighting.target=projection", "belong to GCPO"),
+    ("algorithm.norm_adv_by_std_in_grpo=False", "standard deviation"),
+    ("trainer.v1.trainer_mode=gcpo", "set trainer.v1.trainer_mode=gc2po"),
+    ("actor_rollout_ref.model.use_fused_kernels=True", "states are perturbed"),
+    ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2", "sequence parallelism"),
+    ("gc2po.max_token_len_per_gpu=120", "a forward pass holds 120"),
+    ("actor_rollout_ref.rollout.n=1", "rollout.n is 1"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), GC2PO_REFUSED, ids=[o for o, _ in GC2PO_REFUSED])
+def test_gc2po_refused_by_name(inputs: Path, override: str, message: str) -> None:
+    """Each gives one sentence, without Ray; the model of this test has three layers."""
+    override = f"+{override}" if override.startswith("gc2po.draws") else override
+    with pytest.raises(ConfigError, match=message):
+        check_gc2po_run(config_of(inputs, override, name="gc2po_quickstart"))
+
+
+def test_the_gc2po_quick_start_passes(inputs: Path) -> None:
+    """In both forms; the context is set to what a response needs."""
+    for form in ("head", "inject"):
+        config = config_of(inputs, f"gc2po.form={form}", name="gc2po_quickstart")
+        assert check_gc2po_run(config).form == form
+        assert config.actor_rollout_ref.rollout.max_model_len == 48 + 64
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -41,6 +41,7 @@ def overridden() -> list[tuple[type, str]]:
     """Methods that our subclasses of verl's classes override."""
     from gcpo.adapters.base import GroupTrainer
     from gcpo.adapters.engine import GCPOFSDPEngine
+    from gcpo.adapters.gc2po import EpisodePromptDataset, GC2POActorRolloutRefWorker, GC2POTrainer
     from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
     from gcpo.adapters.trainer import GCPOTrainer
     from gcpo.adapters.workers import GCPOActorRolloutRefWorker
@@ -50,6 +51,9 @@ def overridden() -> list[tuple[type, str]]:
         GCPOAgentLoopWorkerPlain: ["_run_agent_loop", "_run_prompt", "_compute_score", "_agent_loop_postprocess"],
         GCPOActorRolloutRefWorker: ["init_model"],
         GroupTrainer: ["_init_resource_pool_mgr", "_build_replay_buffer", "_balance_batch"],
+        GC2POActorRolloutRefWorker: ["init_model"],
+        GC2POTrainer: ["_setup", "_balance_batch", "_compute_old_log_prob", "_compute_advantage"],
+        EpisodePromptDataset: ["maybe_filter_out_long_prompts"],
         GCPOTrainer: [
             "_setup",
             "_balance_batch",
@@ -83,6 +87,8 @@ def test_plug_in_is_registered() -> None:
     assert get_adv_estimator_fn("gcpo").__name__ == "compute_gcpo_advantage"
     assert get_policy_loss_fn("gcpo").__name__ == "compute_policy_loss_gcpo"
     assert get_trainer_cls("gcpo").__name__ == "GCPOTrainer"
+    assert get_adv_estimator_fn("gc2po").__name__ == "compute_gc2po_advantage"
+    assert get_trainer_cls("gc2po").__name__ == "GC2POTrainer"
     assert EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__ == "GCPOFSDPEngine"
     assert {e.value for e in entry_points(group="verl.plugins") if e.name == "gcpo"} == {"gcpo.plugin"}
     assert {e.value for e in entry_points(group="vllm.general_plugins")} >= {"gcpo.cpu.patches:apply_in_vllm"}
@@ -100,14 +106,16 @@ def test_the_trainer_answers_sync() -> None:
     """verl compares ``trainer_mode`` with "sync" to choose its buffer and its checkpoints."""
     from verl.trainer.ppo.v1 import trainer_base
 
+    from gcpo.adapters.gc2po import GC2POTrainer
     from gcpo.adapters.trainer import GCPOTrainer
 
     assert 'self.trainer_mode == "sync"' in inspect.getsource(trainer_base.PPOTrainer)
-    trainer = object.__new__(GCPOTrainer)
-    trainer.trainer_mode = "gcpo"
-    assert trainer.trainer_mode == "sync"
-    with pytest.raises(ValueError, match="trainer mode gcpo"):
-        trainer.trainer_mode = "sync"
+    for mode, cls in (("gcpo", GCPOTrainer), ("gc2po", GC2POTrainer)):
+        trainer = object.__new__(cls)
+        trainer.trainer_mode = mode
+        assert trainer.trainer_mode == "sync"
+        with pytest.raises(ValueError, match=f"trainer mode {mode}"):
+            trainer.trainer_mode = "sync"
 
 
 def test_estimator_is_verls_grpo_bit_for_bit() -> None:

@@ -18,7 +18,12 @@ from tests.evaluation.made import rows, write_set
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "run_scripts").glob("*.sh"), *(ROOT / "requirements").glob("*.sh"), ROOT / ".ci" / "run"])
 PAPER = ["deepscaler", "numinamath_1.5b", "numinamath_7b", "code_qwen2_7b"]
-RUNS = ["quickstart.sh", *(f"{method}_{name}.sh" for name in PAPER for method in ("gcpo", "grpo"))]
+MATHEMATICS = PAPER[:3]
+RUNS = [
+    "quickstart.sh",
+    *(f"{method}_{name}.sh" for name in PAPER for method in ("gcpo", "grpo")),
+    *(f"gc2po_{name}.sh" for name in MATHEMATICS),
+]
 MATH_SETS = ["aime24", "aime25", "amc23", "math500", "minerva"]
 
 
@@ -108,7 +113,7 @@ def test_help(sandbox, script):
         (["--bogus"], "unknown option --bogus"),
         (["word"], "word is neither an option nor an override key=value"),
         (["--output"], "--output needs a value"),
-        (["--method", "ppo"], "--method is 'ppo'; it must be gcpo or grpo"),
+        (["--method", "ppo"], "--method is 'ppo'; it must be gcpo, gc2po or grpo"),
     ],
 )
 @pytest.mark.parametrize("script", ["quickstart.sh", "gcpo_deepscaler.sh"])
@@ -138,6 +143,12 @@ def test_quickstart_with_grpo_runs_beside(sandbox):
     assert sandbox.run("quickstart.sh", "--method", "grpo").returncode == 0
     assert "--output outputs/quickstart-grpo " in sandbox.calls[2]
     assert sandbox.calls[2].endswith("gcpo.kappa=0 gcpo.weighting=off")
+
+
+def test_quickstart_with_gc2po(sandbox):
+    assert sandbox.run("quickstart.sh", "--method", "gc2po").returncode == 0
+    assert "--output outputs/quickstart-gc2po " in sandbox.calls[2]
+    assert "-m recipe.gcpo.main_gcpo --config-name gc2po_quickstart " in sandbox.calls[2]
 
 
 def test_quickstart_stops_where_a_step_fails(sandbox):
@@ -307,6 +318,25 @@ def test_settings_pass_the_checks_of_a_run(sandbox, recipe_config, name, context
     config = recipe_config(*(one for one in overrides if not one.startswith("hydra.")))
     check_run(config)
     assert config.trainer.n_gpus_per_node % config.actor_rollout_ref.rollout.tensor_model_parallel_size == 0
+
+
+@pytest.mark.parametrize("name", MATHEMATICS)
+def test_gc2po_runs_are_accepted(sandbox, recipe_config, name):
+    """The same for GC2PO, whose own prompt and branches must fit."""
+    from gcpo.checks import check_gc2po_run
+
+    (sandbox.folder / "model").mkdir()
+    (sandbox.folder / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 131072}))
+    (sandbox.folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
+    data = str(write_set(sandbox.folder / "mine.parquet", rows(2)))
+    sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}')
+    sandbox.gpus(8)
+    done = sandbox.run(f"gc2po_{name}.sh", "--model", "model", "--data", data, "--val", data)
+    assert done.returncode == 0, done.stderr
+    module, option, config_name, *overrides = sandbox.calls[-2].partition(" -m ")[2].split()
+    assert (module, option, config_name) == ("recipe.gcpo.main_gcpo", "--config-name", "gc2po_trainer")
+    config = recipe_config(*(one for one in overrides if not one.startswith("hydra.")), name=config_name)
+    assert check_gc2po_run(config).form == "inject" and config.data.episode_prompt
 
 
 def test_dry_run_resolves_the_configuration(sandbox):
