@@ -19,6 +19,69 @@ from gcpo.packing.tree import TreePack
 ATTENTION = "gcpo_tree"
 
 
+class _SubtreeAttention(torch.autograd.Function):
+    """Attention node by node, for the CPU: one call for the keys of every node.
+
+    The queries that see a node's keys are its own, causally, and all of those below it, which stand right behind them:
+    a causal block with more queries than keys. A query gets a part of its result from every node on its path; the parts
+    are merged by their log-sum-exps. The backward pass of every part follows from the merged result.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: TreePack, scaling: float) -> Tensor:
+        rows, heads, tokens, _ = query.shape
+        precise = torch.promote_types(query.dtype, torch.float32)
+        # In memory [1, N, H, D], as it is returned in the end.
+        merged = query.new_empty(rows, tokens, heads, value.shape[-1], dtype=precise).transpose(1, 2)
+        log_sum = query.new_empty(rows, heads, tokens, dtype=precise)
+        for node, (keys, queries) in enumerate(_blocks(pack)):
+            mask = _own_mask(pack, node, query)
+            part, part_log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, mask is None,
+                attn_mask=mask, scale=scaling,
+            )  # fmt: skip
+            so_far, so_far_log_sum = merged[:, :, queries], log_sum[:, :, queries]
+            if pack.parents[node] < 0:
+                so_far.copy_(part)
+                so_far_log_sum.copy_(part_log_sum)
+            else:
+                so_far.lerp_(part.to(precise), (part_log_sum - so_far_log_sum).sigmoid().unsqueeze(-1))
+                torch.logaddexp(so_far_log_sum, part_log_sum, out=so_far_log_sum)
+        out = merged.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        ctx.pack, ctx.scaling = pack, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sum = ctx.saved_tensors
+        grads = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
+        for node, (keys, queries) in enumerate(_blocks(ctx.pack)):
+            mask = _own_mask(ctx.pack, node, query)
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys],
+                out[:, :, queries], log_sum[:, :, queries], 0.0, mask is None, attn_mask=mask, scale=ctx.scaling,
+            )  # fmt: skip
+            grads[0][:, :, queries] += parts[0]
+            grads[1][:, :, keys], grads[2][:, :, keys] = parts[1:]
+        return (*grads, None, None)
+
+
+def _blocks(pack: TreePack) -> Iterator[tuple[slice, slice]]:
+    """For every node the place of its keys, and that of the queries that see them."""
+    for (start, end), last in zip(pack.spans, pack.subtree_ends, strict=True):
+        yield slice(start, end), slice(start, last)
+
+
+def _own_mask(pack: TreePack, node: int, query: Tensor) -> Tensor | None:
+    """What is added to the logits of a node that branches inside and of all below it; ``None`` for any other node."""
+    mask = pack.masks.get(node)
+    if mask is None:
+        return None
+    own = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    return pad(own, (0, 0, 0, pack.subtree_ends[node] - pack.spans[node][1]))
+
+
 def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
     """Mask [queries, keys] of queries that are the last ones of their keys' sequence."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -38,8 +101,8 @@ def _node_attention(query: Tensor, key: Tensor, value: Tensor, own: Tensor | Non
     )
 
 
-class _TreeAttention(torch.autograd.Function):
-    """Attention node by node.
+class _GatheredAttention(torch.autograd.Function):
+    """Attention node by node, for any device.
 
     The keys of a node's ancestors are gathered for it; saved for the backward pass they would take as much memory as
     sequences that share nothing, so they are gathered, and the node's attention done, once more there.
@@ -49,7 +112,7 @@ class _TreeAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: TreePack, scaling: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.pack, ctx.scaling = pack, scaling
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
         for node, path in enumerate(pack.paths):
             start, end = pack.spans[node]
             keys, values = _gather(key, pack, path), _gather(value, pack, path)
@@ -111,7 +174,7 @@ def tree_attention(
         kwargs: ignored; transformers passes more.
 
     Returns:
-        [1, N, H, D], and ``None`` for the attention weights.
+        [1, N, H, D], and ``None`` for the attention weights. Under autocast its dtype is that of autocast.
 
     Raises:
         ValueError: the row does not have the pack's tokens, or a mask or dropout is asked for.
@@ -124,7 +187,12 @@ def tree_attention(
     if attention_mask is not None or dropout:
         raise ValueError("attention over a packed tree takes neither a mask nor dropout")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _TreeAttention.apply(query, key, value, tree_pack, scaling)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    subtrees = device == "cpu" and query.shape[-1] == value.shape[-1]
+    attention = _SubtreeAttention if subtrees else _GatheredAttention
+    out = attention.apply(query, key, value, tree_pack, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -54,6 +54,25 @@ class TreePack:
         return tuple(paths)
 
     @cached_property
+    def subtree_ends(self) -> tuple[int, ...]:
+        """For every node the end of the last node below it, or its own.
+
+        Raises:
+            ValueError: something else stands between a node and its parent.
+        """
+        for node, parent in enumerate(self.parents):
+            if parent >= 0 and parent not in self.paths[node - 1]:
+                raise ValueError(
+                    f"node {node} of the tree stands behind node {node - 1}, "
+                    f"which is not below its parent, node {parent}"
+                )
+        ends = [end for _, end in self.spans]
+        for node in range(len(ends) - 1, -1, -1):
+            if self.parents[node] >= 0:
+                ends[self.parents[node]] = max(ends[self.parents[node]], ends[node])
+        return tuple(ends)
+
+    @cached_property
     def key_index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The keys of all nodes one after another, for variable-length attention kernels.
 

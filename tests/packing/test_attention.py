@@ -11,7 +11,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.packing import PrefixForest, TreePack
-from gcpo.packing.attention import tree_attention, tree_attention_on, tree_problem
+from gcpo.packing.attention import (
+    _GatheredAttention,
+    _SubtreeAttention,
+    tree_attention,
+    tree_attention_on,
+    tree_problem,
+)
 
 VOCABULARY = 61
 
@@ -130,26 +136,87 @@ def test_a_wrong_tree_is_found_out() -> None:
     net = model("Qwen2", torch.float64)
     sequences, starts = contexts(5, 2)
     wanted = one_at_a_time(net, sequences, starts)
-    (pack,) = PrefixForest(sequences).packs()
-    leaf = len(pack.spans) - 1
-    other = next(k for k in range(leaf) if k not in pack.paths[leaf])
-    wrong = dataclasses.replace(pack, parents=(*pack.parents[:-1], other))
+    (pack,) = PrefixForest(sequences, min_shared=2).packs()
+    wrong = dataclasses.replace(pack, parents=(*pack.parents[:-1], pack.paths[-1][-3]))
     with tree_attention_on(net.config):
+        assert gap(packed(net, [pack], sequences, starts), wanted) < 2e-6
         assert gap(packed(net, [wrong], sequences, starts), wanted) > 1e-3
 
 
-def test_finite_differences() -> None:
-    """The backward pass of the attention by itself."""
-    (pack,) = PrefixForest([torch.tensor(s) for s in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6])], min_shared=1).packs()
+def masked_pack() -> TreePack:
+    """Two trees; the first one's root branches inside and has children."""
+    (pack,) = PrefixForest(
+        [torch.tensor(s) for s in ([1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 3, 5, 7], [8, 9])], min_shared=1
+    ).packs()
+    mask = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)
+    return dataclasses.replace(pack, masks={0: mask})
+
+
+def visible(pack: TreePack) -> torch.Tensor:
+    """Which tokens of the row see which, token by token, bool [N, N]."""
+    seen = torch.zeros(len(pack), len(pack), dtype=torch.bool)
+    for node, path in enumerate(pack.paths):
+        start, end = pack.spans[node]
+        for ancestor in path[:-1]:
+            seen[start:end, slice(*pack.spans[ancestor])] = True
+        own = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        seen[start:end, start:end] = pack.masks.get(node, own)
+    return seen
+
+
+@pytest.mark.parametrize("attention", [_GatheredAttention, _SubtreeAttention])
+def test_against_a_dense_mask(attention: type[torch.autograd.Function]) -> None:
+    """Results and gradients are those of attention under the whole mask; the gradients, those of finite differences."""
+    pack = masked_pack()
     generator = torch.Generator().manual_seed(1)
+    query, key, value = (
+        torch.randn(1, heads, len(pack), 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
 
-    def tensor(heads: int) -> torch.Tensor:
-        return torch.randn(1, heads, len(pack), 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        return attention.apply(*inputs, pack, 0.7)
 
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return tree_attention(torch.nn.Identity(), query, key, value, None, 0.7, tree_pack=pack)[0]
+    wanted = scaled_dot_product_attention(query, key, value, visible(pack), scale=0.7, enable_gqa=True)
+    torch.testing.assert_close(run(query, key, value), wanted)
+    assert torch.autograd.gradcheck(run, (query, key, value))
 
-    assert torch.autograd.gradcheck(attention, (tensor(4), tensor(2), tensor(2)))
+
+def test_long_nodes() -> None:
+    """Nodes of several blocks of the kernel, where queries outnumber keys and the other way round."""
+    generator = torch.Generator().manual_seed(2)
+    root, fork, *ends = (torch.randint(0, 99, (k,), generator=generator) for k in (700, 30, 520, 90, 300))
+    sequences = [torch.cat([root, *rest]) for rest in ((fork, ends[0]), (fork, ends[1]), (ends[2],))]
+    (pack,) = PrefixForest(sequences).packs()
+    inputs = [torch.randn(1, h, len(pack), 16, generator=generator, requires_grad=True) for h in (2, 1, 1)]
+    weight = torch.randn(1, 2, len(pack), 16, generator=generator)
+    found, wanted = (
+        (out, *torch.autograd.grad((out * weight).sum(), inputs))
+        for out in (
+            tree_attention(torch.nn.Identity(), *inputs, None, tree_pack=pack)[0].transpose(1, 2),
+            scaled_dot_product_attention(*inputs, visible(pack), enable_gqa=True),
+        )
+    )
+    assert gap(found, wanted) < 2e-6
+
+
+def test_autocast() -> None:
+    """Queries and keys that a norm left in float32 meet values in bfloat16 (Qwen3)."""
+    net = model("Qwen3", torch.float32)
+    sequences, starts = contexts(4, 2)
+    wanted = one_at_a_time(net, sequences, starts)
+    with torch.autocast("cpu", torch.bfloat16), tree_attention_on(net.config):
+        found = packed(net, PrefixForest(sequences, min_shared=2).packs(), sequences, starts)
+        gradients = gradient(net, found)
+    assert gap(found, wanted) < 2e-2
+    assert gap(gradients, gradient(net, wanted)) < 0.2
+
+
+def test_a_node_apart_from_its_parent() -> None:
+    """The children of a node stand right behind it; a row that is laid out otherwise is refused."""
+    pack = dataclasses.replace(masked_pack(), parents=(-1, 0, 0, 2, 1, -1))
+    with pytest.raises(ValueError, match="node 4 of the tree stands behind node 3, which is not below its parent"):
+        _ = pack.subtree_ends
 
 
 def test_every_token_sees_its_prefix_alone() -> None:
