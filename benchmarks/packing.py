@@ -1,0 +1,270 @@
+"""Contexts of a group scored as packed prefix trees, beside dense micro-batches of the same token budget.
+
+``python -m benchmarks.packing --output outputs/packing`` makes groups of n responses of random tokens and ragged
+lengths, every x_{i,l} with y_i behind it on the group's plan, and a random model of transformers; no engine, no vLLM.
+The sides take turns in every round. It prints medians and writes ``packing.json``:
+
+* ratio: dense over packed, in seconds, and in seconds of processor time, which other work on the machine disturbs less;
+* token bound: tokens of dense over tokens of packed, what the ratio would be if every token cost the same;
+* memory: the largest resident size while the gradient is taken, less that before, each side in a process of its own.
+
+Dense rows are sorted by length and padded on the right, without a mask: behind a causal row padding needs none, and
+that is the fastest that dense can be. Both sides run the language-model head on the scored positions alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.common import record
+from gcpo.collider.plan import leave_one_out_plan
+from gcpo.packing import BudgetError, PrefixForest
+from gcpo.packing.attention import tree_attention_on
+
+SIDES = ("dense", "packed")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sequences x_{i,l} + y_i, and how many tokens y_i has at the end of each."""
+
+    sequences: list[torch.Tensor]
+    targets: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+
+def make_problem(args: argparse.Namespace, draws: int) -> Problem:
+    """Groups of random tokens; response lengths are uniform within ``spread`` of ``length``."""
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def tokens(length: int) -> torch.Tensor:
+        return torch.randint(0, args.vocabulary, (length,), generator=generator)
+
+    def response() -> torch.Tensor:
+        low, high = (round(args.length * (1 + side * args.spread)) for side in (-1, 1))
+        return tokens(int(torch.randint(low, high + 1, (1,), generator=generator)))
+
+    sequences, targets = [], []
+    for _ in range(args.groups):
+        question, tail = tokens(args.question), tokens(8)
+        responses = [response() for _ in range(args.n)]
+        colliders = [response() for _ in range(draws)]
+        plan = leave_one_out_plan(args.n, draws, lengths=[len(r) for r in responses])
+        for i, orders in enumerate(plan.orders):
+            for order in orders:
+                blocks = [responses[k] if kind == "candidate" else colliders[k] for kind, k in order]
+                sequences.append(torch.cat([question, *blocks, tail, responses[i]]))
+                targets.append(len(responses[i]))
+    return Problem(sequences, targets)
+
+
+def make_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
+    """A random model; the same for the same arguments."""
+    torch.manual_seed(args.seed)
+    config = Qwen2Config(
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 8 // 3,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads,
+        max_position_embeddings=1 << 16,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of ``labels`` [K] under ``logits`` [1, K, V]."""
+    return logits[0].log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def packed(model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Log-probabilities, pack after pack. Building the tree is part of it."""
+    for pack in PrefixForest(problem.sequences, min_shared=args.min_shared).packs(args.budget):
+        places = [place[-problem.targets[i] - 1 :] for i, place in zip(pack.sequences, pack.places, strict=True)]
+        output = model(
+            pack.token_ids.unsqueeze(0),
+            attention_mask=None,
+            position_ids=pack.position_ids.unsqueeze(0),
+            logits_to_keep=torch.cat([place[:-1] for place in places]),
+            use_cache=False,
+            tree_pack=pack,
+        )
+        yield log_probs(output.logits, pack.token_ids[torch.cat([place[1:] for place in places])])
+
+
+def dense(model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Log-probabilities, micro-batch after micro-batch."""
+    order = sorted(range(len(problem.sequences)), key=lambda i: len(problem.sequences[i]))
+    while order:
+        count = 1
+        while count < len(order) and (count + 1) * len(problem.sequences[order[count]]) <= args.budget:
+            count += 1
+        chosen, order = order[:count], order[count:]
+        rows = [problem.sequences[i] for i in chosen]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+        targets = [problem.targets[i] for i in chosen]
+        kept = [states[len(row) - t - 1 : len(row) - 1] for states, row, t in zip(hidden, rows, targets, strict=True)]
+        labels = torch.cat([row[-t:] for row, t in zip(rows, targets, strict=True)])
+        yield log_probs(model.lm_head(torch.cat(kept)).unsqueeze(0), labels)
+
+
+def score(side: str, model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace, gradient: bool) -> float:
+    """The sum of all log-probabilities; with ``gradient`` its gradient is left in the parameters."""
+    total = 0.0
+    with torch.set_grad_enabled(gradient), tree_attention_on(model.config) if side == "packed" else nullcontext():
+        for values in (packed if side == "packed" else dense)(model, problem, args):
+            if gradient:
+                values.sum().backward()
+            total += float(values.detach().double().sum())
+    return total
+
+
+def resident(field: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
+
+
+def gradient_memory(side: str, args: argparse.Namespace, draws: int) -> int:
+    """Bytes that one gradient pass takes at its peak beyond what was resident before, with gradients in place."""
+    model, problem = make_model(args), make_problem(args, draws)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    few = Problem([sequence[-9:] for sequence in problem.sequences[:2]], [1, 1])
+    score(side, model, few, args, gradient=True)
+    before = resident("VmRSS")
+    score(side, model, problem, args, gradient=True)
+    return resident("VmHWM") - before
+
+
+def memory_apart(side: str, draws: int) -> int:
+    """``gradient_memory`` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.packing", *sys.argv[1:], "--memory-of", side, "--draws", str(draws)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure(args: argparse.Namespace, draws: int) -> dict[str, Any]:
+    """Seconds, tokens and memory of both sides for one L."""
+    model, problem = make_model(args), make_problem(args, draws)
+    packs = PrefixForest(problem.sequences, min_shared=args.min_shared).packs(args.budget)
+    tokens = {"dense": problem.tokens, "packed": sum(map(len, packs))}
+    bound = tokens["dense"] / tokens["packed"]
+    found: dict[str, Any] = {
+        "sequences": len(problem.sequences),
+        "packs": len(packs),
+        "nodes": sum(len(pack.spans) for pack in packs),
+        "tokens": tokens,
+        "token bound": round(bound, 3),
+    }
+    for name, gradient in (("forward", False), ("with gradient", True)):
+        seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
+        sums: dict[str, float] = {}
+        for attempt in range(args.rounds + 1):  # the first warms up
+            for side in SIDES:
+                model.zero_grad(set_to_none=False)
+                started = time.perf_counter(), time.process_time()
+                sums[side] = score(side, model, problem, args, gradient)
+                if attempt:
+                    seconds[side].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+            print(f"L = {draws}: {name}, round {attempt} of {args.rounds}", file=sys.stderr, flush=True)
+        if abs(sums["packed"] - sums["dense"]) > 1e-4 * abs(sums["dense"]):
+            sys.exit(f"packing: the sides disagree: {sums}")
+        wall, processor = (
+            statistics.median(d[clock] / p[clock] for d, p in zip(seconds["dense"], seconds["packed"], strict=True))
+            for clock in (0, 1)
+        )
+        found[name] = {
+            "seconds": {side: round(statistics.median(s for s, _ in seconds[side]), 4) for side in SIDES},
+            "processor seconds": {side: round(statistics.median(s for _, s in seconds[side]), 4) for side in SIDES},
+            "ratio": round(wall, 3),
+            "ratio of processor seconds": round(processor, 3),
+            "share of the bound": round(processor / bound, 3),
+        }
+    memory = {side: memory_apart(side, draws) for side in SIDES}
+    found["gradient memory, MiB"] = {side: round(size / 2**20) for side, size in memory.items()}
+    found["memory ratio"] = round(memory["packed"] / memory["dense"], 3)
+    return found
+
+
+def table(found: dict[str, dict[str, Any]], title: str) -> str:
+    """The results as a table in Markdown, a column for every L."""
+    rows: dict[str, list[str]] = {
+        "tokens dense / packed (bound)": [
+            f"{r['tokens']['dense']} / {r['tokens']['packed']} ({r['token bound']:.2f}x)" for r in found.values()
+        ]
+    }
+    for kind in ("forward", "with gradient"):
+        results = [r[kind] for r in found.values()]
+        rows[f"{kind}: seconds dense / packed"] = [
+            f"{r['seconds']['dense']:.2f} / {r['seconds']['packed']:.2f} ({r['ratio']:.2f}x)" for r in results
+        ]
+        rows[f"{kind}: processor seconds"] = [
+            "{dense:.2f} / {packed:.2f} ".format(**r["processor seconds"])
+            + f"({r['ratio of processor seconds']:.2f}x, {100 * r['share of the bound']:.0f} % of the bound)"
+            for r in results
+        ]
+    rows["gradient: peak MiB dense / packed"] = [
+        "{dense} / {packed} ".format(**r["gradient memory, MiB"]) + f"({r['memory ratio']:.2f}x)"
+        for r in found.values()
+    ]
+    lines = [f"| {title} | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("outputs/packing"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--n", type=int, default=8, help="responses of a group")
+    parser.add_argument("--draws", type=int, nargs="+", default=[1, 2], metavar="L", help="contexts of a response")
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--length", type=int, default=256, help="mean tokens of a response")
+    parser.add_argument("--spread", type=float, default=0.3, help="lengths lie within this share of the mean")
+    parser.add_argument("--question", type=int, default=64, help="tokens of the question")
+    parser.add_argument("--budget", type=int, default=8192, help="tokens of a micro-batch")
+    parser.add_argument("--min-shared", type=int, default=8, help="gcpo.scoring.min_shared_tokens")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
+    parser.add_argument("--vocabulary", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}; it must be at least 1")
+    if args.memory_of:
+        print(gradient_memory(args.memory_of, args, args.draws[0]))
+        return
+    try:
+        found = {f"L = {draws}": measure(args, draws) for draws in args.draws}
+    except BudgetError as error:
+        sys.exit(f"packing: {error}")
+    print(table(found, f"n = {args.n}, T = {args.length}, hidden {args.hidden}, {args.layers} layers"))
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "memory_of")}
+    entry = {**record(), "threads": torch.get_num_threads(), "settings": settings, "results": found}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "packing.json").write_text(json.dumps(entry, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
