@@ -18,6 +18,10 @@ METHODS = {
     "paper": ["gcpo.preset=paper"],
     "mean": ["gcpo.preset=light", "gcpo.weighting.control=mean"],
     "shuffled": ["gcpo.preset=light", "gcpo.weighting.control=shuffled"],
+    "gc2po": [],
+    "gc2po-inject": ["gc2po.form=inject"],
+    "gc2po-bounded": ["gc2po.form=inject", "gc2po.perturbation.draws=2", "gc2po.episodes.scored=1"],
+    "gc2po-off": ["gc2po.counterfactual=off"],
 }
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -31,8 +35,9 @@ def run(output: Path, method: str, model: str, data: str, *overrides: str) -> li
     """Metrics of one run, an entry for every logged step; a run that is there already is read again."""
     metrics = output / "metrics.jsonl"
     done = output / "done"
+    config = "gc2po_quickstart" if method.startswith("gc2po") else "gcpo_quickstart"
     command = [
-        *(sys.executable, "-m", "recipe.gcpo.main_gcpo", "--config-name", "gcpo_quickstart"),
+        *(sys.executable, "-m", "recipe.gcpo.main_gcpo", "--config-name", config),
         f"hydra.run.dir={output}/hydra",
         f"actor_rollout_ref.model.path={model}",
         f"data.train_files={data}/train.parquet",

@@ -21,12 +21,18 @@ OVERRIDES = [
     "actor_rollout_ref.actor.optim.lr=0",
 ]
 STAGES = {
-    "generation": "timing_s/gen",
-    "old log-prob": "timing_s/old_log_prob",
-    "of that: scoring": "timing_s/gcpo_score",
-    "update": "timing_s/update_actor",
-    "whole step": "timing_s/step",
+    "generation": ("timing_s/gen",),
+    "old log-prob": ("timing_s/old_log_prob",),
+    "of that: scoring": ("timing_s/gcpo_score", "timing_s/gc2po_score"),
+    "update": ("timing_s/update_actor",),
+    "whole step": ("timing_s/step",),
 }
+SCORED = ("gcpo/tokens/scored", "gc2po/tokens/scored")
+
+
+def total(step: dict[str, float], names: tuple[str, ...]) -> float:
+    """The sum of what a step has of some metrics."""
+    return sum(step.get(name, 0.0) for name in names)
 
 
 def main() -> None:
@@ -47,7 +53,7 @@ def main() -> None:
             steps[method] += found[1:]
             print(f"round {attempt + 1}: {method} done", flush=True)
     medians = {
-        method: {stage: statistics.median(s.get(name, 0.0) for s in found) for stage, name in STAGES.items()}
+        method: {stage: statistics.median(total(s, names) for s in found) for stage, names in STAGES.items()}
         for method, found in steps.items()
     }
     tokens = {
@@ -57,7 +63,7 @@ def main() -> None:
                 or s["response_length/mean"] * 16 * 8
                 for s in found
             ),
-            "scored": statistics.median(s.get("gcpo/tokens/scored", 0.0) for s in found),
+            "scored": statistics.median(total(s, SCORED) for s in found),
         }
         for method, found in steps.items()
     }
