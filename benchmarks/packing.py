@@ -192,8 +192,8 @@ def measure(args: argparse.Namespace, draws: int) -> dict[str, Any]:
             for clock in (0, 1)
         )
         found[name] = {
-            "seconds": {side: round(statistics.median(s for s, _ in seconds[side]), 4) for side in SIDES},
-            "processor seconds": {side: round(statistics.median(s for _, s in seconds[side]), 4) for side in SIDES},
+            "seconds": {side: round(statistics.median(s for s, _ in seconds[side]), 6) for side in SIDES},
+            "processor seconds": {side: round(statistics.median(s for _, s in seconds[side]), 6) for side in SIDES},
             "ratio": round(wall, 3),
             "ratio of processor seconds": round(processor, 3),
             "share of the bound": round(processor / bound, 3),
