@@ -40,6 +40,7 @@ def check_run(config: DictConfig) -> GCPOConfig:
     _check_lengths(config, gcpo)
     for name in ("train_files", "val_files"):
         _check_files(name, config.data)
+    _check_reward(config)
     return gcpo
 
 
@@ -78,6 +79,7 @@ def check_gc2po_run(config: DictConfig) -> GC2POConfig:
     _check_branches(config, gc2po)
     for name in ("train_files", "val_files"):
         _check_files(name, config.data)
+    _check_reward(config)
     return gc2po
 
 
@@ -240,6 +242,53 @@ def _check_lengths(config: DictConfig, gcpo: GCPOConfig) -> None:
     if rollout.get("max_model_len") is None:
         with open_dict(config):
             rollout.max_model_len = max(need, longest_row)
+
+
+_REWARD = "pkg://gcpo.rewards"
+_REWARD_OPTIONS = (
+    "format_weight",
+    "require_think",
+    "require_boxed",
+    "sandbox",
+    "sandbox_fusion_url",
+    "time_limit",
+    "memory_limit_mb",
+)
+
+
+def _check_reward(config: DictConfig) -> None:
+    """Our reward function knows its options, and programs can be run where the data ask for it."""
+    from gcpo.rewards import code
+    from gcpo.rewards.sandbox import SandboxError, check
+
+    if _get(config, "reward.custom_reward_function.path") != _REWARD:
+        return
+    found = _get(config, "reward.custom_reward_function.reward_kwargs")
+    options = dict(OmegaConf.to_container(found, resolve=True)) if found else {}
+    unknown = sorted(set(options) - set(_REWARD_OPTIONS))
+    if unknown:
+        raise ConfigError(
+            f"reward.custom_reward_function.reward_kwargs.{unknown[0]} is no option of {_REWARD}; "
+            f"it has {', '.join(_REWARD_OPTIONS)}"
+        )
+    if any(
+        code.is_code(source) for name in ("train_files", "val_files") for source in _data_sources(config.data[name])
+    ):
+        settings = {name: options[name] for name in ("sandbox", "sandbox_fusion_url") if name in options}
+        try:
+            logger.info("gcpo: programs are graded in the sandbox %s", check(**settings))
+        except (SandboxError, ValueError) as error:
+            raise ConfigError(f"reward.custom_reward_function.reward_kwargs: {error}") from error
+
+
+def _data_sources(files: Any) -> set[str]:
+    """The data sets that the rows of local parquet files are from."""
+    import pyarrow.parquet as pq
+
+    files = [files] if isinstance(files, str) else list(files or [])
+    local = [path for path in (Path(str(file)).expanduser() for file in files) if path.suffix == ".parquet"]
+    tables = (pq.read_table(path, columns=["data_source"]) for path in local if path.is_file())
+    return {str(source) for table in tables for source in table["data_source"].unique().to_pylist()}
 
 
 def _check_files(name: str, data: DictConfig) -> None:

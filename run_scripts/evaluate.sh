@@ -16,6 +16,8 @@
 #   --seed N           default 0
 #   --limit N          the first N questions of every set
 #   --gpus N           that the model is spread over (default 1)
+#   --sandbox NAME     for programs: auto (default), namespaces, bubblewrap or fusion, which needs
+#   --sandbox-fusion-url URL
 #   --output DIR       default outputs/evaluation/NAME_OF_THE_MODEL
 #   RUN                the --output of an evaluation; differences are to the first one
 set -euo pipefail
@@ -41,7 +43,7 @@ while [ "$#" -gt 0 ]; do
         -h | --help) print_help; exit 0 ;;
         --sets) need_value "$@"; ARGUMENTS+=("$1" "$(sets_from_caller "$2")"); shift 2 ;;
         --output) need_value "$@"; ARGUMENTS+=("$1" "$(absolute "${2%/}")"); shift 2 ;;
-        --samples | --temperature | --top-p | --max-tokens | --seed | --limit | --gpus | --format)
+        --samples | --temperature | --top-p | --max-tokens | --seed | --limit | --gpus | --format | --sandbox | --sandbox-fusion-url)
             need_value "$@"
             ARGUMENTS+=("$1=$2")
             shift 2

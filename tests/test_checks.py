@@ -150,3 +150,28 @@ def test_a_model_without_chat_template(inputs: Path, tmp_path: Path) -> None:
 def test_the_plugin_is_loaded() -> None:
     """What ``gcpo doctor`` and the entry point look at first."""
     assert plugin_problem() is None
+
+
+def test_a_misspelt_reward_option(inputs: Path) -> None:
+    """verl passes options on unread, so ours are checked by name."""
+    known = "+reward.custom_reward_function.reward_kwargs.format_weight=0.1"
+    check_run(config_of(inputs, known))
+    with pytest.raises(ConfigError, match="reward_kwargs.fromat_weight is no option of pkg://gcpo.rewards"):
+        check_run(config_of(inputs, known.replace("format_weight", "fromat_weight")))
+
+
+def test_programs_need_a_sandbox(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data with programs are refused where nothing can confine them; other data never ask."""
+    from gcpo.rewards import sandbox
+
+    def refuse(**settings: Any) -> str:
+        raise sandbox.SandboxError("no sandbox works here: install bubblewrap")
+
+    monkeypatch.setattr(sandbox, "check", refuse)
+    check_run(config_of(inputs))
+    rows = pq.read_table(inputs / "train.parquet").to_pylist()
+    pq.write_table(
+        pa.Table.from_pylist([{**row, "data_source": "gcpo/mbpp"} for row in rows]), tmp_path / "code.parquet"
+    )
+    with pytest.raises(ConfigError, match="reward_kwargs: no sandbox works here: install bubblewrap"):
+        check_run(config_of(inputs, f"data.val_files={tmp_path}/code.parquet"))

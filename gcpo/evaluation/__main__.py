@@ -35,6 +35,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--seed", type=int, default=default.seed, help="of the samples (%(default)s)")
     run.add_argument("--limit", type=int, metavar="N", help="the first N questions of every set (default: all)")
     run.add_argument("--gpus", type=int, default=1, metavar="N", help="that the model is spread over (%(default)s)")
+    run.add_argument(
+        "--sandbox", default="auto", help="for programs: auto, namespaces, bubblewrap or fusion (%(default)s)"
+    )
+    run.add_argument("--sandbox-fusion-url", metavar="URL", help="of SandboxFusion's run_code")
     run.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evaluation/NAME_OF_THE_MODEL")
 
     table = commands.add_parser("table", help="show runs side by side, with differences to the first")
@@ -76,7 +80,8 @@ def run(options: argparse.Namespace) -> None:
             tensor_parallel_size=options.gpus,
         )
 
-    results = evaluate(model, sets, prompts, settings, output, start)
+    sandbox = {"sandbox": options.sandbox, "sandbox_fusion_url": options.sandbox_fusion_url}
+    results = evaluate(model, sets, prompts, settings, output, start, sandbox)
     show(make_table({output.name: results}))
     print(f"samples: {output}")
 

@@ -74,6 +74,7 @@ def evaluate(
     settings: Settings,
     output: Path,
     start: Callable[[Path], Sampler],
+    sandbox: Mapping[str, Any] | None = None,
 ) -> dict[str, list[metrics.Question]]:
     """Sample and grade what ``output`` doesn't hold yet, and write ``results.json``.
 
@@ -84,13 +85,16 @@ def evaluate(
         settings: how.
         output: folder of the samples, made if need be.
         start: makes the sampler, told where its log goes; called only if a sample is missing.
+        sandbox: for sets of programs, `sandbox` and `sandbox_fusion_url` of `gcpo.rewards.code`.
 
     Returns:
         By set, what was found for every question, from its first ``settings.samples`` samples.
 
     Raises:
-        EvaluationError: ``output`` holds other samples, or can't be written.
+        EvaluationError: ``output`` holds other samples, or can't be written, or no sandbox for programs works here.
     """
+    sandbox = dict(sandbox or {})
+    _check_sandbox(sets, sandbox)
     with alone_in(output):
         own = {
             "model": model.digest or model.path,
@@ -106,7 +110,7 @@ def evaluate(
             sampler = start(output / LOG_FILE)
             write_json(output / SETTINGS_FILE, recorded)
             for found in sets:
-                _sample_set(found, files[found.name], missing[found.name], settings, sampler)
+                _sample_set(found, files[found.name], missing[found.name], settings, sampler, sandbox)
         else:
             print("every sample is there: nothing to generate")
         results = {found.name: sum_up(found, files[found.name], settings.samples) for found in sets}
@@ -134,7 +138,12 @@ def _say_what_is_there(sets: Sequence[QuestionSet], settings: Settings, missing:
 
 
 def _sample_set(
-    found: QuestionSet, file: SampleFile, requests: Sequence[Request], settings: Settings, sampler: Sampler
+    found: QuestionSet,
+    file: SampleFile,
+    requests: Sequence[Request],
+    settings: Settings,
+    sampler: Sampler,
+    sandbox: Mapping[str, Any],
 ) -> None:
     if not requests:
         return
@@ -145,7 +154,7 @@ def _sample_set(
     with Progress(found.name, len(wanted), known) as progress:
         for completions in sampler(requests):
             asked = [questions[completion.key.rpartition(":")[0]] for completion in completions]
-            scores = grade(asked, completions)
+            scores = grade(asked, completions, sandbox)
             progress.update(
                 file.append(
                     _line(question, completion, seeds[completion.key], score)
@@ -170,7 +179,21 @@ def _line(question: Question, completion: Completion, seed: int, scores: Mapping
     }
 
 
-def grade(questions: Sequence[Question], completions: Sequence[Completion]) -> list[dict[str, Any]]:
+def _check_sandbox(sets: Sequence[QuestionSet], sandbox: Mapping[str, Any]) -> None:
+    """Before anything is generated: programs can be graded, if there are any."""
+    from gcpo.rewards import code
+    from gcpo.rewards.sandbox import SandboxError, check
+
+    if any(code.is_code(question.data_source) for found in sets for question in found.questions):
+        try:
+            print(f"programs run in the sandbox {check(**sandbox)}", flush=True)
+        except (SandboxError, ValueError) as error:
+            raise EvaluationError(str(error)) from error
+
+
+def grade(
+    questions: Sequence[Question], completions: Sequence[Completion], sandbox: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Grade samples with the reward function of training.
 
     Raises:
@@ -184,6 +207,7 @@ def grade(questions: Sequence[Question], completions: Sequence[Completion]) -> l
             [question.ground_truth for question in questions],
             [question.data_source for question in questions],
             [question.extra_info for question in questions],
+            **(sandbox or {}),
         )
     except GraderError as error:
         raise EvaluationError(str(error)) from error

@@ -280,3 +280,28 @@ def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path, monkeypatch, c
 def test_the_command_ends_with_its_exit_code(tmp_path):
     done = subprocess.run([sys.executable, "-m", "gcpo.evaluation", "table", "nowhere"], cwd=tmp_path)
     assert done.returncode == 2
+
+
+def test_programs_need_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for before anything is sampled, and the sentence says what is missing."""
+    from types import SimpleNamespace
+
+    from gcpo.evaluation.run import _check_sandbox
+    from gcpo.rewards import sandbox
+
+    asked = []
+
+    def refuse(**settings: object) -> str:
+        asked.append(settings)
+        raise sandbox.SandboxError("no sandbox works here")
+
+    monkeypatch.setattr(sandbox, "check", refuse)
+
+    def of(source: str) -> list:
+        return [SimpleNamespace(questions=[SimpleNamespace(data_source=source)])]
+
+    _check_sandbox(of("gcpo/math500"), {"sandbox": "auto"})
+    assert not asked
+    with pytest.raises(EvaluationError, match="no sandbox works here"):
+        _check_sandbox(of("gcpo/humaneval"), {"sandbox": "bubblewrap"})
+    assert asked == [{"sandbox": "bubblewrap"}]
