@@ -130,6 +130,7 @@ class _Row:
     """A response of this rank; its seed is made of its tokens, so it is the same wherever the row stands."""
 
     episodes: Episodes
+    length: int
     seed: int
     group: int
     place: int
@@ -159,7 +160,10 @@ def score_rows(
         gather: makes one list of the lists of all ranks.
     """
     step, probe = tu.get_non_tensor_data(data, "gc2po_step", 0), tu.get_non_tensor_data(data, "gc2po_probe", [])
-    rows = [_read(data, i, config, reader, end_ids, step, torch.tensor(probe)) for i in range(len(data))]
+    # At once: to index a nested tensor takes it apart every time.
+    names = ["prompts", "responses", "gc2po_place", "gc2po_answers", "gc2po_answer_lengths"]
+    columns = [[value.cpu() for value in data[name].unbind()] for name in names]
+    rows = [_read(fields, config, reader, end_ids, step, torch.tensor(probe)) for fields in zip(*columns, strict=True)]
     limit = config.episodes.max_episodes
     divergence = torch.full((len(rows), limit), torch.nan, dtype=torch.float64)
     effect = torch.full((len(rows), limit), torch.nan, dtype=torch.float64)
@@ -187,7 +191,7 @@ def score_rows(
         tokens = (scorer.path_tokens, scorer.branch_tokens, scorer.unshared_tokens)
         counts[:, :3] = torch.tensor(tokens) / len(rows)
     fields = {
-        "gc2po_index": nested([row.episodes.index(len(data["responses"][i])) for i, row in enumerate(rows)]),
+        "gc2po_index": nested([row.episodes.index(row.length) for row in rows]),
         "gc2po_divergence": nested(list(divergence)),
         "gc2po_effectiveness": nested(list(effect)),
         "gc2po_counts": nested(list(counts)),
@@ -196,28 +200,26 @@ def score_rows(
 
 
 def _read(
-    data: TensorDict,
-    i: int,
+    fields: tuple[torch.Tensor, ...],
     config: GC2POConfig,
     reader: TokenReader,
     end_ids: set[int],
     step: int,
     probe: torch.Tensor,
 ) -> _Row:
-    """Split row ``i`` into episodes."""
-    prompt, response = data["prompts"][i].cpu(), data["responses"][i].cpu()
-    wanted, group, place = data["gc2po_place"][i].tolist()
+    """Split a row into episodes."""
+    prompt, response, where, answers, lengths = fields
+    wanted, group, place = where.tolist()
     if not wanted:
-        return _Row(Episodes((), False, False), 0, group, place, None)
+        return _Row(Episodes((), False, False), len(response), 0, group, place, None)
     options = {"separator": config.episodes.separator, "max_episodes": config.episodes.max_episodes}
     episodes = split_response(response.tolist(), reader, end_ids=end_ids, **options)
     seed = request_seed(config.seed, "gc2po", step, prompt.tolist(), response.tolist())
     request = None
     if config.counterfactual and episodes.spans:
-        answers = split_rows(data["gc2po_answers"][i].cpu(), data["gc2po_answer_lengths"][i].cpu())
-        answers = tuple(answers) if config.form == "inject" else ()
-        request = EpisodeRequest(prompt, response, episodes.ends, (), probe, answers, torch.zeros(0, 1, 1))
-    return _Row(episodes, seed, group, place, request)
+        scored = tuple(split_rows(answers, lengths)) if config.form == "inject" else ()
+        request = EpisodeRequest(prompt, response, episodes.ends, (), probe, scored, torch.zeros(0, 1, 1))
+    return _Row(episodes, len(response), seed, group, place, request)
 
 
 def _asked(row: _Row, config: GC2POConfig) -> tuple[int, ...]:
