@@ -143,7 +143,10 @@ class GCPOFSDPEngine(FSDPEngineWithLMHead):
         temperature = float(tu.get_non_tensor_data(micro_batch, "temperature", 1.0))
         if temperature != 1.0:
             logits = logits / temperature
-        if isinstance(row, PerturbedRow):
+        if not len(logits):
+            # verl's function fails where no log-probability is wanted.
+            values = logits.new_zeros(0)
+        elif isinstance(row, PerturbedRow):
             values = row.read(logits)
         else:
             values = logprobs_from_logits(logits, row.labels.to(logits.device))

@@ -56,7 +56,7 @@ class PerturbedRow(PackedRow):
         hidden[0, at] = (state + noise).to(hidden.dtype)
 
     def read(self, logits: Tensor) -> Tensor:
-        """What is wanted of the logits [Q, V] of ``predict``.
+        """What is wanted of the logits [Q, V] of ``predict``, Q >= 1.
 
         Returns:
             ``inject``: the log-probabilities of the labels [Q]. ``head``: KL(q || q_m) over the vocabulary for every
@@ -68,7 +68,7 @@ class PerturbedRow(PackedRow):
         moved = self.perturbed.to(logits.device)
         base = torch.arange(len(logits), device=logits.device)
         base[moved] = 0
-        base = log_q[base.cummax(0).values[moved]] if len(base) else log_q
+        base = log_q[base.cummax(0).values[moved]]
         return (base.exp() * (base - log_q[moved])).sum(-1).clamp(min=0)
 
 

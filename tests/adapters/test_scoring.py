@@ -119,6 +119,20 @@ def test_ranks_with_different_numbers_of_requests(tiny_model: Path, packing: str
     assert found[1][0][0] == []
 
 
+def states_alone(rank: int, world: int, path: str) -> Any:
+    engine = build_engine(path)
+    settings = {"use_remove_padding": False, "use_fused_kernels": False}
+    scorer = TreeScorer(engine, min_shared=2, settings=settings, temperature=0.7, layer=-1, max_tokens=4096)
+    with engine.eval_mode():
+        return [(s.log_probs, s.state) for s in scorer(make_requests(10)[1::4])]
+
+
+def test_states_alone(tiny_model: Path) -> None:
+    """A pack in which no log-probability is wanted at all."""
+    wanted = expected(str(tiny_model), make_requests(10)[1::4], -1)
+    assert_scores(run_on_ranks(1, states_alone, str(tiny_model))[0], wanted)
+
+
 class FakeScorer:
     """A state that names its sequence and place; log-probs that count the context."""
 
