@@ -30,7 +30,8 @@ from typing import Any
 
 from benchmarks.common import record
 from data_prep.code_sets import MBPP_PROMPTS
-from data_prep.core import DataError, DataSet, convert_rows, read_source
+from data_prep.core import convert_rows, read_source
+from data_prep.schema import DataError, DataSet
 from data_prep.sets import SETS
 from gcpo.rewards.code import Grade, grade_many
 from gcpo.rewards.pool import size

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data_prep.core import Drop
+from data_prep.schema import Drop
 from gcpo.rewards import boxed_answer, normalize
 
 NO_ANSWER = ("proof", "notfound", "not found", "n/a")

@@ -28,7 +28,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.answers import text_of
-from data_prep.core import DataError, DataSet, Drop, Hub, Row, Schema, read_source
+from data_prep.core import read_source
+from data_prep.schema import DataError, DataSet, Drop, Hub, Row, Schema
 from gcpo.rewards.code import SOURCES, load_tests, program_of
 
 Raw = Mapping[str, Any]

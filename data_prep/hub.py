@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from data_prep.core import DataError, DataSet, Hub, Records, Source, first_line
+from data_prep.files import first_line
+from data_prep.schema import DataError, DataSet, Hub, Records, Source
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from data_prep.answers import answers_of, boxed, encode, text_of
-from data_prep.core import DataSet, Drop, Hub, Row, Schema
+from data_prep.schema import DataSet, Drop, Hub, Row, Schema
 from gcpo.rewards import same_answer
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.core import PROVENANCE, DataError, read_file, sha256_of
+from data_prep.files import read_file, sha256_of
+from data_prep.schema import PROVENANCE, DataError
 
 GRAM = 5
 """Words of an n-gram."""

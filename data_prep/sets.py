@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from data_prep import code_sets, math_sets
-from data_prep.core import DataError, DataSet
+from data_prep.schema import DataError, DataSet
 
 SETS: dict[str, DataSet] = {dataset.name: dataset for dataset in (*math_sets.SETS, *code_sets.SETS)}
 

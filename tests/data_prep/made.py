@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.core import DataSet, Drop, Row, Schema
+from data_prep.schema import DataSet, Drop, Row, Schema
 
 SHARED_DATA = Path(os.environ.get("GCPO_SHARED_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 

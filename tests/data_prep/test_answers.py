@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data_prep.answers import answers_of, boxed, canonical, encode, text_of
-from data_prep.core import Drop
+from data_prep.schema import Drop
 from gcpo.rewards import same_answer
 
 

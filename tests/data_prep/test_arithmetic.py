@@ -346,9 +346,7 @@ def test_a_second_call_does_nothing(data: Path, model: Path, capsys: pytest.Capt
     assert [path.name for path in model.parent.iterdir()] == [model.name]
 
 
-def test_the_same_recipe_makes_the_same_weights_and_another_one_others(
-    data: Path, model: Path, tmp_path: Path
-) -> None:
+def test_the_same_recipe_makes_the_same_weights_and_another_one_others(data: Path, model: Path, tmp_path: Path) -> None:
     weights = {}
     for name, recipe in (("again", FEW), ("other", replace(FEW, seed=FEW.seed + 1))):
         warm_start.warm_start(data, tmp_path / "warm", recipe)
@@ -358,9 +356,7 @@ def test_the_same_recipe_makes_the_same_weights_and_another_one_others(
     assert weights["again"] == first != weights["other"]
 
 
-def test_an_interrupted_run_leaves_nothing(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_leaves_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 

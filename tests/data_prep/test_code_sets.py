@@ -8,7 +8,8 @@ import textwrap
 import pytest
 
 from data_prep.code_sets import EXAMPLES, mbpp_tests
-from data_prep.core import DataError, Drop, convert_rows, prepare, read_source
+from data_prep.core import convert_rows, prepare, read_source
+from data_prep.schema import DataError, Drop
 from data_prep.sets import SETS
 from gcpo.rewards.code import extract, grade, is_code, load_tests
 from gcpo.rewards.sandbox import SandboxError

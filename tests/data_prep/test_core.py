@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import core
-from data_prep.core import DataError, Hub, Row, Schema
+from data_prep.schema import DataError, Hub, Row, Schema
 from data_prep.sets import SETS
 from tests.data_prep.made import AIME_ROWS, TINY, files_under, provenance, run, table, write
 

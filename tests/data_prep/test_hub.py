@@ -14,8 +14,9 @@ import pytest
 from huggingface_hub import errors
 
 from data_prep import hub
-from data_prep.core import DataError, convert_rows, read_source
+from data_prep.core import convert_rows, read_source
 from data_prep.hub import read_hub
+from data_prep.schema import DataError
 from data_prep.sets import SETS
 from tests.data_prep.made import AIME_ROWS, files_under, provenance, run, truths, write
 

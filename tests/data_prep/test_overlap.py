@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.core import DataError
 from data_prep.overlap import EvaluationSets, grams, key_of, load_sets, words
+from data_prep.schema import DataError
 from tests.data_prep.made import AIME_ROWS, files_under, provenance, run, table, write
 
 LONG = "Let $x$ be a real number such that $\\dfrac{x}{2} = 7$ holds. How many positive divisors does $x^2 + 1$ have?"
