@@ -1,8 +1,8 @@
 """What every data set goes through: read, convert, leave out, compare with the evaluation sets, write.
 
 A set is a `data_prep.schema.DataSet`: where it lies on the hub, the schemas its files come in, and for each schema a
-function that turns a raw row into a `Row` or raises `Drop`. `prepare` does the rest, the same for all of them, and writes parquet files in
-verl's schema with a ``provenance.json`` beside them. The same input gives the same bytes.
+function that turns a raw row into a `Row` or raises `Drop`. `prepare` does the rest, the same for all of them, and
+writes parquet files in verl's schema with a ``provenance.json`` beside them. The same input gives the same bytes.
 
 All files have the same columns with the same types, so that verl, which puts several files of a run into one table,
 can take any of them together.
