@@ -16,6 +16,9 @@ from gcpo.adapters.packed import PackedRow, filler, packed_batch
 from gcpo.counterfactual.pack import FUSED_TOKENS, EpisodePack, EpisodeRequest, pack_requests
 from gcpo.counterfactual.stage import answer_divergence
 
+_AT_ONCE = 256
+"""Rows of logits that are in memory in float32 at a time."""
+
 
 @dataclass(frozen=True)
 class PerturbedRow(PackedRow):
@@ -64,12 +67,20 @@ class PerturbedRow(PackedRow):
         """
         if self.form == "inject":
             return logprobs_from_logits(logits, self.labels.to(logits.device))
-        log_q = logits.float().log_softmax(-1)
         moved = self.perturbed.to(logits.device)
         base = torch.arange(len(logits), device=logits.device)
         base[moved] = 0
-        base = log_q[base.cummax(0).values[moved]]
-        return (base.exp() * (base - log_q[moved])).sum(-1).clamp(min=0)
+        base = base.cummax(0).values[moved]
+        found = [
+            _divergence(logits[b], logits[m]) for b, m in zip(base.split(_AT_ONCE), moved.split(_AT_ONCE), strict=True)
+        ]
+        return torch.cat(found)
+
+
+def _divergence(logits: Tensor, other: Tensor) -> Tensor:
+    """KL of the distributions [J, V] that two sets of logits make."""
+    log_q, log_r = logits.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (log_q.exp() * (log_q - log_r)).sum(-1).clamp(min=0)
 
 
 @dataclass(frozen=True)
