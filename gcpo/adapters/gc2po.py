@@ -248,11 +248,11 @@ def _with_group_noise(row: _Row, states: torch.Tensor, around: list[tuple], conf
     asked = _asked(row, config) if chosen else ()
     if not asked:
         return replace(row.request, states=False)
-    noise = group_noise(states[list(asked)], [other_states(other, asked) for other in chosen], config.perturbation.eta)
+    noise = group_noise(states[list(asked)], [_states_at(other, asked) for other in chosen], config.perturbation.eta)
     return replace(row.request, asked=asked, noise=noise, states=False)
 
 
-def other_states(states: torch.Tensor, asked: Sequence[int]) -> torch.Tensor:
+def _states_at(states: torch.Tensor, asked: Sequence[int]) -> torch.Tensor:
     """The states [len(asked), d] of another response at the same episodes; its last one where it has fewer."""
     return states[torch.tensor(asked).clamp(max=len(states) - 1)]
 

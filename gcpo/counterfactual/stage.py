@@ -265,7 +265,7 @@ def batch_metrics(
         "gc2po/episodes/mean": float(number.mean()),
         "gc2po/episodes/max": float(number.max()),
         "gc2po/answers/per_group": sum(distinct) / len(distinct),
-        "gc2po/answers/single_share": sum(d == 1 for d in distinct) / len(distinct),
+        "gc2po/answers/single_share": sum(len(g.answers.candidates) < 2 for g in groups) / len(groups),
         "gc2po/advantage/spread_in_response": sum(spreads) / len(spreads) if spreads else 0.0,
         "gc2po/reward/process": float(process.mean()),
         "gc2po/reward/correctness_correlation": _correlation(process + outcome, outcome),
