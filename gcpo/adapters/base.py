@@ -95,13 +95,21 @@ class GroupTrainer(PPOTrainerSync):
         return groups
 
     def _count_reward_errors(self, batch: KVBatchMeta, metrics: dict) -> None:
-        """Responses that the reward function could not grade; a step in which it graded none ends the run."""
+        """Responses that the reward function could not grade, and the means of what it said of the others apart.
+
+        A step in which it graded none ends the run.
+        """
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-        errors = [
-            entry.get("reward_extra_info", {}).get("reward_error", 0.0)
+        found = [
+            entry.get("reward_extra_info", {})
             for entry, tag in zip(list(data["extra_fields"]), batch.tags, strict=True)
             if not tag.get("is_padding", False)
         ]
+        errors = [info.get("reward_error", 0.0) for info in found]
+        for name in ("acc", "format"):
+            values = [float(info[name]) for info in found if name in info]
+            if values:
+                metrics[f"{self.mode}/reward/{name}"] = sum(values) / len(values)
         metrics[f"{self.mode}/reward/errors"] = float(sum(errors))
         if errors and sum(errors) == len(errors):
             raise RuntimeError(

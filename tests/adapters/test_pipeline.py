@@ -96,7 +96,7 @@ class Grader:
     async def _compute(self, data: Any) -> dict[str, Any]:
         ids = data.batch["responses"][0].tolist()
         self.graded.append(ids)
-        return {"reward_score": self.score(ids), "reward_extra_info": {"acc": self.score(ids)}}
+        return {"reward_score": self.score(ids), "reward_extra_info": {"acc": self.score(ids), "format": 1.0}}
 
 
 def questions(count: int = QUESTIONS, prefix: str = "uid", step: int = 1, validate: bool = False) -> Any:
@@ -304,6 +304,9 @@ def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overr
             if has_reference:
                 torch.testing.assert_close(fields["gcpo_log_ref"], log_ref)
     torch.testing.assert_close(metrics["gcpo/upsilon/max"], float(torch.cat(weights).max()))
+    scores = [float(queue.fields["train"][key]["rm_scores"].sum()) for key in real(batch)]
+    assert metrics["gcpo/reward/acc"] == pytest.approx(sum(scores) / len(scores))
+    assert metrics["gcpo/reward/format"] == 1.0
     for key in set(batch.keys) - set(real(batch)):
         fields = queue.fields["train"][key]
         assert fields["advantages"].tolist() == [0.0] and fields["gcpo_kl_mask"].tolist() == [0]
