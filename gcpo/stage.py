@@ -215,6 +215,14 @@ def batch_reference(
     return log_ref, kl_mask, metrics
 
 
+_PROMPT_STATS = {
+    "equal_rewards": "gcpo/rollout/equal_rewards_share",
+    "frame_tokens": "gcpo/prompts/frame_tokens",
+    "block_tokens": "gcpo/prompts/block_tokens",
+    "block_spread": "gcpo/prompts/block_spread",
+}
+
+
 def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> dict[str, float]:
     """Sums and shares of what the rollout counted, one entry of ``stats`` for every group."""
     total: dict[str, float] = {}
@@ -228,11 +236,16 @@ def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> 
         "gcpo/rollout/seconds_per_group": total.get("seconds", 0.0) / groups,
         "gcpo/tokens/generated/response": float(response_tokens),
     }
+    for name, place in _PROMPT_STATS.items():
+        values = [entry[name] for entry in stats if name in entry]  # not in a group whose stage failed
+        if values:
+            metrics[place] = sum(values) / len(values)
     prompt = cached = 0.0
     for kind in ("collider", "marginal", "conditioned"):
         draws = total.get(f"{kind}/draws", 0.0)
         metrics[f"gcpo/tokens/generated/{kind}"] = total.get(f"{kind}/generated_tokens", 0.0)
         metrics[f"gcpo/tokens/prefilled/{kind}"] = total.get(f"{kind}/prompt_tokens", 0.0)
+        metrics[f"gcpo/tokens/cached/{kind}"] = total.get(f"{kind}/cached_tokens", 0.0)
         prompt += total.get(f"{kind}/prompt_tokens", 0.0)
         cached += total.get(f"{kind}/cached_tokens", 0.0)
         if draws:

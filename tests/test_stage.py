@@ -112,15 +112,21 @@ def test_rollout_metrics_by_hand() -> None:
             "collider/reward": 1.0,
             "graded_response_reward": 0.25,
             "seconds": 2.0,
+            **{"equal_rewards": 0.0, "frame_tokens": 20.0, "block_tokens": 8.0, "block_spread": 0.5},
         },
-        {"skipped": 1.0},
+        {"skipped": 1.0, **{"equal_rewards": 1.0, "frame_tokens": 30.0, "block_tokens": 4.0, "block_spread": 0.1}},
+        {"skipped": 1.0, "stage_failed": 1.0},
     ]
     metrics = rollout_metrics(stats, 80)
     assert metrics["gcpo/tokens/generated/response"] == 80
     assert metrics["gcpo/tokens/generated/collider"] == 30
     assert metrics["gcpo/rollout/collider/cut"] == 1
-    assert metrics["gcpo/rollout/skipped_groups_share"] == 0.5
+    assert metrics["gcpo/rollout/skipped_groups_share"] == pytest.approx(2 / 3)
     assert metrics["gcpo/tokens/prefix_cache_hit_share"] == 0.6
+    assert metrics["gcpo/tokens/cached/collider"] == 60
+    assert metrics["gcpo/rollout/equal_rewards_share"] == 0.5
+    assert metrics["gcpo/prompts/frame_tokens"] == 25 and metrics["gcpo/prompts/block_tokens"] == 6
+    assert metrics["gcpo/prompts/block_spread"] == pytest.approx(0.3)
     assert metrics["gcpo/reward/collider_gain"] == 0.75
 
 

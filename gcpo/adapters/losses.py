@@ -16,6 +16,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from gcpo.algorithms import causal_kl
 
 PARTS = ("policy", "beta", "kappa")
+CONDITIONED_TOKENS = "gcpo/tokens/trained/conditioned"
 
 
 def _kappa_term(
@@ -66,7 +67,15 @@ def causal_kl_loss(
         settings: ``kappa``, ``max_kl``, ``loss_agg_mode``, ``loss_scale_factor``.
         num_tokens: response tokens of the plain rows over all ranks.
     """
-    return _kappa_term(no_padding_2_padding(model_output["log_probs"], data), data, settings, num_tokens)
+    loss, metrics = _kappa_term(no_padding_2_padding(model_output["log_probs"], data), data, settings, num_tokens)
+    return loss, metrics | _trained_tokens(data)
+
+
+def _trained_tokens(data: TensorDict) -> dict[str, Metric]:
+    """Tokens of a micro-batch of the conditioned pass, rows of two tokens that stand for nothing among them."""
+    # verl sums over micro-batches and takes the mean over ranks.
+    tokens = data["input_ids"].values().numel() * data["dp_size"]
+    return {CONDITIONED_TOKENS: Metric(AggregationType.SUM, tokens)}
 
 
 def packed_causal_kl_loss(
@@ -87,7 +96,8 @@ def packed_causal_kl_loss(
         rows(nested.values()) for nested in (model_output["log_probs"], data["gcpo_log_ref"], data["gcpo_kl_mask"])
     )
     weight = data["gcpo_kl_weight"].values().unsqueeze(1)
-    return _aggregate(log_prob, log_ref, mask.bool(), weight, data, settings, num_tokens)
+    loss, metrics = _aggregate(log_prob, log_ref, mask.bool(), weight, data, settings, num_tokens)
+    return loss, metrics | _trained_tokens(data)
 
 
 def gcpo_loss(

@@ -16,6 +16,7 @@ from verl.utils.debug import marked_timer
 
 from gcpo.adapters.base import GroupTrainer
 from gcpo.adapters.fields import flat_field, nested
+from gcpo.adapters.losses import CONDITIONED_TOKENS
 from gcpo.adapters.registry import causal_weights
 from gcpo.adapters.workers import SCORED_KINDS, GCPOActorRolloutRefWorker
 from gcpo.algorithms import group_relative_advantage
@@ -237,6 +238,13 @@ class GCPOTrainer(GroupTrainer):
             batch.extra_info.pop("gcpo", None)
         for name in [name for name in metrics if name.startswith("actor/gcpo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        # verl's metrics are means over the updates of a step.
+        actor = self.config.actor_rollout_ref.actor
+        rows = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        updates = len(batch) // rows * actor.ppo_epochs
+        metrics[CONDITIONED_TOKENS] = metrics.get(CONDITIONED_TOKENS, 0.0) * updates
+        lengths = [tag["seq_len"] for tag in batch.tags if not tag.get("is_padding", False)]
+        metrics["gcpo/tokens/trained/plain"] = float(sum(lengths) * actor.ppo_epochs)
         return batch
 
     def _update_settings(self) -> dict[str, Any]:

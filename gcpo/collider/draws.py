@@ -187,6 +187,10 @@ class ColliderStage:
         draws = [*shared, *(draw for row in marginal for draw in row), *conditioned]
         stats = _count(draws)
         stats["skipped"] = float(not draws)
+        stats["equal_rewards"] = float(equal_rewards)
+        stats["frame_tokens"] = float(len(group.frame.head) + len(group.frame.tail))
+        stats["block_tokens"] = float(np.mean(sizes))
+        stats["block_spread"] = float(np.std(sizes)) / max(stats["block_tokens"], 1.0)
         stats["seconds"] = time.monotonic() - started
         layout = {"plan": plan.to_dict(), "frame": len(group.frame.head) + len(group.frame.tail), "blocks": sizes}
         return GroupResult(contexts, outputs, draws, stats, kl_weight, layout)

@@ -180,7 +180,8 @@ def update(
     trainer.config, trainer.global_steps = config, step
     trainer.gcpo = GCPOConfig.from_config(config.gcpo, n=SIZE, response_length=8)
     trainer.actor_rollout_wg = SimpleNamespace(update_actor=update_actor)
-    batch = KVBatchMeta(keys=[str(i) for i in range(len(fields))], tags=[{}] * len(fields), partition_id="train")
+    tags = [{"seq_len": len(row["input_ids"])} for row in fields]
+    batch = KVBatchMeta(keys=[str(i) for i in range(len(fields))], tags=tags, partition_id="train")
     metrics: dict[str, Any] = {}
     engine = worker.actor.engine
     with cut_into(engine, micro) as sizes, recorded_gradients(engine) as gradients:
@@ -275,6 +276,20 @@ def test_eq_10_whatever_the_split(found: dict, parts: dict, micro: int, minis: i
         packs = len(result["micro_batches"]) - micro * minis
         assert packs == minis if micro == ONE else packs >= 2 * minis
     assert_equal(result, parts, scale=ROWS / (ROWS + padding))
+
+
+@pytest.mark.parametrize("minis", [1, 2])
+def test_tokens_trained(found: dict, rows: list[dict[str, Any]], minis: int) -> None:
+    """Tokens of a step, over all its updates and ranks; packed, the 11 that a group's contexts share count once."""
+    metrics = found[ONE, minis, 0]["metrics"]
+    assert metrics["gcpo/tokens/trained/plain"] == sum(len(row["prompt"]) + len(row["response"]) for row in rows)
+    chosen = [row for row in rows if row["has_reference"]]
+    dense = sum(len(problem.used_context(row)) + len(row["response"]) for row in chosen)
+    if found["packing"] == "dense":
+        wanted = dense + 2 * (ROWS - len(chosen))
+    else:
+        wanted = dense - 11 * (len(chosen) - problem.GROUPS)
+    assert metrics["gcpo/tokens/trained/conditioned"] == wanted
 
 
 def test_every_part_matters(parts: dict) -> None:
