@@ -202,26 +202,9 @@ class PrefixForest:
                 f"the token budget is {budget} and the longest sequence has {longest} tokens: "
                 f"raise the budget to at least {longest}, or shorten the blocks"
             )
-        order, count = self.order, len(self.order)
+        order = self.order
         shared = [0] + [self._shared(a, b) for a, b in zip(order, order[1:], strict=False)]
-        best: list[tuple[float, int]] = [(0.0, 0)]  # cost of packing the first k sequences, and the last pack's start
-        for last in range(1, count + 1):
-            cheapest = (float("inf"), 0)
-            tokens = 0
-            for first in range(last - 1, -1, -1):
-                # The pack's first sequence stands in it with all its tokens, the next ones with what is new.
-                tokens += len(self.sequences[order[first]])
-                if first + 1 < last:
-                    tokens -= shared[first + 1]
-                if tokens > budget:
-                    break
-                cheapest = min(cheapest, (best[first][0] + (shared[first] + 1 if first else 0), first))
-            best.append(cheapest)
-        cuts, at = [count], count
-        while at:
-            at = best[at][1]
-            cuts.append(at)
-        cuts.reverse()
+        cuts = cheapest_cuts([len(self.sequences[i]) for i in order], shared, budget)
         return [self._pack(order[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
 
     def _pack(self, chosen: Sequence[int]) -> TreePack:
@@ -258,6 +241,37 @@ class PrefixForest:
             for depth, node in enumerate(self._chains[i]):
                 first.setdefault(node, (rank, depth))
         return first.__getitem__
+
+
+def cheapest_cuts(lengths: Sequence[int], shared: Sequence[int], budget: float) -> list[int]:
+    """Where to cut sequences in depth-first order into packs, so that the least has to be repeated.
+
+    Args:
+        lengths: tokens of every sequence, none more than ``budget``.
+        shared: for every sequence the tokens that it shares with the one before it; 0 for the first.
+        budget: tokens of a pack.
+
+    Returns:
+        The first sequence of every pack, and in the end the number of sequences.
+    """
+    count = len(lengths)
+    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of packing the first k sequences, and the last pack's start
+    for last in range(1, count + 1):
+        cheapest = (float("inf"), 0)
+        tokens = 0
+        for first in range(last - 1, -1, -1):
+            # The pack's first sequence stands in it with all its tokens, the next ones with what is new.
+            tokens += lengths[first]
+            if first + 1 < last:
+                tokens -= shared[first + 1]
+            if tokens > budget:
+                break
+            cheapest = min(cheapest, (best[first][0] + (shared[first] + 1 if first else 0), first))
+        best.append(cheapest)
+    cuts = [count]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    return cuts[::-1]
 
 
 def _common_prefix(a: torch.Tensor, b: torch.Tensor) -> int:
