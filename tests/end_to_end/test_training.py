@@ -63,13 +63,14 @@ def train(module: str, inputs: Path, output: Path, name: str, *overrides: str) -
         sys.executable,
         "-m",
         module,
+        *(one for one in overrides if one.startswith("--")),
         f"hydra.run.dir={output}/hydra",
         f"data.train_files={inputs}/data/train.parquet",
         f"data.val_files={inputs}/data/test.parquet",
         f"actor_rollout_ref.model.path={inputs}/model",
         f"trainer.default_local_dir={output}/checkpoints",
         *STEPS,
-        *overrides,
+        *(one for one in overrides if not one.startswith("--")),
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     log = done.stdout + done.stderr
