@@ -222,15 +222,58 @@ def doctor() -> int:
     return 1 if report.problems else 0
 
 
+def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``gcpo cost``."""
+    parser.description = (
+        "What a training step takes in tokens generated, prefilled, scored and trained on, for GRPO and every preset "
+        "of GCPO, and the expected ratio of a step."
+    )
+    parser.usage = "gcpo cost [options] [KEY=VALUE ...]"
+    parser.epilog = "KEY=VALUE: overrides of the configuration, as the run scripts pass them."
+    parser.add_argument("--config-name", help="gcpo_trainer (default) or gcpo_quickstart")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        help="metrics.jsonl of a run, for its lengths; without overrides also for its configuration and its counters",
+    )
+    lengths = parser.add_argument_group("mean tokens", "default: those of the log, else the longest allowed")
+    lengths.add_argument("--question", type=float, help="of the plain prompt")
+    lengths.add_argument("--response", type=float, help="of a response, and of what is not given below")
+    lengths.add_argument("--collider", type=float, help="of a collider draw")
+    lengths.add_argument("--conditioned", type=float, help="of a conditioned generation")
+    lengths.add_argument("--spread", type=float, help="standard deviation inside a group over the mean")
+    parser.add_argument("--equal-rewards", type=float, help="share of the groups whose rewards are all equal")
+    parser.add_argument("--tokenizer", help="local folder, for the fixed texts (default: the model's, if it is one)")
+    parser.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="cost of a token that is generated, prefilled, forward or backward (default: 8, 1, 1, 2)",
+    )
+    parser.add_argument("--groups", type=int, default=64, help="groups that are simulated (default: 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="gcpo", description="Group Causal Policy Optimization for verl.")
     parser.add_argument("--version", action="version", version=f"gcpo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="say whether this installation can train, and what is wrong if not")
-    options = parser.parse_args(arguments)
+    add_cost_arguments(commands.add_parser("cost", help="say what a training step takes in tokens, beside GRPO"))
+    # Overrides may stand between the options, which argparse does not allow to positional arguments.
+    options, options.overrides = parser.parse_known_args(arguments)
+    unknown = [text for text in options.overrides if options.command != "cost" or text.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command == "doctor":
         return doctor()
+    if options.command == "cost":
+        from gcpo.cost_report import cost
+
+        return cost(options)
     parser.print_help()
     return 2
 

@@ -1,0 +1,491 @@
+"""What a training step takes in tokens, for GRPO and for GCPO with any settings.
+
+Groups are simulated: lengths are drawn, and everything that follows from them is what a run does. The blocks stand in
+the order of ``leave_one_out_plan``, prompts are made as in ``gcpo.collider``, vLLM's prefix cache is asked prompt by
+prompt, contexts are packed by ``gcpo.packing`` under the token budget. The names of the counts are those of a run's
+metrics without ``gcpo/tokens/``, as far as a run has them.
+
+A sequence is a tuple of segments (name, tokens). Two sequences share the segments that they both begin with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from gcpo.collider.plan import Block, leave_one_out_plan
+from gcpo.config import BlocksConfig, GCPOConfig
+from gcpo.packing.tree import BudgetError, cheapest_cuts
+
+Segment = tuple[tuple[str, int], int]
+Path = tuple[Segment, ...]
+
+KINDS = ("response", "collider", "marginal", "conditioned")
+"""What is generated: responses, shared collider draws, leave-one-out draws, conditioned generations."""
+
+CHARACTERS_PER_TOKEN = 4
+"""Of the fixed texts, where no tokenizer says better."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens.
+
+    Attributes:
+        question: of a plain prompt, chat template included.
+        response: of a response; likewise ``collider``, ``marginal`` and ``conditioned`` of the extra generations.
+        spread: standard deviation of the lengths of a group over their mean.
+        answer: of a response from its last ``\\boxed{`` on, for ``blocks.truncation: answer``.
+    """
+
+    question: float
+    response: float
+    collider: float
+    marginal: float
+    conditioned: float
+    spread: float = 0.0
+    answer: float = 12.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name == "spread" else 1
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"the length {name} is {value}; it must be a number of at least {least}")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens of what stands in a prompt besides the question and the answers.
+
+    Attributes:
+        intro: between the question and the first block.
+        tail: behind the last block, to the end of the prompt.
+        label: of a candidate's label; ``label_start`` of them are the same for all candidates.
+        collider_label: of a collider draw's label.
+        question_end: of a plain prompt behind the question.
+    """
+
+    intro: float
+    tail: float
+    label: float
+    label_start: float
+    collider_label: float
+    question_end: float
+
+    @classmethod
+    def estimated(cls, blocks: BlocksConfig, question_end: float = 5.0) -> Texts:
+        """By the number of characters."""
+        intro, outro, label, collider = (
+            len(text) / CHARACTERS_PER_TOKEN
+            for text in (blocks.intro, blocks.outro, blocks.candidate.format(label=1), blocks.collider)
+        )
+        start = len(blocks.candidate.partition("{label}")[0]) / CHARACTERS_PER_TOKEN
+        return cls(intro, outro + question_end, label, start, collider, question_end)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What else a run's configuration says about a step.
+
+    Attributes:
+        groups: questions of a step.
+        n: responses of a question.
+        max_response: longest response in tokens.
+        budget: tokens of a micro-batch.
+        epochs: passes over the batch in the update.
+        reference_policy: whether there is a KL term to a reference policy, which then scores every response.
+        recomputed: whether the backward pass runs the layers once more (gradient checkpointing).
+        cache_block: tokens of a block of the prefix cache; 0: there is no cache.
+        servers: copies of the model that generate; the responses of a question are spread over them, everything else of
+            a group stays on one.
+    """
+
+    groups: int
+    n: int
+    max_response: int
+    budget: int
+    epochs: int = 1
+    reference_policy: bool = False
+    recomputed: bool = False
+    cache_block: int = 16
+    servers: int = 1
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What does not come out as planned.
+
+    Attributes:
+        equal_rewards: share of the groups whose rewards are all equal.
+        valid: share of the draws of a kind that are neither failed, nor empty, nor cut.
+    """
+
+    equal_rewards: float = 0.0
+    valid: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Cost of a token beside that of one in a forward pass.
+
+    A generated token is one of few in its pass, which reads all of the model's weights for them.
+    """
+
+    generated: float = 8.0
+    prefilled: float = 1.0
+    forward: float = 1.0
+    backward: float = 2.0
+
+
+# ---- lengths ------------------------------------------------------------------------------------------------------
+
+
+def ragged(mean: float, spread: float, limit: float, rng: np.random.Generator, size: int = 64) -> Iterator[int]:
+    """Lengths without end: log-normal, at most ``limit``, at least 1, of this mean over every ``size`` of them."""
+    sigma = math.sqrt(math.log1p(spread**2))
+    normal = NormalDist()
+    shape = np.exp([sigma * normal.inv_cdf((k + 0.5) / size) for k in range(size)])
+    low, high = 0.0, 100.0 * limit  # what the shape is scaled by
+    for _ in range(60):
+        middle = (low + high) / 2
+        if np.clip(middle * shape, 1, limit).mean() < mean:
+            low = middle
+        else:
+            high = middle
+    values = np.clip(high * shape, 1, limit)
+    # Rounded so that nothing is lost: the sum of the whole numbers follows the sum of the others.
+    lengths = np.diff(np.round(np.concatenate([[0.0], values.cumsum()]))).astype(int)
+    while True:
+        yield from (int(length) for length in rng.permutation(lengths))
+
+
+# ---- sequences ----------------------------------------------------------------------------------------------------
+
+
+def tokens_of(path: Path) -> int:
+    """Tokens of a sequence."""
+    return sum(tokens for _, tokens in path)
+
+
+def shared_tokens(a: Path, b: Path) -> int:
+    """Tokens that two sequences both begin with."""
+    shared = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        shared += x[1]
+    return shared
+
+
+def packed_tokens(paths: Sequence[Path], budget: float) -> int:
+    """Tokens that go through the model where shared segments go through it once, in packs of at most ``budget``.
+
+    Raises:
+        BudgetError: a sequence is longer than the budget.
+    """
+    order = sorted(paths)
+    lengths = [tokens_of(path) for path in order]
+    if lengths and max(lengths) > budget:
+        raise BudgetError(f"a sequence of {max(lengths)} tokens does not fit into the token budget of {budget}")
+    shared = [0, *(shared_tokens(a, b) for a, b in pairwise(order))]
+    firsts = set(cheapest_cuts(lengths, shared, budget))
+    return sum(lengths) - sum(tokens for k, tokens in enumerate(shared) if k not in firsts)
+
+
+class PrefixCache:
+    """vLLM's prefix cache of one server, without the limit of its memory.
+
+    Args:
+        block: tokens of a block; 0: nothing is cached.
+    """
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self._seen: dict[Any, Any] = {}
+
+    def cached(self, path: Path) -> int:
+        """Tokens of a prompt that are there already, in whole blocks and never the last one; then it is there too."""
+        node, shared = self._seen, 0
+        for segment in path:
+            if segment in node:
+                shared += segment[1]
+            node = node.setdefault(segment, {})
+        if not self.block:
+            return 0
+        return min(shared, tokens_of(path) - 1) // self.block * self.block
+
+
+# ---- one group ----------------------------------------------------------------------------------------------------
+
+
+class _Group:
+    """The segments of one group."""
+
+    def __init__(self, config: GCPOConfig, step: Step, lengths: Lengths, texts: Texts, responses: list[int]) -> None:
+        self.config, self.responses, self.lengths = config, responses, lengths
+        head = lengths.question - texts.question_end
+        self.head = _path(("question", 0, head), ("intro", 0, texts.intro))
+        self.plain = _path(("question", 0, head), ("question end", 0, texts.question_end))
+        self.tail = _path(("tail", 0, texts.tail))
+        start = texts.label_start if texts.label_start >= config.scoring.min_shared_tokens else 0
+        self.blocks = [
+            _path(("label", 0, start), ("candidate", k, texts.label - start + self._text(length, step.max_response)))
+            for k, length in enumerate(responses)
+        ]
+        self.collider_label = texts.collider_label
+
+    def _text(self, length: int, limit: int) -> float:
+        """Tokens of a response in a block: without the end token, and cut."""
+        text = length - 1 if length < limit else length
+        if self.config.blocks.truncation == "answer":
+            text = min(text, self.lengths.answer)
+        return min(text, self.config.blocks.max_tokens)
+
+    def draw(self, number: int, length: int) -> Path:
+        """The block of a collider draw."""
+        text = self._text(length, self.config.collider.max_tokens)
+        return _path(("joint", 0, self.collider_label), ("draw", number, text))
+
+    def prompt(self, candidates: Sequence[int]) -> Path:
+        """A prompt with these candidates."""
+        return (*self.head, *(segment for k in candidates for segment in self.blocks[k]), *self.tail)
+
+    def context(self, order: Sequence[Block], collider: Path) -> Path:
+        """x_{i,l}, with ``collider`` where the order has a collider draw."""
+        blocks = (self.blocks[k] if kind == "candidate" else collider for kind, k in order)
+        return (*self.head, *(segment for block in blocks for segment in block), *self.tail)
+
+    def response(self, i: int) -> Path:
+        """Response i."""
+        return _path(("response", i, self.responses[i]))
+
+
+def _path(*segments: tuple[str, int, float]) -> Path:
+    return tuple(((name, number), round(tokens)) for name, number, tokens in segments if round(tokens) > 0)
+
+
+def length_limits(config: GCPOConfig, step: Step) -> dict[str, int]:
+    """The most tokens that a generation of every kind can have."""
+    draw = config.collider.max_tokens
+    limits = (step.max_response, draw, draw, config.conditioned.max_tokens)
+    return dict(zip(KINDS, limits, strict=True))
+
+
+class GroupSimulator:
+    """Counts the tokens of group after group.
+
+    Args:
+        config: resolved settings of GCPO; with ``weighting: off`` and ``kappa: 0`` it is GRPO.
+        step: the rest of the configuration.
+        lengths: mean lengths.
+        texts: tokens of the fixed texts.
+        shares: what does not come out as planned.
+        seed: of the lengths, the block orders, and the draws that are not valid.
+
+    Raises:
+        ValueError: a mean length is more than what the configuration lets through.
+    """
+
+    def __init__(
+        self, config: GCPOConfig, step: Step, lengths: Lengths, texts: Texts, shares: Shares, seed: int = 0
+    ) -> None:
+        self.config, self.step, self.lengths, self.texts, self.shares = config, step, lengths, texts, shares
+        self.rng = np.random.default_rng(seed)
+        limits = length_limits(config, step)
+        for kind, limit in limits.items():
+            if getattr(lengths, kind) > limit:
+                raise ValueError(
+                    f"the mean length {kind} is {getattr(lengths, kind):g}, and it is cut at {limit} tokens"
+                )
+        self.ragged = {
+            kind: ragged(getattr(lengths, kind), lengths.spread, limit, np.random.default_rng([seed, k]))
+            for k, (kind, limit) in enumerate(limits.items())
+        }
+
+    def group(self, *, equal_rewards: bool) -> Counter[str]:
+        """Tokens of one group.
+
+        Raises:
+            BudgetError: a context with its response is longer than the token budget.
+        """
+        config, n = self.config, self.step.n
+        group = _Group(config, self.step, self.lengths, self.texts, [next(self.ragged["response"]) for _ in range(n)])
+        counts = Counter({f"{what}/{kind}": 0 for what in ("generated", "prefilled", "cached") for kind in KINDS})
+        cache = PrefixCache(self.step.cache_block)
+        self._plain(group, cache, counts)
+        scored = {"response": self._state_paths(group), "context": [], "conditioned": []}
+        trained: list[Path] = []
+        if config.needs_rollout and (config.reference_on or not equal_rewards):
+            weighted = self._weighted(n)
+            contexts, outputs = self._generate(group, cache, counts, weighted, equal_rewards)
+            scored["context"] = self._context_paths(group, contexts, weighted)
+            scored["conditioned"] = outputs
+            if config.reference_on and config.reference.policy_context == "collider":
+                for i in weighted:
+                    first = next((path for path in contexts[i][: config.collider.num_draws] if path), None)
+                    trained += [(*first, *group.response(i))] if first else []
+        for kind, paths in scored.items():
+            counts[f"scored_unshared/{kind}"] = sum(map(tokens_of, paths))
+        budget = config.scoring.max_token_len_per_gpu or self.step.budget
+        counts["scored"] = self._through_the_model([path for paths in scored.values() for path in paths], budget)
+        counts["trained/conditioned"] = self._through_the_model(trained, budget) * self.step.epochs
+        counts["trained/conditioned_unshared"] = sum(map(tokens_of, trained)) * self.step.epochs
+        self._measured(counts)
+        return counts
+
+    def _plain(self, group: _Group, cache: PrefixCache, counts: Counter[str]) -> None:
+        n, prompt, tokens = self.step.n, tokens_of(group.plain), sum(group.responses)
+        counts["generated/response"] = tokens
+        counts["prefilled/response"] = n * prompt
+        cache.cached(group.plain)  # the first one on every server finds nothing
+        counts["cached/response"] = max(0, n - self.step.servers) * cache.cached(group.plain)
+        counts["scored/old"] = n * prompt + tokens
+        counts["scored/reference"] = counts["scored/old"] * self.step.reference_policy
+        counts["trained/plain"] = counts["scored/old"] * self.step.epochs
+
+    def _weighted(self, n: int) -> list[int]:
+        """The responses that have a kappa term."""
+        if not self.config.reference_on:
+            return []
+        count = max(1, round(self.config.reference.fraction * n))
+        return sorted(self.rng.choice(n, count, replace=False).tolist())
+
+    def _generate(
+        self, group: _Group, cache: PrefixCache, counts: Counter[str], weighted: Sequence[int], equal_rewards: bool
+    ) -> tuple[list[list[Path]], list[Path]]:
+        """Contexts [n][L + L'], empty where there is none, and what is fed back of the conditioned generations."""
+        config, n = self.config, self.step.n
+        num_shared, num_marginal = config.collider.num_draws, config.marginal_draws
+        sizes = [tokens_of(block) for block in group.blocks]
+        plan = leave_one_out_plan(
+            n, num_shared + num_marginal, lengths=sizes, permutation=self.rng.permutation(n).tolist()
+        )
+        chosen = [i for i in plan.depth_first() if config.causal_target_on or i in weighted]
+
+        def generate(kind: str, prompt: Path) -> int | None:
+            """Length of a generation, ``None`` of one that is not valid."""
+            length = next(self.ragged[kind])
+            counts[f"generated/{kind}"] += length
+            counts[f"prefilled/{kind}"] += tokens_of(prompt)
+            counts[f"cached/{kind}"] += cache.cached(prompt)
+            return length if self.rng.random() < self.shares.valid.get(kind, 1.0) else None
+
+        everyone = group.prompt(plan.collider_order())
+        shared = [generate("collider", everyone) for _ in range(num_shared)]
+        marginal = {
+            i: [generate("marginal", group.prompt(plan.candidate_order(i))) for _ in range(num_marginal)]
+            for i in chosen
+        }
+        contexts: list[list[Path]] = [[() for _ in range(plan.draws)] for _ in range(n)]
+        for i in chosen:
+            for slot, length in enumerate([*shared, *marginal[i]]):
+                if length is None:
+                    continue
+                collider = group.draw(slot if slot < num_shared else plan.draws * (i + 1) + slot, length)
+                appended = config.reference.collider_context == "append" and 0 < slot < num_shared
+                if appended and shared[0] is not None:
+                    collider = (*group.draw(0, shared[0]), *collider)
+                contexts[i][slot] = group.context(plan.orders[i][slot], collider)
+        outputs: list[Path] = []
+        if config.needs_generations and not equal_rewards:
+            for path in (path for i in chosen for path in contexts[i] if path):
+                for _ in range(config.collider.num_generations):
+                    length = generate("conditioned", path)
+                    if length is not None:
+                        output = _path(("output", len(outputs), length))
+                        outputs.append((*path, *output) if self._with_prompt else output)
+        return contexts, outputs
+
+    @property
+    def _with_prompt(self) -> bool:
+        return self.config.features.context == "prompt_response"
+
+    def _state_paths(self, group: _Group) -> list[Path]:
+        """What is fed back for the states of the responses."""
+        if not self.config.weighting_on:
+            return []
+        prompt = group.plain if self._with_prompt else ()
+        return [(*prompt, *group.response(i)) for i in range(self.step.n)]
+
+    def _context_paths(self, group: _Group, contexts: Sequence[Sequence[Path]], weighted: Sequence[int]) -> list[Path]:
+        """Contexts with the response where it is scored, and without where the prompt's state alone is wanted."""
+        prompt_states = self.config.causal_target_on and self.config.features.source == "prompt"
+        paths: list[Path] = []
+        for i, row in enumerate(contexts):
+            if i in weighted or prompt_states:
+                response = group.response(i) if i in weighted else ()
+                paths += [(*path, *response) for path in row if path]
+        return paths
+
+    def _through_the_model(self, paths: Sequence[Path], budget: float) -> int:
+        if self.config.scoring.packing == "dense":
+            return sum(map(tokens_of, paths))
+        return packed_tokens(paths, budget)
+
+    def _measured(self, counts: Counter[str]) -> None:
+        """Passes whose gradients are measured and thrown away (``metrics.grad_norm_every``), a part of them a step."""
+        every = self.config.metrics.grad_norm_every
+        if not every or self.config.is_grpo:
+            return
+        on_context = self.config.reference_on and self.config.reference.policy_context == "collider"
+        plain = 1 + self.step.reference_policy + (self.config.reference_on and not on_context)
+        counts["trained/measured"] = (plain * counts["trained/plain"] + counts["trained/conditioned"]) / every
+
+
+# ---- a step -------------------------------------------------------------------------------------------------------
+
+
+def step_tokens(
+    config: GCPOConfig,
+    step: Step,
+    lengths: Lengths,
+    texts: Texts,
+    shares: Shares | None = None,
+    *,
+    simulated: int = 64,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Expected tokens of a step by what is done with them.
+
+    Args:
+        config: resolved settings of GCPO; with ``weighting: off`` and ``kappa: 0`` it is GRPO.
+        step: the rest of the configuration.
+        lengths: mean lengths.
+        texts: tokens of the fixed texts.
+        shares: what does not come out as planned.
+        simulated: groups that are simulated.
+        seed: of the simulation.
+
+    Raises:
+        BudgetError: a context with its response is longer than the token budget.
+    """
+    shares = shares or Shares()
+    simulator = GroupSimulator(config, step, lengths, texts, shares, seed)
+    equal = round(shares.equal_rewards * simulated)
+    total: Counter[str] = Counter()
+    for k in range(simulated):
+        total.update(simulator.group(equal_rewards=k < equal))
+    return {name: step.groups * tokens / simulated for name, tokens in total.items()}
+
+
+def sum_of(tokens: Mapping[str, float], name: str) -> float:
+    """The count ``name`` and all below it."""
+    return sum(value for key, value in tokens.items() if f"{key}/".startswith(f"{name}/"))
+
+
+def stage_costs(tokens: Mapping[str, float], step: Step, weights: Weights) -> dict[str, float]:
+    """Cost of every stage of a step in forward tokens."""
+    prefilled = sum_of(tokens, "prefilled") - sum_of(tokens, "cached")
+    trained = sum(tokens.get(f"trained/{name}", 0.0) for name in ("plain", "conditioned", "measured"))
+    return {
+        "generation": weights.generated * sum_of(tokens, "generated") + weights.prefilled * prefilled,
+        "scoring": weights.forward * sum_of(tokens, "scored"),
+        "training": (weights.forward * (1 + step.recomputed) + weights.backward) * trained,
+    }
