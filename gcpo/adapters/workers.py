@@ -90,15 +90,17 @@ def score_rows(data: TensorDict, wanted: SimpleNamespace, scorer: Scorer, tokeni
         row["tokens"][SCORED_KINDS.index(kind)] += len(request.context) + len(request.target)
         return len(requests) - 1
 
+    # Once for all rows: indexing a nested tensor takes it apart again every time.
+    fields = {name: list(value) for name, value in data.items() if isinstance(value, torch.Tensor)}
     for i in range(len(data)):
-        prompt, response = data["prompts"][i], data["responses"][i]
+        prompt, response = fields["prompts"][i], fields["responses"][i]
         row: dict[str, Any] = {"length": len(response), "tokens": [0.0] * len(SCORED_KINDS)}
         if wanted.states:
             row["z"] = ask(state_request(prompt, response), row, "response")
         if wanted.contexts:
-            contexts = split_rows(data["gcpo_contexts"][i], data["gcpo_context_lengths"][i])
+            contexts = split_rows(fields["gcpo_contexts"][i], fields["gcpo_context_lengths"][i])
             prompt_states = wanted.conditioned and wanted.source == "prompt"
-            log_probs = wanted.log_probs and float(data["gcpo_kl_weight"][i]) > 0
+            log_probs = wanted.log_probs and float(fields["gcpo_kl_weight"][i]) > 0
             row["log_probs"] = log_probs
             if wanted.log_probs or prompt_states:
                 row["contexts"] = []
@@ -111,7 +113,7 @@ def score_rows(data: TensorDict, wanted: SimpleNamespace, scorer: Scorer, tokeni
                     row["contexts"].append(ask(ScoreRequest(context, target, log_probs, state_at), row, "context"))
             if wanted.conditioned and wanted.source == "response":
                 row["outputs"] = []
-                outputs = split_rows(data["gcpo_outputs"][i], data["gcpo_output_lengths"][i])
+                outputs = split_rows(fields["gcpo_outputs"][i], fields["gcpo_output_lengths"][i])
                 per_context = len(outputs) // len(contexts)
                 for j, output in enumerate(outputs):
                     request = state_request(contexts[j // per_context], output) if len(output) else None
