@@ -67,7 +67,7 @@ def record() -> dict[str, Any]:
     """The command, the commit, the machine and the versions, for the JSON beside a table."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": commit,
         "machine": {"architecture": platform.machine(), "cores": os.cpu_count()},
         "python": platform.python_version(),
