@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -40,8 +40,11 @@ class Lengths:
 
     Attributes:
         question: of a plain prompt, chat template included.
-        response: of a response; likewise ``collider``, ``marginal`` and ``conditioned`` of the extra generations.
-        spread: standard deviation of the lengths of a group over their mean.
+        response: of a response; likewise ``collider``, ``marginal`` and ``conditioned`` of the extra generations that
+            are neither cut nor lost.
+        spread: standard deviation of the lengths of a group around its mean, over the mean of all.
+        group_spread: standard deviation of the means of the groups' responses, over the mean of all.
+        question_range: the shortest and the longest question; ``None``: all have the mean length.
         answer: of a response from its last ``\\boxed{`` on, for ``blocks.truncation: answer``.
     """
 
@@ -51,11 +54,15 @@ class Lengths:
     marginal: float
     conditioned: float
     spread: float = 0.0
+    group_spread: float = 0.0
+    question_range: tuple[float, float] | None = None
     answer: float = 12.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name == "spread" else 1
+            if name == "question_range":
+                continue
+            least = 0 if name.endswith("spread") else 1
             if not (math.isfinite(value) and value >= least):
                 raise ValueError(f"the length {name} is {value}; it must be a number of at least {least}")
 
@@ -124,11 +131,13 @@ class Shares:
 
     Attributes:
         equal_rewards: share of the groups whose rewards are all equal.
-        valid: share of the draws of a kind that are neither failed, nor empty, nor cut.
+        cut: share of the draws of a kind that reach the limit without an end, and are left out.
+        lost: share of those that fail or are empty; they have no tokens.
     """
 
     equal_rewards: float = 0.0
-    valid: Mapping[str, float] = field(default_factory=dict)
+    cut: Mapping[str, float] = field(default_factory=dict)
+    lost: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,9 +158,42 @@ class Weights:
 
 def ragged(mean: float, spread: float, limit: float, rng: np.random.Generator, size: int = 64) -> Iterator[int]:
     """Lengths without end: log-normal, at most ``limit``, at least 1, of this mean over every ``size`` of them."""
-    sigma = math.sqrt(math.log1p(spread**2))
-    normal = NormalDist()
-    shape = np.exp([sigma * normal.inv_cdf((k + 0.5) / size) for k in range(size)])
+    lengths = _lengths(_multipliers(spread, size), mean, limit)
+    while True:
+        yield from (int(length) for length in rng.permutation(lengths))
+
+
+def ragged_groups(lengths: Lengths, limit: float, groups: int, n: int, rng: np.random.Generator) -> list[list[int]]:
+    """Lengths of the responses [groups][n]: log-normal around log-normal means of the groups."""
+    inside = _multipliers(lengths.spread, groups * n)
+    shape = (
+        rng.permutation(inside).reshape(groups, n)
+        * rng.permutation(_multipliers(lengths.group_spread, groups))[:, None]
+    )
+    return _lengths(shape.flatten(), lengths.response, limit).reshape(groups, n).tolist()
+
+
+def ragged_questions(lengths: Lengths, groups: int, rng: np.random.Generator) -> list[int]:
+    """Lengths of the questions: even on both sides of the mean, as far as the range goes."""
+    mean, (low, high) = lengths.question, lengths.question_range or (lengths.question, lengths.question)
+    below = (high - mean) / (high - low) if high > low else 0.0
+    at = (np.arange(groups) + 0.5) / groups
+    values = np.where(
+        at < below,
+        low + (mean - low) * at / max(below, 1e-9),
+        mean + (high - mean) * (at - below) / max(1 - below, 1e-9),
+    )
+    return rng.permutation(_rounded(values)).tolist()
+
+
+def _multipliers(spread: float, size: int) -> np.ndarray:
+    """Quantiles of a log-normal distribution of mean 1."""
+    sigma, normal = math.sqrt(math.log1p(spread**2)), NormalDist()
+    return np.exp([sigma * normal.inv_cdf((k + 0.5) / size) - sigma**2 / 2 for k in range(size)])
+
+
+def _lengths(shape: np.ndarray, mean: float, limit: float) -> np.ndarray:
+    """Whole lengths between 1 and ``limit`` of this shape and this mean."""
     low, high = 0.0, 100.0 * limit  # what the shape is scaled by
     for _ in range(60):
         middle = (low + high) / 2
@@ -159,11 +201,32 @@ def ragged(mean: float, spread: float, limit: float, rng: np.random.Generator, s
             low = middle
         else:
             high = middle
-    values = np.clip(high * shape, 1, limit)
-    # Rounded so that nothing is lost: the sum of the whole numbers follows the sum of the others.
-    lengths = np.diff(np.round(np.concatenate([[0.0], values.cumsum()]))).astype(int)
-    while True:
-        yield from (int(length) for length in rng.permutation(lengths))
+    return _rounded(np.clip(high * shape, 1, limit))
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Whole numbers whose running sum follows that of ``values``."""
+    return np.diff(np.round(np.concatenate([[0.0], values.cumsum()]))).astype(int)
+
+
+def whole(value: float) -> Iterator[int]:
+    """Whole numbers without end whose mean is ``value``."""
+    return (round((k + 1) * value) - round(k * value) for k in count())
+
+
+def block_text(length: int, limit: int, blocks: BlocksConfig, answer: float) -> float:
+    """Tokens of a response in a block: without the end token, and cut.
+
+    Args:
+        length: of the response; at ``limit`` it has no end token.
+        limit: longest response.
+        blocks: how blocks are cut.
+        answer: see ``Lengths``.
+    """
+    text = length - 1 if length < limit else length
+    if blocks.truncation == "answer":
+        text = min(text, answer)
+    return min(text, blocks.max_tokens)
 
 
 # ---- sequences ----------------------------------------------------------------------------------------------------
@@ -195,8 +258,14 @@ def packed_tokens(paths: Sequence[Path], budget: float) -> int:
     if lengths and max(lengths) > budget:
         raise BudgetError(f"a sequence of {max(lengths)} tokens does not fit into the token budget of {budget}")
     shared = [0, *(shared_tokens(a, b) for a, b in pairwise(order))]
-    firsts = set(cheapest_cuts(lengths, shared, budget))
-    return sum(lengths) - sum(tokens for k, tokens in enumerate(shared) if k not in firsts)
+    total = sum(lengths) - sum(shared)
+    # A cut between two trees repeats nothing.
+    roots = [*(k for k, tokens in enumerate(shared) if not tokens), len(order)]
+    for start, end in pairwise(roots):
+        if sum(lengths[start:end]) - sum(shared[start:end]) > budget:
+            cuts = cheapest_cuts(lengths[start:end], shared[start:end], budget)
+            total += sum(shared[start + cut] for cut in cuts[:-1])
+    return total
 
 
 class PrefixCache:
@@ -228,29 +297,29 @@ class PrefixCache:
 class _Group:
     """The segments of one group."""
 
-    def __init__(self, config: GCPOConfig, step: Step, lengths: Lengths, texts: Texts, responses: list[int]) -> None:
-        self.config, self.responses, self.lengths = config, responses, lengths
-        head = lengths.question - texts.question_end
-        self.head = _path(("question", 0, head), ("intro", 0, texts.intro))
-        self.plain = _path(("question", 0, head), ("question end", 0, texts.question_end))
-        self.tail = _path(("tail", 0, texts.tail))
-        start = texts.label_start if texts.label_start >= config.scoring.min_shared_tokens else 0
-        self.blocks = [
-            _path(("label", 0, start), ("candidate", k, texts.label - start + self._text(length, step.max_response)))
-            for k, length in enumerate(responses)
-        ]
-        self.collider_label = texts.collider_label
-
-    def _text(self, length: int, limit: int) -> float:
-        """Tokens of a response in a block: without the end token, and cut."""
-        text = length - 1 if length < limit else length
-        if self.config.blocks.truncation == "answer":
-            text = min(text, self.lengths.answer)
-        return min(text, self.config.blocks.max_tokens)
+    def __init__(
+        self,
+        config: GCPOConfig,
+        step: Step,
+        answer: float,
+        fixed: Mapping[str, Iterator[int]],
+        question: int,
+        responses: list[int],
+    ) -> None:
+        self.config, self.answer, self.responses = config, answer, responses
+        self.collider_label, end = next(fixed["collider_label"]), next(fixed["question_end"])
+        self.head = _path(("question", 0, question - end), ("intro", 0, next(fixed["intro"])))
+        self.plain = _path(("question", 0, question - end), ("question end", 0, end))
+        self.tail = _path(("tail", 0, next(fixed["tail"])))
+        start = next(fixed["label_start"])
+        start = start if start >= config.scoring.min_shared_tokens else 0
+        rest = [max(0, next(fixed["label"]) - start) for _ in responses]
+        texts = [block_text(length, step.max_response, config.blocks, answer) for length in responses]
+        self.blocks = [_path(("label", 0, start), ("candidate", k, rest[k] + text)) for k, text in enumerate(texts)]
 
     def draw(self, number: int, length: int) -> Path:
         """The block of a collider draw."""
-        text = self._text(length, self.config.collider.max_tokens)
+        text = block_text(length, self.config.collider.max_tokens, self.config.blocks, self.answer)
         return _path(("joint", 0, self.collider_label), ("draw", number, text))
 
     def prompt(self, candidates: Sequence[int]) -> Path:
@@ -287,6 +356,7 @@ class GroupSimulator:
         lengths: mean lengths.
         texts: tokens of the fixed texts.
         shares: what does not come out as planned.
+        groups: how many groups there will be.
         seed: of the lengths, the block orders, and the draws that are not valid.
 
     Raises:
@@ -294,29 +364,36 @@ class GroupSimulator:
     """
 
     def __init__(
-        self, config: GCPOConfig, step: Step, lengths: Lengths, texts: Texts, shares: Shares, seed: int = 0
+        self, config: GCPOConfig, step: Step, lengths: Lengths, texts: Texts, shares: Shares, groups: int, seed: int
     ) -> None:
-        self.config, self.step, self.lengths, self.texts, self.shares = config, step, lengths, texts, shares
+        self.config, self.step, self.lengths, self.shares = config, step, lengths, shares
         self.rng = np.random.default_rng(seed)
-        limits = length_limits(config, step)
-        for kind, limit in limits.items():
+        self.fixed = {name: whole(tokens) for name, tokens in vars(texts).items()}
+        self.due = {kind: [self.rng.random(), self.rng.random()] for kind in KINDS}
+        self.limits = length_limits(config, step)
+        for kind, limit in self.limits.items():
             if getattr(lengths, kind) > limit:
                 raise ValueError(
                     f"the mean length {kind} is {getattr(lengths, kind):g}, and it is cut at {limit} tokens"
                 )
+        questions = ragged_questions(lengths, groups, self.rng)
+        responses = ragged_groups(lengths, step.max_response, groups, step.n, self.rng)
+        self.groups = iter(list(zip(questions, responses, strict=True)))
         self.ragged = {
             kind: ragged(getattr(lengths, kind), lengths.spread, limit, np.random.default_rng([seed, k]))
-            for k, (kind, limit) in enumerate(limits.items())
+            for k, (kind, limit) in enumerate(self.limits.items())
+            if kind != "response"
         }
 
     def group(self, *, equal_rewards: bool) -> Counter[str]:
-        """Tokens of one group.
+        """Tokens of the next group.
 
         Raises:
             BudgetError: a context with its response is longer than the token budget.
         """
         config, n = self.config, self.step.n
-        group = _Group(config, self.step, self.lengths, self.texts, [next(self.ragged["response"]) for _ in range(n)])
+        question, responses = next(self.groups)
+        group = _Group(config, self.step, self.lengths.answer, self.fixed, question, responses)
         counts = Counter({f"{what}/{kind}": 0 for what in ("generated", "prefilled", "cached") for kind in KINDS})
         cache = PrefixCache(self.step.cache_block)
         self._plain(group, cache, counts)
@@ -371,11 +448,11 @@ class GroupSimulator:
 
         def generate(kind: str, prompt: Path) -> int | None:
             """Length of a generation, ``None`` of one that is not valid."""
-            length = next(self.ragged[kind])
+            length, valid = self._length(kind)
             counts[f"generated/{kind}"] += length
             counts[f"prefilled/{kind}"] += tokens_of(prompt)
             counts[f"cached/{kind}"] += cache.cached(prompt)
-            return length if self.rng.random() < self.shares.valid.get(kind, 1.0) else None
+            return length if valid else None
 
         everyone = group.prompt(plan.collider_order())
         shared = [generate("collider", everyone) for _ in range(num_shared)]
@@ -402,6 +479,15 @@ class GroupSimulator:
                         output = _path(("output", len(outputs), length))
                         outputs.append((*path, *output) if self._with_prompt else output)
         return contexts, outputs
+
+    def _length(self, kind: str) -> tuple[int, bool]:
+        """Tokens of the next draw, and whether it is valid: every so manyth is cut, or lost."""
+        for at, (share, tokens) in enumerate(((self.shares.cut, self.limits[kind]), (self.shares.lost, 0))):
+            self.due[kind][at] += share.get(kind, 0.0)
+            if self.due[kind][at] >= 1:
+                self.due[kind][at] -= 1
+                return tokens, False
+        return next(self.ragged[kind]), True
 
     @property
     def _with_prompt(self) -> bool:
@@ -467,7 +553,7 @@ def step_tokens(
         BudgetError: a context with its response is longer than the token budget.
     """
     shares = shares or Shares()
-    simulator = GroupSimulator(config, step, lengths, texts, shares, seed)
+    simulator = GroupSimulator(config, step, lengths, texts, shares, simulated, seed)
     equal = round(shares.equal_rewards * simulated)
     total: Counter[str] = Counter()
     for k in range(simulated):

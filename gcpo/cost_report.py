@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.box import SIMPLE_HEAD
@@ -25,7 +26,9 @@ from gcpo.cost import (
     Step,
     Texts,
     Weights,
+    block_text,
     length_limits,
+    ragged_groups,
     stage_costs,
     step_tokens,
     sum_of,
@@ -216,33 +219,44 @@ def read_log(log: Path) -> dict[str, float]:
     return {name: fmean(data[name] for data in steps.values() if name in data) for name in names}
 
 
-def of_log(log: Mapping[str, float], texts: Texts, settings: GCPOConfig, step: Step) -> tuple[Lengths, Texts, Shares]:
-    """Lengths, fixed texts and shares of a run."""
+def of_log(
+    log: Mapping[str, float], texts: Texts, settings: GCPOConfig, step: Step, *, exact: bool
+) -> tuple[Lengths, Texts, Shares]:
+    """Lengths, fixed texts and shares of a run; ``exact``: the texts are those of the run's tokenizer."""
     question, response = log["prompt_length/mean"], log["response_length/mean"]
     kinds = {kind: log.get(f"gcpo/rollout/{kind}/tokens_mean") for kind in KINDS[1:]}
     limits = length_limits(settings, step)
-    drawn = next((kinds[kind] for kind in ("collider", "marginal") if kinds[kind]), response)
-    means = {kind: min(kinds[kind] or drawn, limits[kind]) for kind in kinds}
-    spread, block = SPREAD, log.get("gcpo/prompts/block_tokens")
-    answer = Lengths.answer
-    if block is not None:
-        # The spread is that of the n lengths of a group around their own mean.
-        spread = log["gcpo/prompts/block_spread"] * block / response * (step.n / (step.n - 1)) ** 0.5
-        ended = 1 - log.get("response_length/clip_ratio", 0.0)
-        if settings.blocks.truncation == "answer":
-            answer = max(1.0, block - texts.label)
-        elif settings.blocks.max_tokens >= step.max_response:
-            texts = replace(texts, label=max(0.0, block - (response - ended)))
-        frame = log["gcpo/prompts/frame_tokens"]
-        texts = replace(texts, intro=max(0.0, frame - texts.tail - (question - texts.question_end)))
-    valid = {}
+    shares = Shares(log.get("gcpo/rollout/equal_rewards_share", 0.0), {}, {})
     for kind, mean in kinds.items():
         if mean:
             draws = log[f"gcpo/tokens/generated/{kind}"] / mean
-            lost = sum(log.get(f"gcpo/rollout/{kind}/{outcome}", 0.0) for outcome in ("failed", "empty", "cut"))
-            valid[kind] = 1 - lost / draws
-    shares = Shares(log.get("gcpo/rollout/equal_rewards_share", 0.0), valid)
-    return Lengths(question, response, **means, spread=spread, answer=answer), texts, shares
+            cut, *lost = (log.get(f"gcpo/rollout/{kind}/{outcome}", 0.0) for outcome in ("cut", "failed", "empty"))
+            shares.cut[kind], shares.lost[kind] = cut / draws, sum(lost) / draws
+            # The log's mean is over all draws.
+            valid = max(1 - shares.cut[kind] - shares.lost[kind], 1 / draws)
+            kinds[kind] = max(1.0, (mean - shares.cut[kind] * limits[kind]) / valid)
+    drawn = next((kinds[kind] for kind in ("collider", "marginal") if kinds[kind]), response)
+    means = {kind: min(kinds[kind] or drawn, limits[kind]) for kind in kinds}
+    lengths = Lengths(
+        question,
+        response,
+        **means,
+        spread=log.get("gcpo/rollout/spread_in_groups", SPREAD),
+        group_spread=log.get("gcpo/rollout/spread_of_groups", 0.0),
+        question_range=(log.get("prompt_length/min", question), log.get("prompt_length/max", question)),
+    )
+    if "gcpo/prompts/block_tokens" not in log:
+        return lengths, texts, shares
+    block, frame = log["gcpo/prompts/block_tokens"], log["gcpo/prompts/frame_tokens"]
+    if settings.blocks.truncation == "answer":
+        lengths = replace(lengths, answer=max(1.0, block - texts.label))
+    if not exact:
+        groups = ragged_groups(lengths, step.max_response, 64, step.n, np.random.default_rng(0))
+        cut = (step.max_response, settings.blocks, lengths.answer)
+        text = fmean(block_text(length, *cut) for group in groups for length in group)
+        intro = max(0.0, frame - texts.tail - (question - texts.question_end))
+        texts = replace(texts, label=max(0.0, block - text), intro=intro)
+    return lengths, texts, shares
 
 
 def weights_of_log(log: Mapping[str, float], tokens: Mapping[str, float], step: Step) -> Weights | None:
@@ -345,19 +359,22 @@ def assume(
     texts, notes = texts_of(config, settings.blocks, options.tokenizer)
     shares = Shares()
     if log is not None:
-        lengths, texts, shares = of_log(log, texts, settings, step)
+        lengths, texts, shares = of_log(log, texts, settings, step, exact=not notes)
         if settings.needs_generations and "gcpo/rollout/equal_rewards_share" not in log:
             notes.append("the log does not say how many groups had equal rewards; none is assumed")
     else:
         lengths = longest(config, settings, step)
         if options.response is not None:
             means = {kind: min(options.response, limit) for kind, limit in length_limits(settings, step).items()}
-            lengths = replace(lengths, **means, spread=SPREAD)
+            lengths = replace(lengths, **means, spread=SPREAD, group_spread=SPREAD)
         else:
             notes.append("lengths that are not given are the longest that the configuration allows")
     given = {"marginal": options.collider}
     given |= {name: getattr(options, name) for name in ("question", "response", "collider", "conditioned", "spread")}
     lengths = replace(lengths, **{name: value for name, value in given.items() if value is not None})
+    if options.question is not None:
+        most = min((1 + SPREAD) * options.question, config.data.max_prompt_length)
+        lengths = replace(lengths, question_range=(2 * options.question - most, most))
     if options.equal_rewards is not None:
         shares = replace(shares, equal_rewards=options.equal_rewards)
     weights = Weights()
@@ -436,13 +453,11 @@ def log_table(compared: Mapping[str, tuple[float, float]], log: Path) -> Table:
 
 def explain(lengths: Lengths, weights: Weights, notes: Sequence[str]) -> str:
     """What the numbers rest on."""
-    means = ", ".join(
-        f"{name} {value:.4g}" for name, value in vars(lengths).items() if name not in ("answer", "spread")
-    )
+    means = ", ".join(f"{name} {getattr(lengths, name):.4g}" for name in ("question", *KINDS))
     costs = ", ".join(f"{name} {value:.3g}" for name, value in vars(weights).items())
     return "\n".join(
         [
-            f"mean tokens: {means}; spread inside a group {lengths.spread:.2f}",
+            f"mean tokens: {means}; spread in a group {lengths.spread:.2f}, of groups {lengths.group_spread:.2f}",
             f"cost of a token: {costs} (cached: 0)",
             *(f"note: {note}" for note in notes),
             "The ratio adds up tokens. It does not know that attention costs more in a longer context, that stages "

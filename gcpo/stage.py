@@ -215,14 +215,6 @@ def batch_reference(
     return log_ref, kl_mask, metrics
 
 
-_PROMPT_STATS = {
-    "equal_rewards": "gcpo/rollout/equal_rewards_share",
-    "frame_tokens": "gcpo/prompts/frame_tokens",
-    "block_tokens": "gcpo/prompts/block_tokens",
-    "block_spread": "gcpo/prompts/block_spread",
-}
-
-
 def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> dict[str, float]:
     """Sums and shares of what the rollout counted, one entry of ``stats`` for every group."""
     total: dict[str, float] = {}
@@ -236,10 +228,7 @@ def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> 
         "gcpo/rollout/seconds_per_group": total.get("seconds", 0.0) / groups,
         "gcpo/tokens/generated/response": float(response_tokens),
     }
-    for name, place in _PROMPT_STATS.items():
-        values = [entry[name] for entry in stats if name in entry]  # not in a group whose stage failed
-        if values:
-            metrics[place] = sum(values) / len(values)
+    metrics |= _sizes([entry for entry in stats if "response_tokens" in entry])  # all but groups whose stage failed
     prompt = cached = 0.0
     for kind in ("collider", "marginal", "conditioned"):
         draws = total.get(f"{kind}/draws", 0.0)
@@ -261,6 +250,30 @@ def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> 
         metrics["gcpo/reward/response"] = sum(graded) / len(graded)
         metrics["gcpo/reward/collider_gain"] = metrics["gcpo/reward/collider"] - metrics["gcpo/reward/response"]
     return metrics
+
+
+def _sizes(stats: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Tokens of frames and blocks, how many groups had equal rewards, and how ragged the responses are.
+
+    A spread is a standard deviation over the mean of all: of the responses around the mean of their group, and of the
+    groups' means, without what they owe to the few responses of a group.
+    """
+    if not stats:
+        return {}
+    mean = {name: sum(entry[name] for entry in stats) / len(stats) for name in stats[0] if name in _SIZES}
+    tokens, inside = mean["response_tokens"], mean["response_variance"]
+    scatter = sum((entry["response_tokens"] - tokens) ** 2 for entry in stats) / max(len(stats) - 1, 1)
+    size = sum(entry["responses"] for entry in stats) / len(stats)
+    return {
+        "gcpo/rollout/equal_rewards_share": mean["equal_rewards"],
+        "gcpo/prompts/frame_tokens": mean["frame_tokens"],
+        "gcpo/prompts/block_tokens": mean["block_tokens"],
+        "gcpo/rollout/spread_in_groups": math.sqrt(inside) / tokens,
+        "gcpo/rollout/spread_of_groups": math.sqrt(max(0.0, scatter - inside / size)) / tokens,
+    }
+
+
+_SIZES = ("equal_rewards", "frame_tokens", "block_tokens", "response_tokens", "response_variance")
 
 
 def _mean(values: Sequence[float]) -> float:

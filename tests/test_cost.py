@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,11 +21,14 @@ from gcpo.cost import (
     Weights,
     packed_tokens,
     ragged,
+    ragged_groups,
+    ragged_questions,
     shared_tokens,
     stage_costs,
     step_tokens,
     sum_of,
     tokens_of,
+    whole,
 )
 from gcpo.cost_report import compose_config, short, weights_of_log
 from gcpo.packing import BudgetError
@@ -61,6 +65,20 @@ def test_ragged_lengths(mean: float, spread: float, limit: int) -> None:
         assert np.std(lengths) / mean == pytest.approx(spread, abs=0.02)
     assert lengths == list(itertools.islice(ragged(mean, spread, limit, np.random.default_rng(1)), 640))
     assert list(itertools.islice(ragged(7, 0, 64, np.random.default_rng(0)), 5)) == [7] * 5
+
+
+def test_ragged_groups() -> None:
+    """Both spreads and the mean are what was asked for; so are the mean and the range of the questions."""
+    lengths = replace(LENGTHS, response=100, spread=0.3, group_spread=0.2, question=30, question_range=(20, 90))
+    groups = np.array(ragged_groups(lengths, 1000, 400, 8, np.random.default_rng(0)))
+    assert groups.mean() == pytest.approx(100, abs=0.01)
+    assert groups.var(1, ddof=1).mean() ** 0.5 == pytest.approx(30, rel=0.05)
+    means = groups.mean(1).var() - groups.var(1, ddof=1).mean() / 8
+    assert means**0.5 == pytest.approx(20, rel=0.1)
+    questions = ragged_questions(lengths, 100, np.random.default_rng(0))
+    assert np.mean(questions) == pytest.approx(30, abs=0.5) and 20 <= min(questions) < 22 and 85 < max(questions) <= 90
+    assert ragged_questions(LENGTHS, 3, np.random.default_rng(0)) == [12, 12, 12]
+    assert list(itertools.islice(whole(1.4), 5)) == [1, 2, 1, 2, 1]
 
 
 def test_packed_tokens() -> None:
@@ -160,11 +178,14 @@ def test_equal_rewards() -> None:
 
 
 def test_draws_that_are_not_valid() -> None:
-    """They are generated, and have no context."""
-    found = count(settings(preset="balanced"), shares=Shares(valid={"collider": 0.0}))
-    assert found["generated/collider"] == 3 * 2 * 31
+    """They have no context; one that is cut has the most tokens that it may have, one that is lost has none."""
+    found = count(settings(preset="balanced"), shares=Shares(lost={"collider": 1.0}))
+    assert found["generated/collider"] == 0 and found["prefilled/collider"] == 3 * 2 * (FRAME + 2 * BLOCK)
     assert found["prefilled/conditioned"] == 3 * 2 * (FRAME + BLOCK + DRAW)
     assert found["trained/conditioned"] == 0
+    found = count(settings(preset="balanced"), shares=Shares(cut={"marginal": 0.5}))
+    assert found["generated/marginal"] == 3 * 2 * (31 + 64) / 2
+    assert found["prefilled/conditioned"] == 3 * 5 * (FRAME + BLOCK + DRAW)
 
 
 def test_a_share_of_the_responses() -> None:
@@ -245,7 +266,12 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     data |= {"gcpo/rollout/conditioned/tokens_mean": 25.0, "gcpo/tokens/generated/conditioned": 192 * 25.0}
     data |= {"gcpo/rollout/conditioned/cut": 48.0, "gcpo/rollout/equal_rewards_share": 0.5}
     data |= {"gcpo/rollout/collider/tokens_mean": 32.0, "gcpo/tokens/generated/collider": 1300.0}
-    data |= {"gcpo/prompts/block_tokens": 40.0, "gcpo/prompts/frame_tokens": 50.0, "gcpo/prompts/block_spread": 0.2}
+    data |= {
+        "gcpo/prompts/block_tokens": 40.0,
+        "gcpo/prompts/frame_tokens": 50.0,
+        "gcpo/rollout/spread_in_groups": 0.2,
+        "gcpo/rollout/spread_of_groups": 0.1,
+    }
     lines = [{"step": 0, "data": {"val-core/x/acc/mean@1": 0.5}}]
     lines += [{"step": k, "data": {name: value + k - 1.5 for name, value in data.items()}} for k in (1, 2)]
     lines[1]["data"] |= {name: data[name] for name in data if "share" in name or "spread" in name}
@@ -258,9 +284,9 @@ def test_a_log(run, capsys) -> None:
     """Lengths, shares and configuration of the run, and its counters beside the model's."""
     assert cli.main(["cost", "--log", str(run / "metrics.jsonl"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    lengths = {"question": 20, "response": 30, "collider": 32, "marginal": 32, "conditioned": 25}
+    lengths = {"question": 20, "response": 30, "collider": 32, "marginal": 32, "conditioned": 12}
     assert {name: found["lengths"][name] for name in lengths} == pytest.approx(lengths)
-    assert found["lengths"]["spread"] == pytest.approx(0.2 * 40 / 30 * (8 / 7) ** 0.5)
+    assert found["lengths"]["spread"] == pytest.approx(0.2)
     assert found["preset"] == "balanced" and found["ratio"]["grpo"] == 1
     assert found["ratio"]["paper"] > found["ratio"]["balanced"] > found["ratio"]["light"] > 1
     assert found["tokens"]["balanced"]["prefilled/collider"] == pytest.approx(16 * 2 * (50 + 8 * 40), rel=0.01)

@@ -98,6 +98,10 @@ def test_reference_by_hand() -> None:
     assert metrics["gcpo/reference/capped_share"] == 0.0
 
 
+def sizes(**values: float) -> dict[str, float]:
+    return {"responses": 4.0, **values}
+
+
 def test_rollout_metrics_by_hand() -> None:
     """Sums over groups, shares of what was drawn, and what the joint answer gains over the responses."""
     stats = [
@@ -112,9 +116,16 @@ def test_rollout_metrics_by_hand() -> None:
             "collider/reward": 1.0,
             "graded_response_reward": 0.25,
             "seconds": 2.0,
-            **{"equal_rewards": 0.0, "frame_tokens": 20.0, "block_tokens": 8.0, "block_spread": 0.5},
+            **sizes(
+                equal_rewards=0.0, frame_tokens=20.0, block_tokens=8.0, response_tokens=10.0, response_variance=6.0
+            ),
         },
-        {"skipped": 1.0, **{"equal_rewards": 1.0, "frame_tokens": 30.0, "block_tokens": 4.0, "block_spread": 0.1}},
+        {
+            "skipped": 1.0,
+            **sizes(
+                equal_rewards=1.0, frame_tokens=30.0, block_tokens=4.0, response_tokens=14.0, response_variance=2.0
+            ),
+        },
         {"skipped": 1.0, "stage_failed": 1.0},
     ]
     metrics = rollout_metrics(stats, 80)
@@ -126,8 +137,11 @@ def test_rollout_metrics_by_hand() -> None:
     assert metrics["gcpo/tokens/cached/collider"] == 60
     assert metrics["gcpo/rollout/equal_rewards_share"] == 0.5
     assert metrics["gcpo/prompts/frame_tokens"] == 25 and metrics["gcpo/prompts/block_tokens"] == 6
-    assert metrics["gcpo/prompts/block_spread"] == pytest.approx(0.3)
-    assert metrics["gcpo/reward/collider_gain"] == 0.75
+    # The variance in a group is 4, that of the means 8; a mean of 4 responses owes 1 of it to them.
+    assert metrics["gcpo/rollout/spread_in_groups"] == pytest.approx(4**0.5 / 12)
+    assert metrics["gcpo/rollout/spread_of_groups"] == pytest.approx(7**0.5 / 12)
+    alone = rollout_metrics([{"skipped": 1.0, "stage_failed": 1.0}], 80)
+    assert not [name for name in alone if "spread" in name or name.startswith("gcpo/prompts/")]
 
 
 def test_noise_warning() -> None:

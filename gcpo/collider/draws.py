@@ -190,7 +190,9 @@ class ColliderStage:
         stats["equal_rewards"] = float(equal_rewards)
         stats["frame_tokens"] = float(len(group.frame.head) + len(group.frame.tail))
         stats["block_tokens"] = float(np.mean(sizes))
-        stats["block_spread"] = float(np.std(sizes)) / max(stats["block_tokens"], 1.0)
+        stats["responses"] = float(n)
+        stats["response_tokens"] = float(np.mean([len(ids) for ids in responses]))
+        stats["response_variance"] = float(np.var([len(ids) for ids in responses], ddof=1))
         stats["seconds"] = time.monotonic() - started
         layout = {"plan": plan.to_dict(), "frame": len(group.frame.head) + len(group.frame.tail), "blocks": sizes}
         return GroupResult(contexts, outputs, draws, stats, kl_weight, layout)

@@ -1,0 +1,165 @@
+"""The counters of a step, made by what a run makes them with, against ``gcpo.cost`` with that step's mean lengths."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from verl.utils import tensordict_utils as tu
+
+from data_prep.warm_start import Recipe, make_tokenizer
+from gcpo.adapters.conditioned import conditioned_packs
+from gcpo.adapters.fields import flat_field
+from gcpo.adapters.packed import packed_rows
+from gcpo.adapters.scoring import Score, ScoreRequest
+from gcpo.adapters.workers import SCORED_KINDS, score_rows
+from gcpo.collider.draws import ColliderStage
+from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
+from gcpo.config import GCPOConfig
+from gcpo.cost import Step, step_tokens
+from gcpo.cost_report import compare, measured_texts, of_log
+from gcpo.stage import rollout_metrics
+from tests.adapters.ranks import pack
+
+GROUPS, LIMIT, END = 96, 64, 2
+
+
+class Server:
+    """Ragged answers, some of them cut, and a prefix cache of vLLM's rules."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.seen: set[tuple[int, ...]] = set()
+
+    def prefill(self, prompt: list[int]) -> int:
+        """Tokens that are cached: whole blocks, never the last token."""
+        blocks = [tuple(prompt[: k * self.block]) for k in range(1, len(prompt) // self.block + 1)]
+        cached = 0
+        for known in blocks:
+            if known not in self.seen or len(known) >= len(prompt):
+                break
+            cached = len(known)
+        self.seen.update(blocks)
+        return cached
+
+    async def __call__(self, prompt: list[int], params: dict[str, Any]) -> Any:
+        rng = np.random.default_rng(params["seed"])
+        length = int(rng.choice([rng.integers(4, 20), rng.integers(30, 50)]))
+        ids = [*rng.integers(10, 300, length).tolist(), END]
+        if rng.random() < 0.05:
+            ids = rng.integers(10, 300, params["max_tokens"]).tolist()
+        return SimpleNamespace(
+            token_ids=ids, stop_reason="completed", extra_fields={"num_cached_tokens": self.prefill(prompt)}
+        )
+
+
+class CountingScorer:
+    """Packs what it is asked, and scores nothing."""
+
+    def __init__(self, budget: int, min_shared: int) -> None:
+        self.options = {"budget": budget, "min_shared": min_shared}
+        self.tokens = 0
+
+    def __call__(self, requests: list[ScoreRequest]) -> list[Score]:
+        sequences = [torch.cat([request.context, request.target]) for request in requests]
+        nothing = [None] * len(requests)
+        self.tokens += sum(
+            len(row.pack) for row in packed_rows(sequences, [1] * len(requests), nothing, **self.options)
+        )
+        states = [None if r.state_at is None else torch.zeros(1) for r in requests]
+        return [Score(torch.zeros(len(r.target)), state) for r, state in zip(requests, states, strict=True)]
+
+
+def simulate(config: GCPOConfig, n: int, budget: int, block: int) -> tuple[dict[str, float], CandidatePrompts]:
+    """What a step logs: means over its responses, and its counters."""
+    tokenizer = make_tokenizer(Recipe())
+    blocks = config.blocks
+    prompts = CandidatePrompts(
+        tokenizer,
+        BlockBudget(blocks.max_tokens, blocks.truncation, blocks.drop_think),
+        PromptTemplate(blocks.intro, blocks.candidate, blocks.collider, blocks.outro),
+    )
+    rng = np.random.default_rng(5)
+    rows, stats, questions, lengths = [], [], [], []
+    for group in range(GROUPS):
+        messages = [{"role": "user", "content": f"What is {rng.integers(10, 99999)} + {rng.integers(10, 99999)}?"}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        question = tokenizer.encode(text, add_special_tokens=False)
+        # Groups differ in length, and so do the responses of a group.
+        responses = [[*rng.integers(10, 300, rng.integers(5, 25 + group // 2)).tolist(), END] for _ in range(n)]
+        server = Server(block)
+        for _ in range(n):
+            server.prefill(question)
+        stage = ColliderStage(config, prompts, server, {"temperature": 1.0}, 4096, frozenset({END}))
+        result = asyncio.run(stage.run(messages, responses, seed_parts=(1, str(group)), equal_rewards=group % 3 == 0))
+        stats.append(result.stats)
+        questions.append(len(question))
+        lengths += map(len, responses)
+        for i, response in enumerate(responses):
+            valid = any(result.contexts[i][: config.collider.num_draws]) and result.kl_weight[i] > 0
+            rows.append(
+                {
+                    "prompts": torch.tensor(question),
+                    "responses": torch.tensor(response),
+                    "response_mask": torch.ones(len(response), dtype=torch.long),
+                    "gcpo_kl_weight": torch.tensor([result.kl_weight[i]]),
+                    "gcpo_kl_mask": torch.full((len(response),), int(valid)),
+                    "gcpo_log_ref": torch.zeros(len(response)),
+                    **flat_field("gcpo_contexts", "gcpo_context_lengths", result.contexts[i]),
+                    **flat_field("gcpo_outputs", "gcpo_output_lengths", result.outputs[i]),
+                }
+            )
+    wanted = SimpleNamespace(
+        states=config.weighting_on,
+        contexts=config.needs_rollout,
+        conditioned=config.causal_target_on,
+        log_probs=config.reference_on,
+        source=config.features.source,
+        context=config.features.context,
+        token="last",
+        layer=-1,
+    )
+    scorer = CountingScorer(budget, config.scoring.min_shared_tokens)
+    scored = torch.stack(list(score_rows(pack(rows), wanted, scorer, tokenizer)["gcpo_scored_tokens"])).sum(0).tolist()
+    data = pack(rows)
+    tu.assign_non_tensor(data, gcpo={"num_shared": config.collider.num_draws})
+    settings = {"max_token_len_per_gpu": budget, "min_shared_tokens": config.scoring.min_shared_tokens}
+    trained = conditioned_packs(data, settings, lambda count: count)["input_ids"].values().numel()
+    tokens = sum(lengths)
+    log = rollout_metrics(stats, tokens)
+    log |= {"prompt_length/mean": float(np.mean(questions)), "response_length/mean": tokens / len(lengths)}
+    log |= {"gcpo/tokens/scored": scored[0], "gcpo/tokens/trained/conditioned": float(trained)}
+    log |= {f"gcpo/tokens/scored_unshared/{kind}": x for kind, x in zip(SCORED_KINDS, scored[1:], strict=True)}
+    log |= {"prompt_length/min": float(min(questions)), "prompt_length/max": float(max(questions))}
+    log["gcpo/tokens/trained/plain"] = tokens + n * sum(questions)
+    return log, prompts
+
+
+@pytest.mark.parametrize(
+    ("n", "budget", "block", "config"),
+    [
+        (8, 8192, 16, {"preset": "balanced"}),
+        (8, 8192, 32, {"preset": "light"}),
+        (8, 600, 16, {"preset": "balanced", "reference": {"fraction": 1.0}}),
+        (5, 8192, 16, {"preset": "paper", "collider": {"num_draws": 3, "num_generations": 2}}),
+        (8, 700, 16, {"preset": "light", "blocks": {"max_tokens": 12}, "features": {"context": "prompt_response"}}),
+        (8, 8192, 16, {"preset": "balanced", "weighting": "off", "reference": {"fraction": 0.5}}),
+    ],
+    ids=["balanced", "light", "tight budget", "paper", "short blocks", "kappa alone"],
+)
+def test_the_model_agrees_with_the_counters(n: int, budget: int, block: int, config: dict[str, Any]) -> None:
+    """Every counter that is more than a few tokens, within 5 %."""
+    gcpo = GCPOConfig.from_config({**config, "metrics": {"grad_norm_every": 0}}, n=n, response_length=LIMIT)
+    log, prompts = simulate(gcpo, n, budget, block)
+    step = Step(groups=GROUPS, n=n, max_response=LIMIT, budget=budget, cache_block=block)
+    lengths, texts, shares = of_log(log, measured_texts(prompts, n), gcpo, step, exact=True)
+    compared = compare(step_tokens(gcpo, step, lengths, texts, shares, simulated=256), log)
+    print({name: f"{b / a - 1:+.1%}" for name, (a, b) in compared.items()})
+    assert {"scored", "trained/conditioned", "generated/collider", "prefilled/collider"} <= set(compared)
+    assert ("cached/conditioned" in compared) == gcpo.needs_generations
+    for name, (logged, expected) in compared.items():
+        assert expected == pytest.approx(logged, rel=0.05), name
