@@ -25,9 +25,7 @@ def _once(function: Callable[[], None]) -> Callable[[], None]:
 def _warn_other_version(distribution: str, tested: str) -> None:
     installed = importlib.metadata.version(distribution)
     if installed.split("+")[0] != tested:
-        logger.warning(
-            "gcpo's CPU patches are tested with %s %s, installed is %s", distribution, tested, installed
-        )
+        logger.warning("gcpo's CPU patches are tested with %s %s, installed is %s", distribution, tested, installed)
 
 
 @_once

@@ -470,7 +470,8 @@ def test_validation_draws_nothing(make_config: Callable, queue: MemoryQueue) -> 
         server = Server()
         roll_out(config, server, batch=questions(step=step, validate=True))
         assert len(server.requests) == QUESTIONS * config.actor_rollout_ref.rollout.val_kwargs.n
-        seeds.append([request.seed for request in server.requests])
+        # Questions are asked at once, so the order in which their requests arrive is nobody's.
+        seeds.append(sorted((request.prompt_ids, request.seed) for request in server.requests))
     assert seeds[0] == seeds[1]
     assert "train" not in queue.fields
     assert not [name for fields in queue.fields["val"].values() for name in fields if name.startswith("gcpo")]
