@@ -255,9 +255,10 @@ def cheapest_cuts(lengths: Sequence[int], shared: Sequence[int], budget: float) 
         The first sequence of every pack, and in the end the number of sequences.
     """
     count = len(lengths)
-    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of packing the first k sequences, and the last pack's start
+    # Packing the first k sequences: tokens repeated and packs, which decide in this order, and the last pack's start.
+    best: list[tuple[tuple[float, int], int]] = [((0.0, 0), 0)]
     for last in range(1, count + 1):
-        cheapest = (float("inf"), 0)
+        cheapest = ((float("inf"), 0), 0)
         tokens = 0
         for first in range(last - 1, -1, -1):
             # The pack's first sequence stands in it with all its tokens, the next ones with what is new.
@@ -266,7 +267,8 @@ def cheapest_cuts(lengths: Sequence[int], shared: Sequence[int], budget: float) 
                 tokens -= shared[first + 1]
             if tokens > budget:
                 break
-            cheapest = min(cheapest, (best[first][0] + (shared[first] + 1 if first else 0), first))
+            repeated, packs = best[first][0]
+            cheapest = min(cheapest, ((repeated + (shared[first] if first else 0), packs + 1), first))
         best.append(cheapest)
     cuts = [count]
     while cuts[-1]:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gcpo.collider.plan import leave_one_out_plan
@@ -82,6 +82,7 @@ def test_any_sequences(ids: list[list[int]], min_shared: int, budget: int | None
 
 
 @settings(max_examples=60, deadline=None)
+@example([[0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [1]], 10)
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=7), st.integers(6, 14))
 def test_cuts_repeat_as_little_as_any(ids: list[list[int]], budget: int) -> None:
     """No other way to cut the depth-first order into rows of the budget takes fewer tokens."""
