@@ -16,6 +16,11 @@ METHODS = {
     "light": ["gcpo.preset=light"],
     "balanced": ["gcpo.preset=balanced"],
     "paper": ["gcpo.preset=paper"],
+    "paper-unshared": [
+        "gcpo.preset=paper",
+        "gcpo.scoring.packing=dense",
+        "actor_rollout_ref.rollout.enable_prefix_caching=False",
+    ],
     "mean": ["gcpo.preset=light", "gcpo.weighting.control=mean"],
     "shuffled": ["gcpo.preset=light", "gcpo.weighting.control=shuffled"],
     "gc2po": [],

@@ -3,6 +3,9 @@
 ``python -m benchmarks.step_time --model models/arithmetic-warm --data data/arithmetic --output outputs/bench`` runs the
 four methods one after another, in rounds (so that a machine that slows down slows all of them down), on the quick-start
 configuration at n = 8, and prints medians over all steps but the first of each run. It also writes ``step_time.json``.
+
+``--methods paper paper-unshared --batch 4`` sets ``paper`` beside itself with nothing shared: the prefix cache off, and
+every context scored and trained on by itself, in micro-batches of the same token budget.
 """
 
 from __future__ import annotations
@@ -24,15 +27,30 @@ STAGES = {
     "generation": ("timing_s/gen",),
     "old log-prob": ("timing_s/old_log_prob",),
     "of that: scoring": ("timing_s/gcpo_score", "timing_s/gc2po_score"),
+    "of that: weights and reference": ("timing_s/gcpo_stage",),
     "update": ("timing_s/update_actor",),
     "whole step": ("timing_s/step",),
 }
-SCORED = ("gcpo/tokens/scored", "gc2po/tokens/scored")
 
 
 def total(step: dict[str, float], names: tuple[str, ...]) -> float:
     """The sum of what a step has of some metrics."""
     return sum(step.get(name, 0.0) for name in names)
+
+
+def by_kind(step: dict[str, float], name: str) -> float:
+    """A counter of auxiliary generations, over their kinds."""
+    return sum(value for key, value in step.items() if key.startswith(f"gcpo/tokens/{name}/"))
+
+
+# Each of a step, with the questions of a batch.
+TOKENS = {
+    "generated": lambda step, batch: by_kind(step, "generated") or step["response_length/mean"] * batch * 8,
+    "scored": lambda step, batch: total(step, ("gcpo/tokens/scored", "gc2po/tokens/scored")),
+    "scored, without sharing": lambda step, batch: step.get("gcpo/tokens/scored_unshared", 0.0),
+    "prompts of extra generations": lambda step, batch: by_kind(step, "prefilled"),
+    "cached": lambda step, batch: by_kind(step, "cached"),
+}
 
 
 def main() -> None:
@@ -44,12 +62,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of a run; the first is not counted")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["grpo", "light", "balanced", "paper"])
+    parser.add_argument("--batch", type=int, default=16, help="questions of a step")
     args = parser.parse_args()
+    overrides = [
+        f"trainer.total_training_steps={args.steps}",
+        f"data.train_batch_size={args.batch}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={args.batch}",
+        *OVERRIDES,
+    ]
     steps: dict[str, list[dict[str, float]]] = {method: [] for method in args.methods}
     for attempt in range(args.rounds):
         for method in args.methods:
             output = args.output / f"{method}-{attempt}"
-            found = run(output, method, args.model, args.data, f"trainer.total_training_steps={args.steps}", *OVERRIDES)
+            found = run(output, method, args.model, args.data, *overrides)
             steps[method] += found[1:]
             print(f"round {attempt + 1}: {method} done", flush=True)
     medians = {
@@ -57,14 +82,7 @@ def main() -> None:
         for method, found in steps.items()
     }
     tokens = {
-        method: {
-            "generated": statistics.median(
-                sum(v for k, v in s.items() if k.startswith("gcpo/tokens/generated/"))
-                or s["response_length/mean"] * 16 * 8
-                for s in found
-            ),
-            "scored": statistics.median(total(s, SCORED) for s in found),
-        }
+        method: {name: statistics.median(count(step, args.batch) for step in found) for name, count in TOKENS.items()}
         for method, found in steps.items()
     }
     first = medians[args.methods[0]]["whole step"]
@@ -72,8 +90,12 @@ def main() -> None:
     for stage in STAGES:
         print(f"| {stage} | " + " | ".join(f"{medians[m][stage]:.2f}" for m in args.methods) + " |")
     print("| ratio | " + " | ".join(f"{medians[m]['whole step'] / first:.2f}" for m in args.methods) + " |")
-    print("| tokens generated | " + " | ".join(f"{tokens[m]['generated']:.0f}" for m in args.methods) + " |")
-    print("| tokens scored | " + " | ".join(f"{tokens[m]['scored']:.0f}" for m in args.methods) + " |")
+    for name in TOKENS:
+        print(f"| tokens {name} | " + " | ".join(f"{tokens[m][name]:,.0f}" for m in args.methods) + " |")
+    shares = {
+        method: tokens[method]["cached"] / (tokens[method]["prompts of extra generations"] or 1) for method in tokens
+    }
+    print("| prefix-cache hits | " + " | ".join(f"{100 * shares[m]:.0f} %" for m in args.methods) + " |")
     found = {
         **record(),
         "steps counted per method": {method: len(entries) for method, entries in steps.items()},

@@ -52,8 +52,9 @@ def check_gc2po_run(config: DictConfig) -> GC2POConfig:
     """
     rollout = config.actor_rollout_ref.rollout
     group = OmegaConf.to_container(config.gc2po, resolve=True) if config.get("gc2po") is not None else {}
-    depth = (_local_model(config) or {}).get("num_hidden_layers")
-    gc2po = GC2POConfig.from_config(group, n=rollout.n, depth=depth)
+    _check_model(config)
+    model = model_config(config)
+    gc2po = GC2POConfig.from_config(group, n=rollout.n, depth=getattr(model, "num_hidden_layers", None))
     requests = OmegaConf.to_container(config.gcpo, resolve=True) if config.get("gcpo") is not None else {}
     gcpo = GCPOConfig.from_config(requests, n=rollout.n, response_length=config.data.max_response_length)
     if not gcpo.is_grpo:
@@ -74,7 +75,8 @@ def check_gc2po_run(config: DictConfig) -> GC2POConfig:
         raise ConfigError(
             "algorithm.norm_adv_by_std_in_grpo is False: GC2PO divides by the standard deviation, set it to True"
         )
-    _check_model(config)
+    if perturbs and model is not None:
+        _check_perturbable(model)
     _check_lengths(config, gcpo)
     _check_branches(config, gc2po)
     for name in ("train_files", "val_files"):
@@ -187,15 +189,46 @@ def _check_model(config: DictConfig) -> None:
             )
 
 
-def _local_model(config: DictConfig) -> dict[str, Any] | None:
-    """``config.json`` of a local model; ``None`` where the model is still on a hub."""
-    path = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+def model_config(config: DictConfig) -> Any:
+    """transformers' configuration of the model's text part, from its folder or the hub; ``None`` for other places.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    path = str(config.actor_rollout_ref.model.path)
+    if "://" in path:
+        return None
+    try:
+        found = AutoConfig.from_pretrained(
+            str(Path(path).expanduser()),
+            trust_remote_code=bool(_get(config, "actor_rollout_ref.model.trust_remote_code")),
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"actor_rollout_ref.model.path: {path} is no folder here and cannot be read from the hub: {reason}"
+            if not Path(path).expanduser().exists()
+            else f"actor_rollout_ref.model.path: transformers cannot read the config.json in {path}: {reason}"
+        ) from error
+    return found.get_text_config()
 
 
-def model_context(config: DictConfig) -> int | None:
-    """``max_position_embeddings`` of a local model; ``None`` where the model is still on a hub."""
-    return (_local_model(config) or {}).get("max_position_embeddings")
+def _check_perturbable(model: Any) -> None:
+    """States can be perturbed in packed rows of this model, as far as its class and configuration tell."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from gcpo.packing.attention import tree_problem
+
+    if type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    problem = tree_problem(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model)])
+    if problem is not None:
+        raise ConfigError(
+            "actor_rollout_ref.model.path: GC2PO perturbs states in packed rows, which this model can't have: "
+            f"{problem}; use another model, or gc2po.counterfactual=off"
+        )
 
 
 def longest_prompt(config: DictConfig, gcpo: GCPOConfig) -> int:
@@ -218,7 +251,7 @@ def _check_lengths(config: DictConfig, gcpo: GCPOConfig) -> None:
         with_blocks = longest_prompt(config, gcpo)
         longest_row = max(need, with_blocks + response)
         need = max(need, with_blocks + max(gcpo.collider.max_tokens, gcpo.conditioned.max_tokens))
-    context = model_context(config)
+    context = getattr(model_config(config), "max_position_embeddings", None)
     if context is not None and prompt + response > context:
         raise ConfigError(
             f"data.max_prompt_length + data.max_response_length is {prompt + response}, the model's context {context}: "

@@ -38,6 +38,10 @@ class ColliderConfig:
     """Whether the mean over the shared draws includes l = 0 (the paper) or runs over l >= 1."""
     max_tokens: int | None = None
     """Longest collider draw in tokens; ``null``: ``rollout.response_length``. A draw that is cut is left out."""
+    cache_tokens: int | None = None
+    """Groups take turns so that the prompts of those with a server have no more tokens together, what the prompts of a
+    group share counted once; then what one group's requests share is still in the prefix cache when the next of them
+    comes. About the number of tokens that vLLM prints as its KV cache size when it starts. ``null``: no limit."""
 
 
 @dataclass(frozen=True)
@@ -345,6 +349,8 @@ def _check(config: GCPOConfig, *, n: int) -> None:
         value = getattr(config.metrics, name)
         if not 0 <= value <= 1:
             refuse(f"metrics.{name}", f"{value} must lie between 0 and 1")
+    if collider.cache_tokens is not None and collider.cache_tokens < 1:
+        refuse("collider.cache_tokens", f"{collider.cache_tokens} holds nothing, set it to 1 or more, or to null")
     budget = config.scoring.max_token_len_per_gpu
     if budget is not None and budget < 1:
         refuse("scoring.max_token_len_per_gpu", f"{budget} is too small for a single token")

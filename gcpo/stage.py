@@ -226,6 +226,7 @@ def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> 
         "gcpo/rollout/skipped_groups_share": total.get("skipped", 0.0) / groups,
         "gcpo/rollout/failed_groups": total.get("stage_failed", 0.0),
         "gcpo/rollout/seconds_per_group": total.get("seconds", 0.0) / groups,
+        "gcpo/rollout/waited_seconds_per_group": total.get("waited_seconds", 0.0) / groups,
         "gcpo/tokens/generated/response": float(response_tokens),
     }
     metrics |= _sizes([entry for entry in stats if "response_tokens" in entry])  # all but groups whose stage failed

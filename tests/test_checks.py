@@ -16,6 +16,7 @@ from data_prep.arithmetic import prepare
 from gcpo.checks import check_gc2po_run, check_run, longest_prompt, plugin_problem
 from gcpo.config import ConfigError
 
+MODEL = {"model_type": "qwen2", "max_position_embeddings": 2048, "num_hidden_layers": 3}
 CONFIG = Path(__file__).parents[1] / "recipe" / "gcpo" / "config"
 
 
@@ -24,7 +25,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     prepare(folder, train_size=6, test_size=6)
     (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 2048, "num_hidden_layers": 3}))
+    (folder / "model" / "config.json").write_text(json.dumps(MODEL))
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     return folder
 
@@ -68,6 +69,7 @@ REFUSED = [
     ("actor_rollout_ref.rollout.agent.agent_loop_manager_class=null", "agent_loop_manager_class"),
     ("actor_rollout_ref.rollout.enable_chunked_prefill=True", "chunk"),
     ("actor_rollout_ref.model.path=/no/such/model", "no folder"),
+    ("actor_rollout_ref.model.path=no-such/model", "no-such/model is no folder here and cannot be read from the hub"),
     ("data.train_files=/no/such/file.parquet", "no file"),
     ("data.max_prompt_length=2040", "the model's context 2048"),
     ("gcpo.blocks.max_tokens=300", "gcpo.blocks.max_tokens .now 300"),
@@ -115,6 +117,32 @@ def test_the_gc2po_quick_start_passes(inputs: Path) -> None:
         assert config.actor_rollout_ref.rollout.max_model_len == 48 + 64
 
 
+def test_a_model_on_a_hub(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers and context are known before it is loaded."""
+    snapshot = tmp_path / "models--someone--small" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "models--someone--small" / "refs").mkdir()
+    (tmp_path / "models--someone--small" / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub = "actor_rollout_ref.model.path=someone/small"
+    check_gc2po_run(config_of(inputs, hub, name="gc2po_quickstart"))
+    with pytest.raises(ConfigError, match="the model has hidden states 0 to 3"):
+        check_gc2po_run(config_of(inputs, hub, "gc2po.layer=9", name="gc2po_quickstart"))
+    with pytest.raises(ConfigError, match="the model's context 2048"):
+        check_run(config_of(inputs, hub, "data.max_prompt_length=2040"))
+
+
+def test_a_model_whose_states_cannot_be_perturbed(inputs: Path, tmp_path: Path) -> None:
+    """Before anything starts; without perturbations such a model will do."""
+    (tmp_path / "config.json").write_text(json.dumps({**MODEL, "model_type": "gemma2"}))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    path = f"actor_rollout_ref.model.path={tmp_path}"
+    with pytest.raises(ConfigError, match="Gemma2ForCausalLM has layers that are not full attention"):
+        check_gc2po_run(config_of(inputs, path, name="gc2po_quickstart"))
+    check_gc2po_run(config_of(inputs, path, "gc2po.counterfactual=off", name="gc2po_quickstart"))
+
+
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
@@ -142,7 +170,7 @@ def test_data_files(inputs: Path, tmp_path: Path) -> None:
 
 def test_a_model_without_chat_template(inputs: Path, tmp_path: Path) -> None:
     """The candidates go into the user's message, so a model must have a template, or one must be given."""
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
     with pytest.raises(ConfigError, match="no chat template"):
         check_run(config_of(inputs, f"actor_rollout_ref.model.path={tmp_path}"))
 

@@ -167,7 +167,7 @@ class GCPOFSDPEngine(FSDPEngineWithLMHead):
         elif self.engine_config.use_fused_kernels:
             problem = "fused kernels (use_fused_kernels) compute the log-probabilities of whole rows"
         else:
-            problem = tree_problem(module.config, module)
+            problem = tree_problem(module.config, type(module))
         if problem is not None and torch.distributed.get_rank() == 0:
             logger.warning("gcpo: contexts are scored one by one, without shared prefixes: %s", problem)
         return problem

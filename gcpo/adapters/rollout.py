@@ -23,6 +23,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from gcpo.adapters.fields import flat_field
+from gcpo.collider.admission import Admission
 from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult, request_seed
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.config import GCPOConfig
@@ -76,6 +77,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             self.config.get("gcpo"), n=rollout.n, response_length=rollout.response_length
         )
         self.groups: dict[str, Group] = {}
+        self.admit = Admission(cache_share(self.gcpo.collider.cache_tokens, self.config))
         self.prompts = make_prompts(self.gcpo, self.tokenizer, self.config)
         generation = self.model_config.generation_config
         eos = getattr(generation, "eos_token_id", None) if generation is not None else None
@@ -164,6 +166,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
                 {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k},
                 rollout.get("max_model_len") or self.model_config.hf_config.max_position_embeddings,
                 self.end_ids,
+                self.admit,
             )
             try:
                 result = await stage.run(
@@ -254,6 +257,16 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             fields=list_of_dict_to_tensordict(fields),
             partition_id="train",
         )
+
+
+def cache_share(tokens: int | None, config: Any) -> float | None:
+    """What one of the agent-loop workers may have of ``tokens`` with every server; ``None`` without a limit."""
+    if tokens is None:
+        return None
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    of_a_server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+    servers = max(1, trainer.n_gpus_per_node * trainer.nnodes // of_a_server)
+    return tokens * servers / rollout.agent.num_workers
 
 
 def make_prompts(gcpo: GCPOConfig, tokenizer: Any, config: Any) -> CandidatePrompts:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,7 @@ class ColliderStage:
         sampling_params: of the plain rollout (temperature, top-p, top-k); lengths and seeds are set here.
         max_model_len: longest sequence that the server takes.
         end_ids: tokens that end a response.
+        admit: ``async with admit(tokens)`` waits until a server may hold the prompts of one more group.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class ColliderStage:
         sampling_params: dict[str, Any],
         max_model_len: int | None,
         end_ids: frozenset[int],
+        admit: Callable[[int], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
         self.config = config
         self.prompts = prompts
@@ -87,6 +90,7 @@ class ColliderStage:
         self.sampling_params = sampling_params
         self.max_model_len = max_model_len
         self.end_ids = end_ids
+        self.admit = admit
 
     async def draw(self, kind: str, prompt_ids: list[int], seed: int) -> Draw:
         """One generation; it never raises, and says how it ended."""
@@ -131,71 +135,88 @@ class ColliderStage:
             equal_rewards: whether all advantages are zero, so that Upsilon cannot matter.
         """
         config, n = self.config, len(responses)
-        num_shared, num_marginal = config.collider.num_draws, config.marginal_draws
-        started = time.monotonic()
         blocks = tuple(tuple(self.prompts.candidate_block(k, ids)) for k, ids in enumerate(responses))
         order = np.random.default_rng(request_seed(config.seed, "order", *seed_parts)).permutation(n).tolist()
         sizes = [len(block) for block in blocks]
-        plan = leave_one_out_plan(n, num_shared + num_marginal, lengths=sizes, permutation=order)
+        slots = config.collider.num_draws + config.marginal_draws
+        plan = leave_one_out_plan(n, slots, lengths=sizes, permutation=order)
         group = GroupPrompts(self.prompts.frame(messages), blocks, plan)
+        frame = len(group.frame.head) + len(group.frame.tail)
 
         def seed(*parts: Any) -> int:
             return request_seed(config.seed, *seed_parts, *parts)
 
-        def needed() -> bool:
-            # A group with A = 0 needs no Upsilon; with kappa = 0 it needs nothing at all.
-            return config.reference_on or not equal_rewards
-
         kl_weight = self._kl_weight(n, seed("kappa"))
         # The contexts of a response that has neither Upsilon nor a kappa term are needed by nobody.
         chosen = [i for i in plan.depth_first() if config.causal_target_on or kl_weight[i] > 0]
-        shared: list[Draw] = []
-        marginal: list[list[Draw]] = [[] for _ in range(n)]
-        if needed():
-            prompt = group.collider_prompt()
-            shared_tasks = [self.draw("collider", prompt, seed("collider", slot)) for slot in range(num_shared)]
-            marginal_tasks = [
-                self.draw("marginal", group.marginal_prompt(i), seed("marginal", i, slot))
-                for i in chosen
-                for slot in range(num_marginal)
-            ]
-            draws = await asyncio.gather(*shared_tasks, *marginal_tasks)
-            shared, rest = draws[:num_shared], draws[num_shared:]
-            for at, i in enumerate(chosen):
-                marginal[i] = rest[at * num_marginal : (at + 1) * num_marginal]
-
-        contexts: list[list[list[int]]] = [[[] for _ in range(plan.draws)] for _ in range(n)]
-        for i in chosen:
-            contexts[i] = self._contexts(group, i, shared, marginal[i], num_shared, num_marginal)
         generations = config.collider.num_generations
-        outputs: list[list[list[int]]] = [[[] for _ in range(len(row) * generations)] for row in contexts]
-        conditioned: list[Draw] = []
-        if config.needs_generations and not equal_rewards and needed():
-            places = [
-                (i, slot, m)
-                for i in chosen
-                for slot, context in enumerate(contexts[i])
-                if context
-                for m in range(generations)
-            ]
-            conditioned = await asyncio.gather(
-                *(self.draw("conditioned", contexts[i][slot], seed("conditioned", i, slot, m)) for i, slot, m in places)
-            )
-            for (i, slot, m), draw in zip(places, conditioned, strict=True):
-                if draw.valid:
-                    outputs[i][slot * generations + m] = draw.token_ids
-        draws = [*shared, *(draw for row in marginal for draw in row), *conditioned]
+        contexts: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in range(n)]
+        outputs: list[list[list[int]]] = [[[] for _ in range(slots * generations)] for _ in range(n)]
+        draws: list[Draw] = []
+        asked = started = time.monotonic()
+        # A group with A = 0 needs no Upsilon; with kappa = 0 it needs nothing at all.
+        if config.reference_on or not equal_rewards:
+            async with self.admit(frame + int(sum(sizes) + plan.unique_tokens(sizes))):
+                started = time.monotonic()
+                draws = await self._draw_colliders(group, chosen, seed, contexts)
+                if config.needs_generations and not equal_rewards:
+                    draws += await self._generate(chosen, seed, contexts, outputs)
         stats = _count(draws)
         stats["skipped"] = float(not draws)
         stats["equal_rewards"] = float(equal_rewards)
-        stats["frame_tokens"] = float(len(group.frame.head) + len(group.frame.tail))
+        stats["frame_tokens"] = float(frame)
         stats["block_tokens"] = float(np.mean(sizes))
         stats["responses"] = float(n)
         stats["response_tokens"] = float(np.mean([len(ids) for ids in responses]))
         stats["response_variance"] = float(np.var([len(ids) for ids in responses], ddof=1))
+        stats["waited_seconds"] = started - asked
         stats["seconds"] = time.monotonic() - started
-        layout = {"plan": plan.to_dict(), "frame": len(group.frame.head) + len(group.frame.tail), "blocks": sizes}
+        layout = {"plan": plan.to_dict(), "frame": frame, "blocks": sizes}
         return GroupResult(contexts, outputs, draws, stats, kl_weight, layout)
+
+    async def _draw_colliders(
+        self, group: GroupPrompts, chosen: Sequence[int], seed: Callable[..., int], contexts: list[list[list[int]]]
+    ) -> list[Draw]:
+        """The shared and the leave-one-out draws; the prompts over them are put into ``contexts``."""
+        num_shared, num_marginal = self.config.collider.num_draws, self.config.marginal_draws
+        prompt = group.collider_prompt()
+        draws = await asyncio.gather(
+            *(self.draw("collider", prompt, seed("collider", slot)) for slot in range(num_shared)),
+            *(
+                self.draw("marginal", group.marginal_prompt(i), seed("marginal", i, slot))
+                for i in chosen
+                for slot in range(num_marginal)
+            ),
+        )
+        shared, rest = draws[:num_shared], draws[num_shared:]
+        for at, i in enumerate(chosen):
+            marginal = rest[at * num_marginal : (at + 1) * num_marginal]
+            contexts[i] = self._contexts(group, i, shared, marginal)
+        return draws
+
+    async def _generate(
+        self,
+        chosen: Sequence[int],
+        seed: Callable[..., int],
+        contexts: list[list[list[int]]],
+        outputs: list[list[list[int]]],
+    ) -> list[Draw]:
+        """The conditioned generations; the valid ones are put into ``outputs``."""
+        generations = self.config.collider.num_generations
+        places = [
+            (i, slot, m)
+            for i in chosen
+            for slot, context in enumerate(contexts[i])
+            if context
+            for m in range(generations)
+        ]
+        draws = await asyncio.gather(
+            *(self.draw("conditioned", contexts[i][slot], seed("conditioned", i, slot, m)) for i, slot, m in places)
+        )
+        for (i, slot, m), draw in zip(places, draws, strict=True):
+            if draw.valid:
+                outputs[i][slot * generations + m] = draw.token_ids
+        return draws
 
     def _kl_weight(self, n: int, seed: int) -> list[float]:
         """n / m for m of the n responses, drawn without replacement, 0 for the others."""
@@ -213,18 +234,13 @@ class ColliderStage:
         i: int,
         shared: Sequence[Draw],
         marginal: Sequence[Draw],
-        num_shared: int,
-        num_marginal: int,
     ) -> list[list[int]]:
         """Prompts x_{i,l}, then those over the leave-one-out draws; empty where the draw is not valid."""
         append = self.config.reference.collider_context == "append"
         contexts: list[list[int]] = []
-        for slot in range(num_shared + num_marginal):
-            own = slot < num_shared
-            draws = shared if own else marginal
-            at = slot if own else slot - num_shared
-            draw = draws[at] if at < len(draws) else None
-            if draw is None or not draw.valid:
+        for slot, draw in enumerate([*shared, *marginal]):
+            own = slot < len(shared)
+            if not draw.valid:
                 contexts.append([])
                 continue
             replaced = None

@@ -2,17 +2,22 @@
 
 ``tree_attention`` is registered under ``ATTENTION`` and finds the layout of the row in the keyword ``tree_pack``, which
 the model passes down. A query sees the keys of the nodes above its own and the earlier ones of its own.
+
+On the CPU there is a kernel call for the keys of every node. On a GPU flash-attn takes the whole row in one call, where
+it is installed and the row is in half precision; otherwise there is a call of SDPA for the queries of every node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from gcpo.packing.tree import TreePack
 
@@ -142,6 +147,51 @@ class _GatheredAttention(torch.autograd.Function):
         return (*grads, None, None)
 
 
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, pack: TreePack, scaling: float, kernel: Callable[..., Tensor]
+) -> Tensor:
+    """Attention of all nodes in one call of a kernel for sequences of different lengths, over gathered keys.
+
+    A node's queries are the last ones of its path, so the causal mask must end in the lower right corner, as
+    flash-attn's does since 2.1.
+    """
+    index, cumulative_queries, cumulative_keys = pack.key_index_on(query.device)
+    out = kernel(
+        query[0].transpose(0, 1),
+        *(tensor[0].transpose(0, 1)[index] for tensor in (key, value)),
+        cumulative_queries,
+        cumulative_keys,
+        max(end - start for start, end in pack.spans),
+        int(pack.position_ids.max()) + 1,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    return out.transpose(0, 1).unsqueeze(0)
+
+
+@cache
+def varlen_kernel() -> Callable[..., Tensor] | None:
+    """flash-attn's kernel, ``None`` where it is not installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def _varlen_fits(query: Tensor, value: Tensor, pack: TreePack) -> bool:
+    """Whether flash-attn takes this row."""
+    sizes = {query.shape[-1], value.shape[-1]}
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and len(sizes) == 1
+        and max(sizes) <= 256
+        and not pack.masks
+        and varlen_kernel() is not None
+    )
+
+
 def _gather(tensor: Tensor, pack: TreePack, path: tuple[int, ...]) -> Tensor:
     """The columns of the nodes of ``path``, one after another."""
     pieces = [tensor[:, :, slice(*pack.spans[node])] for node in path]
@@ -190,9 +240,13 @@ def tree_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    subtrees = device == "cpu" and query.shape[-1] == value.shape[-1]
-    attention = _SubtreeAttention if subtrees else _GatheredAttention
-    out = attention.apply(query, key, value, tree_pack, scaling)
+    if _varlen_fits(query, value, tree_pack):
+        # Under the checkpoint the gathered keys are gathered again instead of kept.
+        out = checkpoint(_varlen_attention, query, key, value, tree_pack, scaling, varlen_kernel(), use_reentrant=False)
+    else:
+        subtrees = device == "cpu" and query.shape[-1] == value.shape[-1]
+        attention = _SubtreeAttention if subtrees else _GatheredAttention
+        out = attention.apply(query, key, value, tree_pack, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -203,15 +257,15 @@ def register_tree_attention() -> None:
     AttentionInterface.register(ATTENTION, tree_attention)
 
 
-def tree_problem(config: Any, module: torch.nn.Module) -> str | None:
+def tree_problem(config: Any, model: type[torch.nn.Module]) -> str | None:
     """Why a model can't be run on packed trees, ``None`` if it can.
 
     Args:
         config: the model's transformers configuration.
-        module: the model.
+        model: the class of the model.
     """
-    kind = type(module).__name__
-    if not getattr(module, "_supports_attention_backend", False):
+    kind = model.__name__
+    if not getattr(model, "_supports_attention_backend", False):
         return f"{kind} does not take its attention function from transformers' AttentionInterface"
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"}:

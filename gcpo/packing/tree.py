@@ -86,6 +86,16 @@ class TreePack:
         cumulative = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys)]
         return torch.cat(index), *cumulative
 
+    @cached_property
+    def _moved(self) -> dict[torch.device, tuple[torch.Tensor, ...]]:
+        return {}
+
+    def key_index_on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """``key_index`` on a device; it is moved there once, for all layers of a model."""
+        if device not in self._moved:
+            self._moved[device] = tuple(tensor.to(device) for tensor in self.key_index)
+        return self._moved[device]
+
 
 @dataclass(frozen=True)
 class _Node:

@@ -322,6 +322,65 @@ def test_policy_context_query(found: dict, tiny_model: Path, rows: list[dict[str
     assert_norms(result, wanted)
 
 
+# ---- what a run may add to the model ---------------------------------------------------------------------------------
+
+MODELS = {
+    "checkpointing": {"model.enable_gradient_checkpointing": True},
+    "lora": {"model.lora_rank": 4, "model.lora_alpha": 8, "model.target_modules": "all-linear"},
+    "bf16": {f"actor.fsdp_config.mixed_precision.{kind}_dtype": "bf16" for kind in ("param", "buffer")},
+}
+
+
+def with_model(rank: int, world: int, config: Any, rows: list[dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:
+    """One update for each packing, on a model with the changes of that name."""
+    found = {}
+    for packing in ("tree", "dense"):
+        changed = with_changes(config, MODELS[name])
+        changed.gcpo.scoring.packing = packing
+        worker = build_worker(changed)
+        engine = worker.actor.engine
+        assert engine.tree_problem is None
+        generator = torch.Generator().manual_seed(0)
+        for parameter_name, parameter in sorted(engine.module.named_parameters()):
+            if "lora_B" in parameter_name:  # zeros, over which A would have no gradient
+                with torch.no_grad():
+                    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                    local.copy_(0.05 * torch.randn(local.shape, generator=generator))
+        found[packing] = update(changed, worker, rank, world, training_rows(rows), micro=THREE)
+    return found
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """|a - b| / |b| over all parameters of ``a``."""
+    return norm({name: a[name].double() - b[name].double() for name in a}) / norm({n: b[n].double() for n in a})
+
+
+def test_gradient_checkpointing(config: Any, rows: list[dict[str, Any]], parts: dict) -> None:
+    """Layers that run again in the backward pass."""
+    for result in run_on_ranks(1, with_model, config, rows, "checkpointing")[0].values():
+        assert_equal(result, parts)
+
+
+def test_adapters_over_packed_trees(config: Any, rows: list[dict[str, Any]], parts: dict) -> None:
+    """LoRA: packed trees give the adapters the gradients of rows by themselves."""
+    found = run_on_ranks(1, with_model, config, rows, "lora")[0]
+    tree, dense = found["tree"], found["dense"]
+    assert tree["gradient"] and all("lora_" in name for name in tree["gradient"])
+    assert all(float(gradient.abs().max()) > 0 for gradient in tree["gradient"].values())
+    assert tree["loss"] == pytest.approx(dense["loss"], rel=2e-5)
+    assert tree["loss"] != pytest.approx(problem.together(parts)[0], rel=1e-2)  # the adapters are in the model
+    assert distance(tree["gradient"], dense["gradient"]) < 2e-5
+
+
+def test_bfloat16(config: Any, rows: list[dict[str, Any]], parts: dict) -> None:
+    """FSDP2's mixed precision: packed trees are no further from Eq. 10 than rows by themselves."""
+    found = run_on_ranks(1, with_model, config, rows, "bf16")[0]
+    loss, exact = problem.together(parts)
+    gaps = {packing: distance(result["gradient"], exact) for packing, result in found.items()}
+    assert 1e-4 < gaps["tree"] < 1.5 * gaps["dense"] < 0.3
+    assert found["tree"]["loss"] == pytest.approx(loss, rel=0.05)
+
+
 def norm(gradient: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
 

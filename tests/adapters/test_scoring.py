@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,43 @@ def test_states_alone(tiny_model: Path) -> None:
     """A pack in which no log-probability is wanted at all."""
     wanted = expected(str(tiny_model), make_requests(10)[1::4], -1)
     assert_scores(run_on_ranks(1, states_alone, str(tiny_model))[0], wanted)
+
+
+def without_trees(rank: int, world: int, path: str) -> Any:
+    import logging
+
+    engine, said = build_engine(path), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("gcpo").addHandler(handler)
+    settings = {"use_remove_padding": False, "use_fused_kernels": False}
+    found = []
+    with engine.eval_mode():
+        for _ in range(2):
+            scorer = make_scorer(
+                engine, packing="tree", min_shared=2, settings=settings, temperature=0.7, layer=-1, max_tokens=4096
+            )
+            found.append((type(scorer), [(s.log_probs, s.state) for s in scorer(make_requests(8))]))
+    return found, said
+
+
+def test_a_model_that_trees_cannot_serve(tiny_model: Path, tmp_path: Path) -> None:
+    """It is scored dense, and the log says so once, with the reason."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.use_sliding_window, model.config.sliding_window = True, 4096
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (tiny_model / name).exists():
+            shutil.copy(tiny_model / name, tmp_path)
+    found, said = run_on_ranks(1, without_trees, str(tmp_path))[0]
+    for kind, scores in found:
+        assert kind is DenseScorer
+        assert_scores(scores, expected(str(tiny_model), make_requests(8), -1))
+    about = [line for line in said if "without shared prefixes" in line]
+    assert len(about) == 1 and "not full attention: sliding_attention" in about[0]
 
 
 class FakeScorer:

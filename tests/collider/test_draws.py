@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from contextlib import asynccontextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,10 +35,19 @@ class Server:
         return SimpleNamespace(token_ids=ids, stop_reason="completed", extra_fields={"num_cached_tokens": 1})
 
 
-def run(server: Server, *, equal: bool = False, key: tuple = (1, "q"), limit: int = 2048, **config: Any) -> GroupResult:
+def run(
+    server: Server,
+    *,
+    equal: bool = False,
+    key: tuple = (1, "q"),
+    limit: int = 2048,
+    admit: Any = nullcontext,
+    **config: Any,
+) -> GroupResult:
     tokenizer = make_tokenizer(Recipe())
     gcpo = GCPOConfig.from_config(config, n=4, response_length=16)
-    stage = ColliderStage(gcpo, CandidatePrompts(tokenizer), server, {"temperature": 1.0}, limit, frozenset({END}))
+    prompts, ends = CandidatePrompts(tokenizer), frozenset({END})
+    stage = ColliderStage(gcpo, prompts, server, {"temperature": 1.0}, limit, ends, admit)
     messages = [{"role": "user", "content": "What is 12 + 39?"}]
     return asyncio.run(stage.run(messages, RESPONSES, seed_parts=key, equal_rewards=equal))
 
@@ -111,6 +121,32 @@ def test_a_share_of_the_responses_has_a_kappa_term() -> None:
     assert run(Server(), preset="balanced", kappa=0.0).kl_weight == [0.0] * 4
     everything = run(Server(), preset="light", reference={"fraction": 0.25})
     assert all(context for row in everything.contexts for context in row)  # Upsilon needs them all
+
+
+def test_admission_is_asked_for_the_prompts() -> None:
+    """All requests of a group go out while it is admitted, for the tokens of its frame, the collider's prompt and the
+    tree; a group that needs nothing does not wait."""
+    held: list[int] = []
+    inside = 0
+
+    @asynccontextmanager
+    async def admit(tokens: int):
+        nonlocal inside
+        held.append(tokens)
+        inside += 1
+        yield
+        inside -= 1
+
+    def reply(prompt: list[int], params: dict) -> list[int]:
+        assert inside == 1
+        return [60, END]
+
+    result = run(Server(reply), preset="balanced", admit=admit)
+    sizes, frame = result.plan["blocks"], result.plan["frame"]
+    plan = LeaveOneOutPlan.from_dict(result.plan["plan"])
+    assert held == [frame + sum(sizes) + plan.unique_tokens(sizes)] and inside == 0
+    run(Server(), preset="balanced", kappa=0.0, equal=True, admit=admit)
+    assert len(held) == 1
 
 
 def test_leave_one_out_draws_hang_on_the_tree_of_the_contexts() -> None:

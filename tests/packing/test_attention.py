@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.packing import PrefixForest, TreePack
+from gcpo.packing import attention as attention_module
 from gcpo.packing.attention import (
     _GatheredAttention,
     _SubtreeAttention,
+    _varlen_attention,
     tree_attention,
     tree_attention_on,
     tree_problem,
@@ -182,6 +185,52 @@ def test_against_a_dense_mask(attention: type[torch.autograd.Function]) -> None:
     assert torch.autograd.gradcheck(run, (query, key, value))
 
 
+def varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, *, softmax_scale, causal):
+    """What flash-attn documents of ``flash_attn_varlen_func``: [total, H, D], causal to the lower right corner."""
+    assert causal and cu_queries.dtype == cu_keys.dtype == torch.int32
+    out = []
+    for (a, b), (c, d) in zip(
+        itertools.pairwise(cu_queries.tolist()), itertools.pairwise(cu_keys.tolist()), strict=True
+    ):
+        assert b - a <= max_queries and d - c <= max_keys
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
+        rows = (x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d]))
+        out.append(scaled_dot_product_attention(*rows, mask, scale=softmax_scale, enable_gqa=True)[0].transpose(0, 1))
+    assert b == len(query) and d == len(key)
+    return torch.cat(out)
+
+
+def test_one_call_for_the_whole_row(monkeypatch) -> None:
+    """The gathered keys and lengths that flash-attn is given on a GPU are those of the tree, also under gradients."""
+    pack = dataclasses.replace(masked_pack(), masks={})
+    inputs = [torch.randn(1, heads, len(pack), 3, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    wanted = scaled_dot_product_attention(*inputs, visible(pack), scale=0.7, enable_gqa=True)
+    torch.testing.assert_close(_varlen_attention(*inputs, pack, 0.7, varlen), wanted)
+    monkeypatch.setattr(attention_module, "_varlen_fits", lambda *row: True)
+    monkeypatch.setattr(attention_module, "varlen_kernel", lambda: varlen)
+    found, _ = tree_attention(torch.nn.Identity(), *inputs, None, scaling=0.7, tree_pack=pack)
+    weight = torch.randn(wanted.shape, dtype=torch.float64)
+    gradients = (torch.autograd.grad((out * weight).sum(), inputs) for out in (found.transpose(1, 2), wanted))
+    for ours, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """flash-attn's kernel (bfloat16) and SDPA (float32) attend over the tree as attention under the whole mask does."""
+    (pack,) = PrefixForest(contexts(8, 2)[0], min_shared=2).packs()
+    inputs = [torch.randn(1, h, len(pack), 64, device="cuda", requires_grad=True) for h in (4, 2, 2)]
+    wanted = scaled_dot_product_attention(*inputs, visible(pack).cuda(), enable_gqa=True)
+    halves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    found = tree_attention(torch.nn.Identity(), *halves, None, tree_pack=pack)[0].transpose(1, 2)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert gap([found.float()], [wanted]) < tolerance
+    weight = torch.randn(wanted.shape, device="cuda")
+    ours = torch.autograd.grad((found.float() * weight).sum(), halves)
+    assert gap([x.float() for x in ours], torch.autograd.grad((wanted * weight).sum(), inputs)) < 2 * tolerance
+
+
 def test_long_nodes() -> None:
     """Nodes of several blocks of the kernel, where queries outnumber keys and the other way round."""
     generator = torch.Generator().manual_seed(2)
@@ -212,6 +261,18 @@ def test_autocast() -> None:
     assert gap(gradients, gradient(net, wanted)) < 0.2
 
 
+def test_bfloat16() -> None:
+    """A model in bfloat16: packing changes less than the format itself does."""
+    sequences, starts = contexts(5, 2)
+    exact = one_at_a_time(model("Qwen2", torch.float64), sequences, starts)
+    net = model("Qwen2", torch.bfloat16)
+    dense = [values.double() for values in one_at_a_time(net, sequences, starts)]
+    with tree_attention_on(net.config):
+        found = packed(net, PrefixForest(sequences, min_shared=2).packs(), sequences, starts)
+    assert gap(dense, exact) > 1e-4
+    assert gap([values.double() for values in found], exact) < 1.5 * gap(dense, exact)
+
+
 def test_a_node_apart_from_its_parent() -> None:
     """The children of a node stand right behind it; a row that is laid out otherwise is refused."""
     pack = dataclasses.replace(masked_pack(), parents=(-1, 0, 0, 2, 1, -1))
@@ -234,12 +295,12 @@ def test_every_token_sees_its_prefix_alone() -> None:
 def test_what_cannot_be_packed() -> None:
     """Each reason is a sentence; a row of another length, a mask and dropout are refused."""
     net = model("Qwen2", torch.float32)
-    assert tree_problem(net.config, net) is None
+    assert tree_problem(net.config, type(net)) is None
     windowed = transformers.Qwen2Config(use_sliding_window=True, max_window_layers=0, num_hidden_layers=2)
-    assert "not full attention: sliding_attention" in tree_problem(windowed, net)
-    assert "attention dropout" in tree_problem(transformers.Qwen2Config(attention_dropout=0.1), net)
-    assert "caps" in tree_problem(transformers.PretrainedConfig(attn_logit_softcapping=30.0), net)
-    assert "AttentionInterface" in tree_problem(net.config, torch.nn.Linear(1, 1))
+    assert "not full attention: sliding_attention" in tree_problem(windowed, type(net))
+    assert "attention dropout" in tree_problem(transformers.Qwen2Config(attention_dropout=0.1), type(net))
+    assert "caps" in tree_problem(transformers.PretrainedConfig(attn_logit_softcapping=30.0), type(net))
+    assert "AttentionInterface" in tree_problem(net.config, torch.nn.Linear)
     (pack,) = PrefixForest([torch.tensor([1, 2, 3])]).packs()
     rows = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match="one row of 3 tokens, the model was given 1 of 4"):
