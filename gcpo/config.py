@@ -150,7 +150,7 @@ class ScoringConfig:
 class MetricsConfig:
     """What is measured besides training."""
 
-    graded_fraction: float = 0.25
+    graded_fraction: float = 0.1
     """Share of the groups whose auxiliary generations are graded, for our metrics alone (0 for code)."""
     grad_norm_every: int = 10
     """The gradient norms of the policy, beta and kappa parts are measured every so many steps; 0: never."""

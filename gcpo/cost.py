@@ -444,7 +444,8 @@ class GroupSimulator:
         plan = leave_one_out_plan(
             n, num_shared + num_marginal, lengths=sizes, permutation=self.rng.permutation(n).tolist()
         )
-        chosen = [i for i in plan.depth_first() if config.causal_target_on or i in weighted]
+        upsilon = config.causal_target_on and not equal_rewards
+        chosen = [i for i in plan.depth_first() if upsilon or i in weighted]
 
         def generate(kind: str, prompt: Path) -> int | None:
             """Length of a generation, ``None`` of one that is not valid."""

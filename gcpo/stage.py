@@ -77,10 +77,14 @@ def group_weight(group: GroupFeatures, config: GCPOConfig) -> tuple[Tensor, Tens
     return weight, similarity, has_target
 
 
-def controlled(weights: Sequence[Tensor], control: str, seed: int) -> list[Tensor]:
-    """Upsilon [n] of every group as ``weighting.control`` wants it; a response without a target counts like others."""
+def controlled(weights: Sequence[Tensor], advantages: Sequence[Tensor], control: str, seed: int) -> list[Tensor]:
+    """Upsilon [n] of every group as ``weighting.control`` wants it; a response without a target counts like others.
+
+    The mean is that of the responses whose advantage is not 0: it scales a step as Upsilon does.
+    """
     if control == "mean":
-        mean = torch.cat(list(weights)).mean()
+        everything, matters = torch.cat(list(weights)), torch.cat(list(advantages)) != 0
+        mean = everything[matters].mean() if matters.any() else everything.mean()
         return [torch.full_like(weight, float(mean)) for weight in weights]
     if control == "shuffled":
         generator = torch.Generator().manual_seed(seed)
@@ -136,7 +140,7 @@ def batch_weights(
     finite = [value for value in halves if math.isfinite(value)]
     if len(finite) > 1:
         metrics["gcpo/causal/split_half_standard_error"] = float(torch.tensor(finite).std()) / math.sqrt(len(finite))
-    weights = controlled(weights, config.weighting.control, seed)
+    weights = controlled(weights, advantages, config.weighting.control, seed)
     before = torch.cat(list(advantages)).float()
     after = before * torch.cat(weights)
     if before.abs().sum() > 0 and after.abs().sum() > 0:

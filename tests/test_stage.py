@@ -153,17 +153,21 @@ def test_noise_warning() -> None:
 
 
 def test_controls_keep_the_size_of_the_step() -> None:
-    """``mean`` is one weight for all, ``shuffled`` a permutation inside each group; both keep the sum."""
+    """``mean`` is one weight for all, that of the responses that have an advantage; ``shuffled`` a permutation inside
+    each group."""
     weights = [torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 7.0])]
-    assert [w.tolist() for w in controlled(weights, "none", 0)] == [[1, 2, 3, 4], [5, 7]]
-    mean = torch.cat(controlled(weights, "mean", 0))
+    advantages = [torch.tensor([0.5, -1.0, 1.0, -0.5]), torch.zeros(2)]
+    assert [w.tolist() for w in controlled(weights, advantages, "none", 0)] == [[1, 2, 3, 4], [5, 7]]
+    mean = torch.cat(controlled(weights, advantages, "mean", 0))
+    torch.testing.assert_close(mean, torch.full((6,), 10 / 4))
+    mean = torch.cat(controlled(weights, [torch.zeros(4), torch.zeros(2)], "mean", 0))
     torch.testing.assert_close(mean, torch.full((6,), 22 / 6))
     seen = set()
     for seed in range(40):
-        shuffled = controlled(weights, "shuffled", seed)
+        shuffled = controlled(weights, advantages, "shuffled", seed)
         assert [sorted(w.tolist()) for w in shuffled] == [[1, 2, 3, 4], [5, 7]]
         seen.add(tuple(torch.cat(shuffled).tolist()))
     assert len(seen) > 20
-    assert [w.tolist() for w in controlled(weights, "shuffled", 3)] == [
-        w.tolist() for w in controlled(weights, "shuffled", 3)
+    assert [w.tolist() for w in controlled(weights, advantages, "shuffled", 3)] == [
+        w.tolist() for w in controlled(weights, advantages, "shuffled", 3)
     ]

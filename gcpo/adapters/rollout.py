@@ -236,7 +236,8 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             else 0.0
         )
         dump: list[dict[str, Any]] = []
-        if request_seed(self.gcpo.seed, "dump", *seed_parts) / 0x7FFFFFFF < self.gcpo.metrics.dump_fraction:
+        fraction = self.gcpo.metrics.dump_fraction if self.config.trainer.get("rollout_data_dir") else 0.0
+        if request_seed(self.gcpo.seed, "dump", *seed_parts) / 0x7FFFFFFF < fraction:
             dump = [
                 {"kind": d.kind, "outcome": d.outcome, "reward": d.reward, "token_ids": d.token_ids}
                 for d in result.draws

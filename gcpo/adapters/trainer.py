@@ -172,11 +172,12 @@ class GCPOTrainer(GroupTrainer):
         """Upsilon [B]; 1 in padding rows."""
         z = list(data["gcpo_z"])
         scores = data["rm_scores"].to_padded_tensor(0.0).sum(-1)
+        conditioned, valid = self._conditioned(data, z[0].shape[-1]) if self.gcpo.causal_target_on else (None, None)
         features, advantages = [], []
         for rows in groups:
             group = GroupFeatures(torch.stack([z[row] for row in rows]))
-            if self.gcpo.causal_target_on:
-                group.conditioned, group.valid = self._conditioned(data, rows, group.z.shape[-1])
+            if conditioned is not None:
+                group.conditioned, group.valid = conditioned[rows], valid[rows]
             features.append(group)
             label = torch.zeros(len(rows), dtype=torch.long)
             norm_by_std = self.config.algorithm.get("norm_adv_by_std_in_grpo", True)
@@ -193,16 +194,15 @@ class GCPOTrainer(GroupTrainer):
             weight[rows] = values
         return weight
 
-    def _conditioned(self, data: TensorDict, rows: list[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [n, L + L', M, d] of a group and which of them are there [n, L + L', M]."""
+    def _conditioned(self, data: TensorDict, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [B, L + L', M, d] of every row and which of them are there [B, L + L', M]."""
         collider = self.gcpo.collider
         slots = collider.num_draws + self.gcpo.marginal_draws
         from_prompt = self.gcpo.features.source == "prompt"
         lengths = data["gcpo_context_lengths" if from_prompt else "gcpo_output_lengths"]
         generations = 1 if from_prompt else collider.num_generations
-        conditioned = torch.stack([data["gcpo_z_conditioned"][row] for row in rows])
-        valid = torch.stack([lengths[row] for row in rows]) > 0
-        return conditioned.view(len(rows), slots, generations, size), valid.view(len(rows), slots, generations)
+        conditioned, valid = torch.stack(list(data["gcpo_z_conditioned"])), torch.stack(list(lengths)) > 0
+        return conditioned.view(-1, slots, generations, size), valid.view(-1, slots, generations)
 
     def _reference(self, batch: KVBatchMeta, data: TensorDict, mask: torch.Tensor, metrics: dict) -> None:
         """Store log pi'_ref and the mask of the kappa term for the update."""

@@ -147,15 +147,16 @@ class ColliderStage:
             return request_seed(config.seed, *seed_parts, *parts)
 
         kl_weight = self._kl_weight(n, seed("kappa"))
-        # The contexts of a response that has neither Upsilon nor a kappa term are needed by nobody.
-        chosen = [i for i in plan.depth_first() if config.causal_target_on or kl_weight[i] > 0]
+        # The contexts of a response that has neither Upsilon nor a kappa term are needed by nobody, and where all
+        # advantages are zero Upsilon changes nothing.
+        weighted = config.causal_target_on and not equal_rewards
+        chosen = [i for i in plan.depth_first() if weighted or kl_weight[i] > 0]
         generations = config.collider.num_generations
         contexts: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in range(n)]
         outputs: list[list[list[int]]] = [[[] for _ in range(slots * generations)] for _ in range(n)]
         draws: list[Draw] = []
         asked = started = time.monotonic()
-        # A group with A = 0 needs no Upsilon; with kappa = 0 it needs nothing at all.
-        if config.reference_on or not equal_rewards:
+        if chosen:
             async with self.admit(frame + int(sum(sizes) + plan.unique_tokens(sizes))):
                 started = time.monotonic()
                 draws = await self._draw_colliders(group, chosen, seed, contexts)

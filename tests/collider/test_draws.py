@@ -73,10 +73,13 @@ def test_numbers_of_requests(config: dict, counts: tuple[int, int, int]) -> None
 
 
 def test_equal_rewards_skip_what_cannot_matter() -> None:
-    """A = 0: no conditioned generation; with kappa = 0 nothing at all, and the group is counted."""
+    """A = 0: no conditioned generation, and no context of a response without a kappa term; with kappa = 0 nothing at
+    all, and the group is counted."""
     server = Server()
     result = run(server, equal=True, preset="balanced")
-    assert {draw.kind for draw in result.draws} == {"collider", "marginal"}
+    kinds = [draw.kind for draw in result.draws]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"collider": 2, "marginal": 2}
+    assert [all(row) for row in result.contexts] == [weight > 0 for weight in result.kl_weight]
     silent = Server()
     result = run(silent, equal=True, preset="balanced", kappa=0.0)
     assert silent.asked == [] and result.stats["skipped"] == 1

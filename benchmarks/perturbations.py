@@ -1,0 +1,68 @@
+"""GC2PO's robustness and effectiveness by the size of the perturbation, beside the correctness of the responses.
+
+``python -m benchmarks.perturbations`` samples with unchanged weights (learning rate 0) on the quick-start configuration
+and prints, for each form and law, the mean over steps of robustness and effectiveness and of the correlation of the
+process reward with correctness. It also writes ``perturbations.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from benchmarks.common import record, run
+
+FIXED = ["trainer.val_before_train=False", "trainer.test_freq=-1", "actor_rollout_ref.actor.optim.lr=0"]
+METRICS = {
+    "robustness": "gc2po/robustness/mean",
+    "lowest robustness": "gc2po/robustness/min",
+    "effectiveness": "gc2po/effectiveness/mean",
+    "process reward": "gc2po/reward/process",
+    "correlation of the process reward with correctness": "gc2po/reward/process_correctness_correlation",
+}
+
+
+def variants(sigmas: list[float], etas: list[float]) -> dict[str, list[str]]:
+    """Overrides by name."""
+    found = {}
+    for form in ("head", "inject"):
+        for name, law, values in (("sigma", "gaussian", sigmas), ("eta", "group", etas)):
+            for value in values:
+                found[f"{form}, {name} = {value:g}"] = [
+                    f"gc2po.form={form}",
+                    f"gc2po.perturbation.law={law}",
+                    f"gc2po.perturbation.{name}={value}",
+                ]
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="models/arithmetic-warm")
+    parser.add_argument("--data", default="data/arithmetic")
+    parser.add_argument("--output", type=Path, default=Path("outputs/perturbations"))
+    parser.add_argument("--steps", type=int, default=5, help="batches of 16 questions with 8 responses")
+    parser.add_argument("--sigmas", type=float, nargs="*", default=[0.1, 0.5, 1.0, 2.0])
+    parser.add_argument("--etas", type=float, nargs="*", default=[0.5, 1.0])
+    args = parser.parse_args()
+    overrides = [f"trainer.total_training_steps={args.steps}", *FIXED]
+    results = {}
+    for number, (name, changes) in enumerate(variants(args.sigmas, args.etas).items()):
+        steps = run(args.output / f"{number}", "gc2po", args.model, args.data, *overrides, *changes)
+        values = {line: [step[metric] for step in steps if metric in step] for line, metric in METRICS.items()}
+        results[name] = {line: statistics.mean(found) if found else None for line, found in values.items()}
+        print(f"{name} done", flush=True)
+    print(f"| perturbation | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
+    for name, values in results.items():
+        cells = ("–" if value is None else f"{value:.3f}" for value in values.values())
+        print(f"| {name} | {' | '.join(cells)} |")
+    (args.output / "perturbations.json").write_text(
+        json.dumps({**record(), "steps": args.steps, "results": results}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
