@@ -169,10 +169,13 @@ def test_paper() -> None:
 
 
 def test_equal_rewards() -> None:
-    """A group with A = 0 has no conditioned generation, and with kappa = 0 nothing but its responses."""
+    """A group with A = 0 has no conditioned generation, leave-one-out draws for its kappa term alone, and with
+    kappa = 0 nothing but its responses."""
     full, half = (count(settings(preset="balanced"), shares=Shares(share)) for share in (0.0, 0.5))
     assert half["generated/conditioned"] == full["generated/conditioned"] / 2
-    assert half["generated/marginal"] == full["generated/marginal"]
+    assert half["generated/collider"] == full["generated/collider"]
+    assert half["generated/marginal"] == full["generated/marginal"] * 3 / 4
+    assert half["trained/conditioned_unshared"] == full["trained/conditioned_unshared"]
     half = count(settings(preset="balanced", kappa=0.0), shares=Shares(0.5))
     assert half["generated/marginal"] == full["generated/marginal"] / 2
 

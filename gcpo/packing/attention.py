@@ -267,9 +267,9 @@ def tree_problem(config: Any, model: type[torch.nn.Module]) -> str | None:
     kind = model.__name__
     if not getattr(model, "_supports_attention_backend", False):
         return f"{kind} does not take its attention function from transformers' AttentionInterface"
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        return f"{kind} has layers that are not full attention: {', '.join(sorted(layer_types))}"
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    if others:
+        return f"{kind} has layers that are not full attention: {', '.join(sorted(others))}"
     if getattr(config, "attn_logit_softcapping", None):
         return f"{kind} caps its attention logits"
     if getattr(config, "attention_dropout", 0.0):

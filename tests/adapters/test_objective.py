@@ -342,7 +342,7 @@ def with_model(rank: int, world: int, config: Any, rows: list[dict[str, Any]], n
         assert engine.tree_problem is None
         generator = torch.Generator().manual_seed(0)
         for parameter_name, parameter in sorted(engine.module.named_parameters()):
-            if "lora_B" in parameter_name:  # zeros, over which A would have no gradient
+            if "lora_" in parameter_name:  # A is random, and B zeros, over which A would have no gradient
                 with torch.no_grad():
                     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                     local.copy_(0.05 * torch.randn(local.shape, generator=generator))
