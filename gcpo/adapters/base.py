@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import ray
@@ -14,6 +16,21 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 _ACTOR_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
+
+
+@contextmanager
+def without_fields(batch: KVBatchMeta, names: Collection[str]) -> Iterator[None]:
+    """Within, a worker that is given ``batch`` does not fetch these fields: each costs time for every row."""
+    before = batch.fields
+    known = before
+    if known is None:
+        # What one row has, all have.
+        known = list(tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id).keys())
+    batch.fields = [name for name in known if name not in names]
+    try:
+        yield
+    finally:
+        batch.fields = before
 
 
 class GroupTrainer(PPOTrainerSync):

@@ -10,7 +10,6 @@ plain rows and on the rows y_i under x_i, for the kappa term of Eq. 10.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from tensordict import TensorDict
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id, get_device_name
+from verl.utils.device import get_device_id
 from verl.utils.torch_functional import logprobs_from_logits
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -76,17 +75,6 @@ def _remove(hooks: list[RemovableHandle]) -> None:
 
 class GCPOFSDPEngine(FSDPEngineWithLMHead):
     """FSDP engine of a language model, with states and the conditioned pass."""
-
-    def initialize(self) -> None:
-        """verl's set-up; on a CPU the ranks of a machine share its cores.
-
-        OMP_NUM_THREADS=1 keeps the many processes of a run out of each other's way, but no other one has work while
-        this one scores or trains.
-        """
-        super().initialize()
-        if get_device_name() == "cpu":
-            ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.distributed.get_world_size())
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
     # ---- states and packs -----------------------------------------------------------------------------------------
 

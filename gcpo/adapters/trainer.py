@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils.debug import marked_timer
 
-from gcpo.adapters.base import GroupTrainer
+from gcpo.adapters.base import GroupTrainer, without_fields
 from gcpo.adapters.fields import flat_field, nested
 from gcpo.adapters.losses import CONDITIONED_TOKENS
 from gcpo.adapters.registry import causal_weights
@@ -28,6 +29,17 @@ from gcpo.stage import GroupFeatures, batch_reference, batch_weights, noise_warn
 logger = logging.getLogger(__name__)
 
 _CAUSAL_FIELDS = ("gcpo_contexts", "gcpo_context_lengths", "gcpo_outputs", "gcpo_output_lengths", "gcpo_kl_weight")
+_ROLLOUT_FIELDS = (*_CAUSAL_FIELDS, "gcpo_group")
+_STAGE_FIELDS = (
+    "gcpo_outputs",
+    "gcpo_output_lengths",
+    "gcpo_group",
+    "gcpo_z",
+    "gcpo_z_conditioned",
+    "gcpo_log_p",
+    "gcpo_scored_tokens",
+)
+"""What the update has no use for."""
 
 
 @register_trainer("gcpo")
@@ -80,7 +92,8 @@ class GCPOTrainer(GroupTrainer):
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's old log-probabilities, then the causal stage, which needs them as pi_old(y | q)."""
         self._count_reward_errors(batch, metrics)
-        batch = super()._compute_old_log_prob(batch, metrics)
+        with without_fields(batch, _ROLLOUT_FIELDS) if self.gcpo.needs_rollout else nullcontext():
+            batch = super()._compute_old_log_prob(batch, metrics)
         self._weight = None
         if self.gcpo.is_grpo:
             return batch
@@ -233,7 +246,8 @@ class GCPOTrainer(GroupTrainer):
             return super()._update_actor(batch, metrics)
         batch.extra_info["gcpo"] = self._update_settings()
         try:
-            batch = super()._update_actor(batch, metrics)
+            with without_fields(batch, _STAGE_FIELDS):
+                batch = super()._update_actor(batch, metrics)
         finally:
             batch.extra_info.pop("gcpo", None)
         for name in [name for name in metrics if name.startswith("actor/gcpo/")]:

@@ -181,7 +181,8 @@ def update(
     trainer.gcpo = GCPOConfig.from_config(config.gcpo, n=SIZE, response_length=8)
     trainer.actor_rollout_wg = SimpleNamespace(update_actor=update_actor)
     tags = [{"seq_len": len(row["input_ids"])} for row in fields]
-    batch = KVBatchMeta(keys=[str(i) for i in range(len(fields))], tags=tags, partition_id="train")
+    keys = [str(i) for i in range(len(fields))]
+    batch = KVBatchMeta(keys=keys, tags=tags, partition_id="train", fields=list(fields[0]))
     metrics: dict[str, Any] = {}
     engine = worker.actor.engine
     with cut_into(engine, micro) as sizes, recorded_gradients(engine) as gradients:
@@ -373,11 +374,15 @@ def test_adapters_over_packed_trees(config: Any, rows: list[dict[str, Any]], par
 
 
 def test_bfloat16(config: Any, rows: list[dict[str, Any]], parts: dict) -> None:
-    """FSDP2's mixed precision: packed trees are no further from Eq. 10 than rows by themselves."""
+    """FSDP2's mixed precision: packed trees are no further from Eq. 10 than rows by themselves.
+
+    The format moves ratios across the clip, so the gradients of this problem are far from the exact ones either way.
+    """
     found = run_on_ranks(1, with_model, config, rows, "bf16")[0]
     loss, exact = problem.together(parts)
     gaps = {packing: distance(result["gradient"], exact) for packing, result in found.items()}
-    assert 1e-4 < gaps["tree"] < 1.5 * gaps["dense"] < 0.3
+    assert 1e-4 < gaps["tree"] < 1.2 * gaps["dense"], gaps
+    assert distance(found["tree"]["gradient"], found["dense"]["gradient"]) < gaps["dense"]
     assert found["tree"]["loss"] == pytest.approx(loss, rel=0.05)
 
 

@@ -365,7 +365,7 @@ def test_metrics_count_real_rows_once(make_config: Callable, queue: MemoryQueue,
 def test_the_dump(make_config: Callable, queue: MemoryQueue, tokenizer: Any, tmp_path: Path) -> None:
     """Auxiliary generations are dumped once, by question and kind, beside verl's dump of the responses; none of them
     is a row of the batch."""
-    config = make_config("gcpo.preset=balanced")
+    config = make_config("gcpo.preset=balanced", f"trainer.rollout_data_dir={tmp_path}")
     server = Server()
     roll_out(config, server)
     trainer = make_trainer(config, queue, tokenizer)
@@ -449,7 +449,7 @@ def test_ablations(
     calls: bool,
 ) -> None:
     """Each part alone draws what it needs, and a step goes through."""
-    config = make_config("gcpo.preset=balanced", *overrides)
+    config = make_config("gcpo.preset=balanced", "trainer.rollout_data_dir=somewhere", *overrides)
     roll_out(config, Server())
     trainer = make_trainer(config, queue, tokenizer)
     batch, metrics = take_step(trainer, queue)
@@ -478,13 +478,15 @@ def test_validation_draws_nothing(make_config: Callable, queue: MemoryQueue) -> 
 
 
 def test_equal_rewards(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
-    """A group with A = 0 draws colliders for the kappa term and no conditioned generation; without kappa, nothing."""
+    """A group with A = 0 draws colliders for the kappa term alone, here for two responses of four."""
     server = Server()
     config = make_config("gcpo.preset=balanced", "gcpo.metrics.graded_fraction=0")
     roll_out(config, server, Grader(lambda ids: 1.0))
     _, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
-    assert len(server.requests) == QUESTIONS * (N + 2 + N)
+    assert len(server.requests) == QUESTIONS * (N + 2 + N // 2)
     assert metrics["gcpo/upsilon/without_target_share"] == 1.0 and metrics["gcpo/reference/without_share"] == 0.0
+    stored = [row.get("gcpo_group") or {} for row in queue.fields["train"].values()]
+    assert not any(entry.get("draws") for entry in stored)  # nobody asked for a dump
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from gcpo.adapters import rollout
 from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
+from gcpo.collider.admission import Admission
 from gcpo.collider.draws import ColliderStage, GroupResult
 from gcpo.config import GCPOConfig
 
@@ -24,10 +25,14 @@ class Worker(GCPOAgentLoopWorkerPlain):
 
     def __init__(self, **config: Any) -> None:
         self.config = OmegaConf.create(
-            {"actor_rollout_ref": {"rollout": {"n": 3, "temperature": 1.0, "top_p": 1.0, "top_k": -1}}}
+            {
+                "actor_rollout_ref": {"rollout": {"n": 3, "temperature": 1.0, "top_p": 1.0, "top_k": -1}},
+                "trainer": {"rollout_data_dir": None},
+            }
         )
         self.gcpo = GCPOConfig.from_config({"preset": "light", **config}, n=3, response_length=8)
         self.groups, self.prompts, self.end_ids = {}, None, frozenset({2})
+        self.admit = Admission(None)
         self.config.actor_rollout_ref.rollout.max_model_len = 128
 
 
@@ -162,3 +167,25 @@ def test_flat_fields() -> None:
     assert [piece.tolist() for piece in split_rows(field["ids"], field["lengths"])] == [[1, 2], [], [3]]
     empty = flat_field("ids", "lengths", [[], []])
     assert len(empty["ids"]) == 1 and torch.equal(empty["lengths"], torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tensor_parallel", "workers", "share"), [(1, 1, 1, 900), (8, 2, 8, 450), (8, 1, 2, 3600)]
+)
+def test_share_of_the_caches(gpus: int, tensor_parallel: int, workers: int, share: float) -> None:
+    """Every worker has an equal part of the tokens of all servers."""
+    config = OmegaConf.create(
+        {
+            "trainer": {"n_gpus_per_node": gpus, "nnodes": 1},
+            "actor_rollout_ref": {
+                "rollout": {
+                    "tensor_model_parallel_size": tensor_parallel,
+                    "data_parallel_size": 1,
+                    "pipeline_model_parallel_size": 1,
+                    "agent": {"num_workers": workers},
+                }
+            },
+        }
+    )
+    assert rollout.cache_share(900, config) == share
+    assert rollout.cache_share(None, config) is None
