@@ -61,8 +61,7 @@ def main() -> None:
     for seed in args.seeds:
         for method in args.methods:
             output = args.output / f"{method}-{seed}"
-            seeds = [f"gcpo.seed={seed}", f"data.seed={seed}"]
-            seeds += [f"gc2po.seed={seed}"] if method.startswith("gc2po") else []
+            seeds = (f"gcpo.seed={seed}", f"data.seed={seed}")
             curves[method].append(run(output, method, args.model, args.data, *seeds))
             print(f"seed {seed}: {method} done", flush=True)
     table = {}
