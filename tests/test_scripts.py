@@ -307,7 +307,9 @@ def test_settings_pass_the_checks_of_a_run(sandbox, recipe_config, name, context
     from gcpo.checks import check_run
 
     (sandbox.folder / "model").mkdir()
-    (sandbox.folder / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
+    (sandbox.folder / "model" / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "max_position_embeddings": context})
+    )
     (sandbox.folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
     data = str(write_set(sandbox.folder / "mine.parquet", rows(2)))
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}')
@@ -326,7 +328,9 @@ def test_gc2po_runs_are_accepted(sandbox, recipe_config, name):
     from gcpo.checks import check_gc2po_run
 
     (sandbox.folder / "model").mkdir()
-    (sandbox.folder / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 131072}))
+    (sandbox.folder / "model" / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "max_position_embeddings": 131072})
+    )
     (sandbox.folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
     data = str(write_set(sandbox.folder / "mine.parquet", rows(2)))
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}')
