@@ -242,6 +242,7 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--collider", type=float, help="of a collider draw")
     lengths.add_argument("--conditioned", type=float, help="of a conditioned generation")
     lengths.add_argument("--spread", type=float, help="standard deviation inside a group over the mean")
+    lengths.add_argument("--alike", type=float, help="with which two answers to one question begin in common")
     parser.add_argument("--equal-rewards", type=float, help="share of the groups whose rewards are all equal")
     parser.add_argument("--tokenizer", help="local folder, for the fixed texts (default: the model's, if it is one)")
     parser.add_argument(

@@ -30,6 +30,9 @@ Path = tuple[Segment, ...]
 KINDS = ("response", "collider", "marginal", "conditioned")
 """What is generated: responses, shared collider draws, leave-one-out draws, conditioned generations."""
 
+GRAIN = 2
+"""Answers to one question part at multiples of so many tokens."""
+
 CHARACTERS_PER_TOKEN = 4
 """Of the fixed texts, where no tokenizer says better."""
 
@@ -46,6 +49,7 @@ class Lengths:
         group_spread: standard deviation of the means of the groups' responses, over the mean of all.
         question_range: the shortest and the longest question; ``None``: all have the mean length.
         answer: of a response from its last ``\\boxed{`` on, for ``blocks.truncation: answer``.
+        alike: with which two answers to one question begin in common, mean over pairs.
     """
 
     question: float
@@ -57,12 +61,13 @@ class Lengths:
     group_spread: float = 0.0
     question_range: tuple[float, float] | None = None
     answer: float = 12.0
+    alike: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name == "question_range":
                 continue
-            least = 0 if name.endswith("spread") else 1
+            least = 0 if name.endswith("spread") or name == "alike" else 1
             if not (math.isfinite(value) and value >= least):
                 raise ValueError(f"the length {name} is {value}; it must be a number of at least {least}")
 
@@ -305,8 +310,12 @@ class _Group:
         fixed: Mapping[str, Iterator[int]],
         question: int,
         responses: list[int],
+        alike: float,
+        rng: np.random.Generator,
     ) -> None:
         self.config, self.answer, self.responses = config, answer, responses
+        self.alike, self.rng = alike, rng
+        self.texts: dict[tuple[str, int], Path] = {}
         self.collider_label, end = next(fixed["collider_label"]), next(fixed["question_end"])
         self.head = _path(("question", 0, question - end), ("intro", 0, next(fixed["intro"])))
         self.plain = _path(("question", 0, question - end), ("question end", 0, end))
@@ -320,7 +329,7 @@ class _Group:
     def draw(self, number: int, length: int) -> Path:
         """The block of a collider draw."""
         text = block_text(length, self.config.collider.max_tokens, self.config.blocks, self.answer)
-        return _path(("joint", 0, self.collider_label), ("draw", number, text))
+        return (*_path(("joint", 0, self.collider_label)), *self.text("draw", number, text))
 
     def prompt(self, candidates: Sequence[int]) -> Path:
         """A prompt with these candidates."""
@@ -333,7 +342,22 @@ class _Group:
 
     def response(self, i: int) -> Path:
         """Response i."""
-        return _path(("response", i, self.responses[i]))
+        return self.text("response", i, self.responses[i])
+
+    def text(self, name: str, number: int, tokens: int) -> Path:
+        """An answer to the question; it begins like the others and parts from them at a place of its own.
+
+        Some, as many as ``alike`` needs beyond a third of the tokens, never part; for the rest the place is uniform.
+        """
+        if (name, number) not in self.texts:
+            share = min(self.alike / tokens, 1.0) if tokens else 0.0
+            never = (math.sqrt(12 * share - 3) - 1) / 2 if share > 1 / 3 else 0.0
+            part = tokens if self.rng.random() < never else int(self.rng.uniform(0, min(tokens, 3 * self.alike)))
+            common, rest = divmod(part, GRAIN)
+            own = ("alike", common) if part == tokens else (name, number)
+            tail = rest if part == tokens else tokens - common * GRAIN
+            self.texts[name, number] = _path(*(("alike", k, GRAIN) for k in range(common)), (*own, tail))
+        return self.texts[name, number]
 
 
 def _path(*segments: tuple[str, int, float]) -> Path:
@@ -369,6 +393,7 @@ class GroupSimulator:
         self.config, self.step, self.lengths, self.shares = config, step, lengths, shares
         self.rng = np.random.default_rng(seed)
         self.fixed = {name: whole(tokens) for name, tokens in vars(texts).items()}
+        self.parting = np.random.default_rng([seed, len(KINDS)])
         self.due = {kind: [self.rng.random(), self.rng.random()] for kind in KINDS}
         self.limits = length_limits(config, step)
         for kind, limit in self.limits.items():
@@ -393,7 +418,8 @@ class GroupSimulator:
         """
         config, n = self.config, self.step.n
         question, responses = next(self.groups)
-        group = _Group(config, self.step, self.lengths.answer, self.fixed, question, responses)
+        lengths = self.lengths
+        group = _Group(config, self.step, lengths.answer, self.fixed, question, responses, lengths.alike, self.parting)
         counts = Counter({f"{what}/{kind}": 0 for what in ("generated", "prefilled", "cached") for kind in KINDS})
         cache = PrefixCache(self.step.cache_block)
         self._plain(group, cache, counts)
@@ -477,7 +503,7 @@ class GroupSimulator:
                 for _ in range(config.collider.num_generations):
                     length = generate("conditioned", path)
                     if length is not None:
-                        output = _path(("output", len(outputs), length))
+                        output = group.text("output", len(outputs), length)
                         outputs.append((*path, *output) if self._with_prompt else output)
         return contexts, outputs
 

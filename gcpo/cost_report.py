@@ -243,6 +243,7 @@ def of_log(
         **means,
         spread=log.get("gcpo/rollout/spread_in_groups", SPREAD),
         group_spread=log.get("gcpo/rollout/spread_of_groups", 0.0),
+        alike=log.get("gcpo/rollout/alike_tokens", 0.0),
         question_range=(log.get("prompt_length/min", question), log.get("prompt_length/max", question)),
     )
     if "gcpo/prompts/block_tokens" not in log:
@@ -370,7 +371,8 @@ def assume(
         else:
             notes.append("lengths that are not given are the longest that the configuration allows")
     given = {"marginal": options.collider}
-    given |= {name: getattr(options, name) for name in ("question", "response", "collider", "conditioned", "spread")}
+    names = ("question", "response", "collider", "conditioned", "spread", "alike")
+    given |= {name: getattr(options, name) for name in names}
     lengths = replace(lengths, **{name: value for name, value in given.items() if value is not None})
     if options.question is not None:
         most = min((1 + SPREAD) * options.question, config.data.max_prompt_length)
@@ -457,7 +459,8 @@ def explain(lengths: Lengths, weights: Weights, notes: Sequence[str]) -> str:
     costs = ", ".join(f"{name} {value:.3g}" for name, value in vars(weights).items())
     return "\n".join(
         [
-            f"mean tokens: {means}; spread in a group {lengths.spread:.2f}, of groups {lengths.group_spread:.2f}",
+            f"mean tokens: {means}; spread in a group {lengths.spread:.2f}, of groups {lengths.group_spread:.2f}; "
+            f"answers to one question begin with {lengths.alike:.3g} tokens in common",
             f"cost of a token: {costs} (cached: 0)",
             *(f"note: {note}" for note in notes),
             "The ratio adds up tokens. It does not know that attention costs more in a longer context, that stages "

@@ -273,12 +273,13 @@ def _sizes(stats: Sequence[dict[str, float]]) -> dict[str, float]:
         "gcpo/rollout/equal_rewards_share": mean["equal_rewards"],
         "gcpo/prompts/frame_tokens": mean["frame_tokens"],
         "gcpo/prompts/block_tokens": mean["block_tokens"],
+        "gcpo/rollout/alike_tokens": mean["alike_tokens"],
         "gcpo/rollout/spread_in_groups": math.sqrt(inside) / tokens,
         "gcpo/rollout/spread_of_groups": math.sqrt(max(0.0, scatter - inside / size)) / tokens,
     }
 
 
-_SIZES = ("equal_rewards", "frame_tokens", "block_tokens", "response_tokens", "response_variance")
+_SIZES = ("equal_rewards", "frame_tokens", "block_tokens", "response_tokens", "response_variance", "alike_tokens")
 
 
 def _mean(values: Sequence[float]) -> float:

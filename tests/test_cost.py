@@ -19,6 +19,7 @@ from gcpo.cost import (
     Step,
     Texts,
     Weights,
+    _Group,
     packed_tokens,
     ragged,
     ragged_groups,
@@ -178,6 +179,20 @@ def test_equal_rewards() -> None:
     assert half["trained/conditioned_unshared"] == full["trained/conditioned_unshared"]
     half = count(settings(preset="balanced", kappa=0.0), shares=Shares(0.5))
     assert half["generated/marginal"] == full["generated/marginal"] / 2
+
+
+@pytest.mark.parametrize("alike", [0.0, 4.0, 9.0, 20.0, 26.0])
+def test_answers_that_begin_alike(alike: float) -> None:
+    """Two answers of 28 tokens have as many tokens in common as they should, on average."""
+    config, step = settings(8, preset="light"), Step(groups=1, n=8, max_response=64, budget=10_000, cache_block=0)
+    fixed = {name: itertools.repeat(int(value)) for name, value in vars(TEXTS).items()}
+    found = []
+    for seed in range(300):
+        group = _Group(config, step, 12.0, fixed, 12, [28] * 8, alike, np.random.default_rng(seed))
+        paths = [group.response(i) for i in range(8)]
+        assert all(tokens_of(path) == 28 for path in paths) and group.response(3) is paths[3]
+        found += [shared_tokens(a, b) for a, b in itertools.combinations(paths, 2)]
+    assert sum(found) / len(found) == pytest.approx(alike, abs=1.2)  # they part at multiples of two tokens
 
 
 def test_draws_that_are_not_valid() -> None:

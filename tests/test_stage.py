@@ -117,13 +117,23 @@ def test_rollout_metrics_by_hand() -> None:
             "graded_response_reward": 0.25,
             "seconds": 2.0,
             **sizes(
-                equal_rewards=0.0, frame_tokens=20.0, block_tokens=8.0, response_tokens=10.0, response_variance=6.0
+                equal_rewards=0.0,
+                frame_tokens=20.0,
+                block_tokens=8.0,
+                response_tokens=10.0,
+                response_variance=6.0,
+                alike_tokens=3.0,
             ),
         },
         {
             "skipped": 1.0,
             **sizes(
-                equal_rewards=1.0, frame_tokens=30.0, block_tokens=4.0, response_tokens=14.0, response_variance=2.0
+                equal_rewards=1.0,
+                frame_tokens=30.0,
+                block_tokens=4.0,
+                response_tokens=14.0,
+                response_variance=2.0,
+                alike_tokens=6.0,
             ),
         },
         {"skipped": 1.0, "stage_failed": 1.0},
@@ -135,7 +145,7 @@ def test_rollout_metrics_by_hand() -> None:
     assert metrics["gcpo/rollout/skipped_groups_share"] == pytest.approx(2 / 3)
     assert metrics["gcpo/tokens/prefix_cache_hit_share"] == 0.6
     assert metrics["gcpo/tokens/cached/collider"] == 60
-    assert metrics["gcpo/rollout/equal_rewards_share"] == 0.5
+    assert metrics["gcpo/rollout/equal_rewards_share"] == 0.5 and metrics["gcpo/rollout/alike_tokens"] == 4.5
     assert metrics["gcpo/prompts/frame_tokens"] == 25 and metrics["gcpo/prompts/block_tokens"] == 6
     # The variance in a group is 4, that of the means 8; a mean of 4 responses owes 1 of it to them.
     assert metrics["gcpo/rollout/spread_in_groups"] == pytest.approx(4**0.5 / 12)

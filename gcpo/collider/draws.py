@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -169,6 +170,7 @@ class ColliderStage:
         stats["block_tokens"] = float(np.mean(sizes))
         stats["responses"] = float(n)
         stats["response_tokens"] = float(np.mean([len(ids) for ids in responses]))
+        stats["alike_tokens"] = _alike(responses)
         stats["response_variance"] = float(np.var([len(ids) for ids in responses], ddof=1))
         stats["waited_seconds"] = started - asked
         stats["seconds"] = time.monotonic() - started
@@ -250,6 +252,18 @@ class ColliderStage:
             block = self.prompts.collider_block(draw.token_ids)
             contexts.append(group.context(i, slot, block, replaced))
         return contexts
+
+
+def _alike(responses: Sequence[Sequence[int]]) -> float:
+    """Tokens with which two responses begin in common, mean over pairs."""
+    rows = [np.asarray(ids) for ids in responses]
+
+    def common(a: np.ndarray, b: np.ndarray) -> int:
+        size = min(len(a), len(b))
+        differ = np.flatnonzero(a[:size] != b[:size])
+        return int(differ[0]) if len(differ) else size
+
+    return float(np.mean([common(a, b) for a, b in itertools.combinations(rows, 2)]))
 
 
 def _count(draws: Sequence[Draw]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_prep.warm_start import Recipe, make_tokenizer
-from gcpo.collider.draws import ColliderStage, GroupResult
+from gcpo.collider.draws import ColliderStage, GroupResult, _alike
 from gcpo.collider.plan import LeaveOneOutPlan
 from gcpo.collider.prompts import CandidatePrompts
 from gcpo.config import GCPOConfig
@@ -124,6 +124,12 @@ def test_a_share_of_the_responses_has_a_kappa_term() -> None:
     assert run(Server(), preset="balanced", kappa=0.0).kl_weight == [0.0] * 4
     everything = run(Server(), preset="light", reference={"fraction": 0.25})
     assert all(context for row in everything.contexts for context in row)  # Upsilon needs them all
+
+
+def test_tokens_that_responses_begin_with_in_common() -> None:
+    """The mean over pairs: of four responses whose pairs share 2, 1, 1, 1, 1 and 3 tokens."""
+    assert _alike([[5, 6, 2], [5, 6, 7, 2], [5, 8, 9, 2], [5, 8, 9]]) == pytest.approx((2 + 1 + 1 + 1 + 1 + 3) / 6)
+    assert run(Server(), preset="light").stats["alike_tokens"] == 0.0
 
 
 def test_admission_is_asked_for_the_prompts() -> None:
