@@ -28,6 +28,12 @@ METHODS = {
     "gc2po-bounded": ["gc2po.form=inject", "gc2po.perturbation.draws=2", "gc2po.episodes.scored=1"],
     "gc2po-off": ["gc2po.counterfactual=off"],
 }
+# The weights stay as they are, so that every method generates responses of the same kind.
+UNTRAINED = [
+    "trainer.val_before_train=False",
+    "trainer.test_freq=-1",
+    "actor_rollout_ref.actor.optim.lr=0",
+]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",

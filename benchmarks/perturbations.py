@@ -12,9 +12,8 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.common import record, run
+from benchmarks.common import UNTRAINED, record, run
 
-FIXED = ["trainer.val_before_train=False", "trainer.test_freq=-1", "actor_rollout_ref.actor.optim.lr=0"]
 METRICS = {
     "robustness": "gc2po/robustness/mean",
     "lowest robustness": "gc2po/robustness/min",
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--sigmas", type=float, nargs="*", default=[0.1, 0.5, 1.0, 2.0])
     parser.add_argument("--etas", type=float, nargs="*", default=[0.5, 1.0])
     args = parser.parse_args()
-    overrides = [f"trainer.total_training_steps={args.steps}", *FIXED]
+    overrides = [f"trainer.total_training_steps={args.steps}", *UNTRAINED]
     results = {}
     for number, (name, changes) in enumerate(variants(args.sigmas, args.etas).items()):
         steps = run(args.output / f"{number}", "gc2po", args.model, args.data, *overrides, *changes)

@@ -15,14 +15,8 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.common import METHODS, record, run
+from benchmarks.common import METHODS, UNTRAINED, record, run
 
-# The weights stay as they are, so that every method generates responses of the same kind.
-OVERRIDES = [
-    "trainer.val_before_train=False",
-    "trainer.test_freq=-1",
-    "actor_rollout_ref.actor.optim.lr=0",
-]
 STAGES = {
     "generation": ("timing_s/gen",),
     "old log-prob": ("timing_s/old_log_prob",),
@@ -68,7 +62,7 @@ def main() -> None:
         f"trainer.total_training_steps={args.steps}",
         f"data.train_batch_size={args.batch}",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={args.batch}",
-        *OVERRIDES,
+        *UNTRAINED,
     ]
     steps: dict[str, list[dict[str, float]]] = {method: [] for method in args.methods}
     for attempt in range(args.rounds):

@@ -37,7 +37,7 @@ def check_run(config: DictConfig) -> GCPOConfig:
     gcpo = GCPOConfig.from_config(group, n=rollout.n, response_length=config.data.max_response_length)
     _check_supported(config, gcpo)
     _check_model(config)
-    _check_lengths(config, gcpo)
+    _check_lengths(config, gcpo, model_config(config))
     for name in ("train_files", "val_files"):
         _check_files(name, config.data)
     _check_reward(config)
@@ -77,7 +77,7 @@ def check_gc2po_run(config: DictConfig) -> GC2POConfig:
         )
     if perturbs and model is not None:
         _check_perturbable(model)
-    _check_lengths(config, gcpo)
+    _check_lengths(config, gcpo, model)
     _check_branches(config, gc2po)
     for name in ("train_files", "val_files"):
         _check_files(name, config.data)
@@ -243,7 +243,7 @@ def longest_prompt(config: DictConfig, gcpo: GCPOConfig) -> int:
     return config.data.max_prompt_length + len(blocks.intro + blocks.outro) + count * (blocks.max_tokens + label)
 
 
-def _check_lengths(config: DictConfig, gcpo: GCPOConfig) -> None:
+def _check_lengths(config: DictConfig, gcpo: GCPOConfig, model: Any) -> None:
     rollout, data = config.actor_rollout_ref.rollout, config.data
     prompt, response = data.max_prompt_length, data.max_response_length
     need, longest_row = prompt + response, prompt + response
@@ -251,7 +251,7 @@ def _check_lengths(config: DictConfig, gcpo: GCPOConfig) -> None:
         with_blocks = longest_prompt(config, gcpo)
         longest_row = max(need, with_blocks + response)
         need = max(need, with_blocks + max(gcpo.collider.max_tokens, gcpo.conditioned.max_tokens))
-    context = getattr(model_config(config), "max_position_embeddings", None)
+    context = getattr(model, "max_position_embeddings", None)
     if context is not None and prompt + response > context:
         raise ConfigError(
             f"data.max_prompt_length + data.max_response_length is {prompt + response}, the model's context {context}: "
