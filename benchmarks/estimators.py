@@ -42,6 +42,7 @@ from gcpo.packing.attention import tree_attention_on
 
 N = 8
 KAPPA_REPEATS = 50
+BOOTSTRAP = 400
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ TRUTHS = {
     "leave_one_out": Estimate("leave one out, L = L' = M = 8", N, N, N),
 }
 ESTIMATES = [
-    Estimate("mean of the group, nothing generated", 0, generations=0),
+    Estimate("mean of the group, nothing generated (light)", 0, generations=0),
     Estimate("shared, L = 2, inclusive", 2),
     Estimate("shared, L = 2, exclusive", 2, projection="exclusive"),
     Estimate("shared, L = 4, inclusive", 4),
@@ -69,10 +70,11 @@ ESTIMATES = [
     Estimate("shared, L = 8, M = 1", 8),
     Estimate("shared, L = 8, prompt states", 8, source="prompt"),
     Estimate("leave one out, L = L' = 1", 1, 1),
-    Estimate("leave one out, L = 2, L' = 1 (balanced)", 2, 1),
+    Estimate("leave one out, L = 2, L' = 1", 2, 1),
     Estimate("leave one out, L = L' = 2", 2, 2),
     Estimate("leave one out, L = L' = 4", 4, 4),
-    Estimate("leave one out, L = L' = 1, prompt states (light)", 1, 1, source="prompt"),
+    Estimate("leave one out, L = L' = 1, prompt states (balanced)", 1, 1, source="prompt"),
+    Estimate("leave one out, L = 2, L' = 1, prompt states", 2, 1, source="prompt"),
     Estimate("leave one out, L = L' = 8, prompt states", 8, 8, source="prompt"),
 ]
 
@@ -383,6 +385,21 @@ def fraction_variance(gradients: torch.Tensor, fraction: float, seed: int) -> di
     return {"cosine": statistics.mean(cosines), "relative variance": statistics.mean(errors)}
 
 
+def bootstrap(a: torch.Tensor, b: torch.Tensor, seed: int) -> list[float]:
+    """Cosine of two batch gradients, and its 95 % percentile interval over drawings of the groups."""
+    a, b = (gradients.view(-1, N, gradients.shape[1]).mean(1).double() for gradients in (a, b))
+    # Inner products of the groups are all that a drawing needs.
+    products = [x @ y.T for x, y in ((a, b), (a, a), (b, b))]
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(a), (BOOTSTRAP, len(a)), generator=generator)
+    counts = torch.nn.functional.one_hot(draws, len(a)).sum(1).double()
+    counts = torch.cat([torch.ones(1, len(a), dtype=torch.float64), counts])
+    ab, aa, bb = (torch.einsum("ri,ij,rj->r", counts, product, counts) for product in products)
+    cosines = ab / (aa * bb).sqrt()
+    low, high = cosines[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return [float(cosines[0]), low, high]
+
+
 # ---- the study -----------------------------------------------------------------------------------------------------
 
 
@@ -476,17 +493,17 @@ def main() -> None:
                 **{name: compare(values, truth) for name, truth in truths.items()},
             }
         )
-    light = next(e for e in ESTIMATES if "(light)" in e.name)
-    whole = [upsilon(f, light) for f in features]
-    found["blocks and Upsilon of light"] = []
+    balanced = next(e for e in ESTIMATES if "(balanced)" in e.name)
+    whole = [upsilon(f, balanced) for f in features]
+    found["blocks and Upsilon of balanced"] = []
     cut = {}
     for name, make in budgets.items():
         made = make()
         cut[name] = [cut_contexts(group, made) for group in groups]
         states = [features_of(policy, group, own) for group, own in zip(groups, cut[name], strict=True)]
-        values = [upsilon(f, light) for f in states]
+        values = [upsilon(f, balanced) for f in states]
         tokens = statistics.mean(len(c) for own in cut[name] for row in own for c in row if c)
-        found["blocks and Upsilon of light"].append(
+        found["blocks and Upsilon of balanced"].append(
             {"blocks": name, "context tokens": tokens, **compare(values, whole)}
         )
 
@@ -495,8 +512,8 @@ def main() -> None:
     loo = kappa_gradients(policy, few, [g.result.contexts for g in few], TRUTHS["leave_one_out"])
     found["kappa gradient"] = {"estimates": [], "fractions": [], "blocks": []}
 
-    def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float(torch.cosine_similarity(a.mean(0), b.mean(0), dim=0))
+    def cosine(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+        return bootstrap(a, b, args.seed)
 
     for estimate in [
         *TRUTHS.values(),
@@ -535,6 +552,9 @@ def show(found: dict[str, Any]) -> None:
     def pm(pair: list[float] | None) -> str:
         return "–" if pair is None else f"{pair[0]:.2f} ± {pair[1]:.2f}"
 
+    def span(values: list[float]) -> str:
+        return "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
     print("| Υ by | tokens generated | rank corr. with paper | with leave one out | mean error | spread | split half |")
     print("|---|---|---|---|---|---|---|")
     for e in found["upsilon"]:
@@ -543,20 +563,20 @@ def show(found: dict[str, Any]) -> None:
             f"| {pm(e['leave_one_out']['rank correlation'])} | {pm(e['shared']['mean error'])} | {e['spread']:.2f} "
             f"| {pm(e['split half'])} |"
         )
-    print(
-        "\n| blocks (light) | tokens of a context | rank corr. with whole responses | mean error |\n|---|---|---|---|"
-    )
-    for e in found["blocks and Upsilon of light"]:
+    print("\n| blocks (balanced) | tokens of a context | rank corr. with whole responses | mean error |")
+    print("|---|---|---|---|")
+    for e in found["blocks and Upsilon of balanced"]:
         print(f"| {e['blocks']} | {e['context tokens']:.0f} | {pm(e['rank correlation'])} | {pm(e['mean error'])} |")
     print("\n| κ gradient by | norm | cosine to paper | to leave one out |\n|---|---|---|---|")
     for e in found["kappa gradient"]["estimates"]:
-        print(f"| {e['name']} | {e['norm']:.3f} | {e['cosine to paper']:.2f} | {e['cosine to leave one out']:.2f} |")
+        cosines = " | ".join(span(e[f"cosine to {truth}"]) for truth in ("paper", "leave one out"))
+        print(f"| {e['name']} | {e['norm']:.3f} | {cosines} |")
     print("\n| fraction | cosine | relative variance |\n|---|---|---|")
     for e in found["kappa gradient"]["fractions"]:
         print(f"| {e['fraction']} | {e['cosine']:.2f} | {e['relative variance']:.2f} |")
     print("\n| blocks | norm | cosine to whole responses |\n|---|---|---|")
     for e in found["kappa gradient"]["blocks"]:
-        print(f"| {e['blocks']} | {e['norm']:.3f} | {e['cosine']:.2f} |")
+        print(f"| {e['blocks']} | {e['norm']:.3f} | {span(e['cosine'])} |")
 
 
 if __name__ == "__main__":

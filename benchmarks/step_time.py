@@ -4,8 +4,8 @@
 four methods one after another, in rounds (so that a machine that slows down slows all of them down), on the quick-start
 configuration at n = 8, and prints medians over all steps but the first of each run. It also writes ``step_time.json``.
 
-``--methods paper paper-unshared --batch 4`` sets ``paper`` beside itself with nothing shared: the prefix cache off, and
-every context scored and trained on by itself, in micro-batches of the same token budget.
+``--methods paper paper-batched paper-unshared --batch 4`` sets ``paper`` beside itself with nothing shared, the prefix
+cache off: every context is a row of its own, in micro-batches of the same token budget (``batched``), or one at a time.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class FeaturesConfig:
 class WeightingConfig:
     """Upsilon, the causal weight (Eq. 11)."""
 
-    target: Literal["projection", "group_mean", "conditioned", "off"] = "projection"
+    target: Literal["projection", "group_mean", "conditioned", "off"] | None = None
     """What a response is compared with: the projection of Step 4 (the paper), the mean of the group (no extra
     generation), the conditioned mean, or nothing (Upsilon = 1). ``gcpo.weighting=off`` is short for ``off``."""
     similarity: Literal["cosine", "euclidean", "gaussian"] = "cosine"
@@ -141,7 +141,8 @@ class ScoringConfig:
     """Tokens in a micro-batch, without and with gradient; ``null``: verl's ``ppo_max_token_len_per_gpu``."""
     packing: Literal["tree", "dense"] = "tree"
     """``tree``: what contexts share goes through the model once; ``dense``: every context goes through it by itself.
-    A model or setting that ``tree`` cannot serve is scored dense, and the log says so once."""
+    A model or setting that ``tree`` cannot serve is scored dense, and the log says so once. ``dense`` has as many
+    sequences in a micro-batch as verl's ``ppo_micro_batch_size_per_gpu`` where ``use_dynamic_bsz`` is off."""
     min_shared_tokens: int = 8
     """Shorter stretches are repeated instead of shared: every stretch costs attention calls of its own."""
 
@@ -163,8 +164,9 @@ class GCPOConfig:
     """Everything that GCPO adds to verl's configuration."""
 
     preset: Literal["paper", "balanced", "light"] = "balanced"
-    """Values of the fields left ``null``. ``paper``: L = M = n shared draws. ``balanced``: L = 2 shared draws,
-    L' = 1 leave-one-out draw, M = 1. ``light``: L = 1, L' = 1, states of the prompts, no conditioned generation."""
+    """Values of the fields left ``null``, as the study in docs/estimators.md sets them. ``paper``: L = M = n shared
+    draws. ``balanced``: L = L' = 1, states of the prompts, no conditioned generation. ``light``: the mean of the group
+    as the target of Upsilon; L = L' = 1 for the kappa term alone."""
     alpha: float = 2.0
     """Scale of Upsilon."""
     kappa: float = 0.06
@@ -248,11 +250,11 @@ class GCPOConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"draws": "shared", "num_draws": None, "num_marginal_draws": 0, "num_generations": None,
-              "projection": "inclusive", "source": "response", "fraction": 1.0},
-    "balanced": {"draws": "leave_one_out", "num_draws": 2, "num_marginal_draws": 1, "num_generations": 1,
-                 "projection": "inclusive", "source": "response", "fraction": 0.5},
+              "projection": "inclusive", "source": "response", "target": "projection", "fraction": 1.0},
+    "balanced": {"draws": "leave_one_out", "num_draws": 1, "num_marginal_draws": 1, "num_generations": 1,
+                 "projection": "inclusive", "source": "prompt", "target": "projection", "fraction": 0.5},
     "light": {"draws": "leave_one_out", "num_draws": 1, "num_marginal_draws": 1, "num_generations": 1,
-              "projection": "inclusive", "source": "prompt", "fraction": 0.25},
+              "projection": "inclusive", "source": "prompt", "target": "group_mean", "fraction": 0.25},
 }  # fmt: skip
 
 
@@ -292,6 +294,7 @@ def _fill(config: GCPOConfig, *, n: int, response_length: int) -> GCPOConfig:
             max_tokens=config.blocks.max_tokens if config.blocks.max_tokens is not None else response_length,
         ),
         features=dataclasses.replace(config.features, source=pick(config.features.source, "source")),
+        weighting=dataclasses.replace(config.weighting, target=pick(config.weighting.target, "target")),
         reference=dataclasses.replace(config.reference, fraction=pick(config.reference.fraction, "fraction")),
     )
 

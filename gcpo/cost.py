@@ -22,7 +22,7 @@ import numpy as np
 
 from gcpo.collider.plan import Block, leave_one_out_plan
 from gcpo.config import BlocksConfig, GCPOConfig
-from gcpo.packing.tree import BudgetError, cheapest_cuts
+from gcpo.packing.tree import BudgetError, cheapest_cuts, shared_stretches, shared_with_previous
 
 Segment = tuple[tuple[str, int], int]
 Path = tuple[Segment, ...]
@@ -50,6 +50,7 @@ class Lengths:
         question_range: the shortest and the longest question; ``None``: all have the mean length.
         answer: of a response from its last ``\\boxed{`` on, for ``blocks.truncation: answer``.
         alike: with which two answers to one question begin in common, mean over pairs.
+        alike_draws: with which two collider draws of a group do; ``None``: as many as answers.
     """
 
     question: float
@@ -62,12 +63,13 @@ class Lengths:
     question_range: tuple[float, float] | None = None
     answer: float = 12.0
     alike: float = 0.0
+    alike_draws: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name == "question_range":
+            if name == "question_range" or value is None:
                 continue
-            least = 0 if name.endswith("spread") or name == "alike" else 1
+            least = 0 if name.endswith("spread") or name.startswith("alike") else 1
             if not (math.isfinite(value) and value >= least):
                 raise ValueError(f"the length {name} is {value}; it must be a number of at least {least}")
 
@@ -252,8 +254,8 @@ def shared_tokens(a: Path, b: Path) -> int:
     return shared
 
 
-def packed_tokens(paths: Sequence[Path], budget: float) -> int:
-    """Tokens that go through the model where shared segments go through it once, in packs of at most ``budget``.
+def packed_tokens(paths: Sequence[Path], budget: float, min_shared: int = 1) -> int:
+    """Tokens that go through the model where shared stretches go through it once, in packs of at most ``budget``.
 
     Raises:
         BudgetError: a sequence is longer than the budget.
@@ -262,7 +264,8 @@ def packed_tokens(paths: Sequence[Path], budget: float) -> int:
     lengths = [tokens_of(path) for path in order]
     if lengths and max(lengths) > budget:
         raise BudgetError(f"a sequence of {max(lengths)} tokens does not fit into the token budget of {budget}")
-    shared = [0, *(shared_tokens(a, b) for a, b in pairwise(order))]
+    common = [0, *(shared_tokens(a, b) for a, b in pairwise(order))][: len(order)]
+    shared = shared_with_previous(*shared_stretches(lengths, common, min_shared))
     total = sum(lengths) - sum(shared)
     # A cut between two trees repeats nothing.
     roots = [*(k for k, tokens in enumerate(shared) if not tokens), len(order)]
@@ -310,7 +313,7 @@ class _Group:
         fixed: Mapping[str, Iterator[int]],
         question: int,
         responses: list[int],
-        alike: float,
+        alike: Mapping[str, float],
         rng: np.random.Generator,
     ) -> None:
         self.config, self.answer, self.responses = config, answer, responses
@@ -321,7 +324,6 @@ class _Group:
         self.plain = _path(("question", 0, question - end), ("question end", 0, end))
         self.tail = _path(("tail", 0, next(fixed["tail"])))
         start = next(fixed["label_start"])
-        start = start if start >= config.scoring.min_shared_tokens else 0
         rest = [max(0, next(fixed["label"]) - start) for _ in responses]
         texts = [block_text(length, step.max_response, config.blocks, answer) for length in responses]
         self.blocks = [_path(("label", 0, start), ("candidate", k, rest[k] + text)) for k, text in enumerate(texts)]
@@ -350,9 +352,10 @@ class _Group:
         Some, as many as ``alike`` needs beyond a third of the tokens, never part; for the rest the place is uniform.
         """
         if (name, number) not in self.texts:
-            share = min(self.alike / tokens, 1.0) if tokens else 0.0
+            alike = self.alike["draws" if name == "draw" else "answers"]
+            share = min(alike / tokens, 1.0) if tokens else 0.0
             never = (math.sqrt(12 * share - 3) - 1) / 2 if share > 1 / 3 else 0.0
-            part = tokens if self.rng.random() < never else int(self.rng.uniform(0, min(tokens, 3 * self.alike)))
+            part = tokens if self.rng.random() < never else int(self.rng.uniform(0, min(tokens, 3 * alike)))
             common, rest = divmod(part, GRAIN)
             own = ("alike", common) if part == tokens else (name, number)
             tail = rest if part == tokens else tokens - common * GRAIN
@@ -419,7 +422,10 @@ class GroupSimulator:
         config, n = self.config, self.step.n
         question, responses = next(self.groups)
         lengths = self.lengths
-        group = _Group(config, self.step, lengths.answer, self.fixed, question, responses, lengths.alike, self.parting)
+        alike = {"answers": lengths.alike, "draws": lengths.alike_draws}
+        if lengths.alike_draws is None:
+            alike["draws"] = lengths.alike
+        group = _Group(config, self.step, lengths.answer, self.fixed, question, responses, alike, self.parting)
         counts = Counter({f"{what}/{kind}": 0 for what in ("generated", "prefilled", "cached") for kind in KINDS})
         cache = PrefixCache(self.step.cache_block)
         self._plain(group, cache, counts)
@@ -467,11 +473,15 @@ class GroupSimulator:
         config, n = self.config, self.step.n
         num_shared, num_marginal = config.collider.num_draws, config.marginal_draws
         sizes = [tokens_of(block) for block in group.blocks]
+        wanted = list(range(n)) if config.causal_target_on and not equal_rewards else weighted
         plan = leave_one_out_plan(
-            n, num_shared + num_marginal, lengths=sizes, permutation=self.rng.permutation(n).tolist()
+            n,
+            num_shared + num_marginal,
+            lengths=sizes,
+            permutation=self.rng.permutation(n).tolist(),
+            leaves=wanted or None,
         )
-        upsilon = config.causal_target_on and not equal_rewards
-        chosen = [i for i in plan.depth_first() if upsilon or i in weighted]
+        chosen = plan.depth_first() if wanted else ()
 
         def generate(kind: str, prompt: Path) -> int | None:
             """Length of a generation, ``None`` of one that is not valid."""
@@ -540,7 +550,7 @@ class GroupSimulator:
     def _through_the_model(self, paths: Sequence[Path], budget: float) -> int:
         if self.config.scoring.packing == "dense":
             return sum(map(tokens_of, paths))
-        return packed_tokens(paths, budget)
+        return packed_tokens(paths, budget, self.config.scoring.min_shared_tokens)
 
     def _measured(self, counts: Counter[str]) -> None:
         """Passes whose gradients are measured and thrown away (``metrics.grad_norm_every``), a part of them a step."""

@@ -46,6 +46,8 @@ CACHE_BLOCK = 16
 
 SHARE = "cached share"
 
+CACHED = "cached/"
+
 ROWS: dict[str, dict[str, str]] = {
     "generated": {
         "responses": "generated/response",
@@ -244,6 +246,7 @@ def of_log(
         spread=log.get("gcpo/rollout/spread_in_groups", SPREAD),
         group_spread=log.get("gcpo/rollout/spread_of_groups", 0.0),
         alike=log.get("gcpo/rollout/alike_tokens", 0.0),
+        alike_draws=log.get("gcpo/rollout/alike_draw_tokens"),
         question_range=(log.get("prompt_length/min", question), log.get("prompt_length/max", question)),
     )
     if "gcpo/prompts/block_tokens" not in log:
@@ -323,8 +326,8 @@ def _cost(options: Namespace, console: Console) -> int:
             notes.append(f"{name} is left out: {error}")
     weights = given.weights
     if log is not None and own and not options.weight:
-        logged = {name: value for name, (value, _) in compare(tokens[preset], log).items()}
-        measured = weights_of_log(log, {**tokens[preset], **logged}, step)
+        logged = {name: log.get(f"gcpo/tokens/{name}", value) for name, value in tokens[preset].items()}
+        measured = weights_of_log(log, logged, step)
         if measured is not None:
             weights = measured
             notes.append("the weights are those of the run's own stages: seconds of a stage over its tokens")
@@ -391,12 +394,16 @@ def assume(
 
 
 def compare(tokens: Mapping[str, float], log: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Every counter that the log and the model have: logged, and expected."""
-    return {
-        name: (log[f"gcpo/tokens/{name}"], value)
-        for name, value in tokens.items()
-        if log.get(f"gcpo/tokens/{name}") or (value and f"gcpo/tokens/{name}" in log)
-    }
+    """Every counter that the log and the model have: logged, and expected.
+
+    What is cached is added up over the kinds: which of two prompts reaches the server first, and so is not the one that
+    finds something, is chance.
+    """
+    known = {name: value for name, value in tokens.items() if f"gcpo/tokens/{name}" in log}
+    found = {name: (log[f"gcpo/tokens/{name}"], value) for name, value in known.items() if not name.startswith(CACHED)}
+    cached = [name for name in known if name.startswith(CACHED)]
+    found["cached"] = (sum(log[f"gcpo/tokens/{name}"] for name in cached), sum(known[name] for name in cached))
+    return {name: pair for name, pair in found.items() if any(pair)}
 
 
 # ---- output -------------------------------------------------------------------------------------------------------

@@ -265,11 +265,12 @@ def _sizes(stats: Sequence[dict[str, float]]) -> dict[str, float]:
     """
     if not stats:
         return {}
-    mean = {name: sum(entry[name] for entry in stats) / len(stats) for name in stats[0] if name in _SIZES}
+    values = {name: [entry[name] for entry in stats if name in entry] for name in _SIZES}
+    mean = {name: sum(known) / len(known) for name, known in values.items() if known}
     tokens, inside = mean["response_tokens"], mean["response_variance"]
     scatter = sum((entry["response_tokens"] - tokens) ** 2 for entry in stats) / max(len(stats) - 1, 1)
     size = sum(entry["responses"] for entry in stats) / len(stats)
-    return {
+    metrics = {
         "gcpo/rollout/equal_rewards_share": mean["equal_rewards"],
         "gcpo/prompts/frame_tokens": mean["frame_tokens"],
         "gcpo/prompts/block_tokens": mean["block_tokens"],
@@ -277,9 +278,21 @@ def _sizes(stats: Sequence[dict[str, float]]) -> dict[str, float]:
         "gcpo/rollout/spread_in_groups": math.sqrt(inside) / tokens,
         "gcpo/rollout/spread_of_groups": math.sqrt(max(0.0, scatter - inside / size)) / tokens,
     }
+    if "alike_draw_tokens" in mean:
+        metrics["gcpo/rollout/alike_draw_tokens"] = mean["alike_draw_tokens"]
+    return metrics
 
 
-_SIZES = ("equal_rewards", "frame_tokens", "block_tokens", "response_tokens", "response_variance", "alike_tokens")
+_SIZES = (
+    "equal_rewards",
+    "frame_tokens",
+    "block_tokens",
+    "response_tokens",
+    "response_variance",
+    "alike_tokens",
+    "alike_draw_tokens",
+)
+"""A group with fewer than two draws lacks the last."""
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,20 +19,24 @@ def resolve(n: int = 8, response_length: int = 100, **config: Any) -> GCPOConfig
 
 
 @pytest.mark.parametrize(
-    ("preset", "draws", "shared", "marginal", "generations", "source"),
+    ("preset", "draws", "shared", "marginal", "generations", "source", "target", "fraction"),
     [
-        ("paper", "shared", 8, 0, 8, "response"),
-        ("balanced", "leave_one_out", 2, 1, 1, "response"),
-        ("light", "leave_one_out", 1, 1, 1, "prompt"),
+        ("paper", "shared", 8, 0, 8, "response", "projection", 1.0),
+        ("balanced", "leave_one_out", 1, 1, 1, "prompt", "projection", 0.5),
+        ("light", "leave_one_out", 1, 1, 1, "prompt", "group_mean", 0.25),
     ],
 )
-def test_presets(preset: str, draws: str, shared: int, marginal: int, generations: int, source: str) -> None:
-    """The presets are METHOD's: paper L = M = n shared; balanced 2 + 1, M = 1; light 1 + 1 and no generation."""
+def test_presets(
+    preset: str, draws: str, shared: int, marginal: int, generations: int, source: str, target: str, fraction: float
+) -> None:
+    """The paper's, and those of the study: states of prompts; the group's mean and no context for Upsilon."""
     config = resolve(preset=preset)
     found = config.collider
     assert (found.draws, found.num_draws, config.marginal_draws) == (draws, shared, marginal)
     assert (found.num_generations, config.features.source, found.projection) == (generations, source, "inclusive")
-    assert config.needs_generations == (preset != "light")
+    assert (config.weighting.target, config.reference.fraction) == (target, fraction)
+    assert config.needs_generations == (preset == "paper")
+    assert config.causal_target_on == (preset != "light")
     assert found.max_tokens == config.conditioned.max_tokens == config.blocks.max_tokens == 100
 
 
@@ -40,7 +44,7 @@ def test_a_given_value_wins_over_the_preset() -> None:
     """A field that is set stays; another draws option brings its own number of leave-one-out draws."""
     config = resolve(preset="paper", collider={"num_draws": 3, "draws": "leave_one_out"}, blocks={"max_tokens": 7})
     assert config.collider.num_draws == 3 and config.marginal_draws == 1 and config.blocks.max_tokens == 7
-    assert resolve(preset="balanced", collider={"draws": "shared"}).marginal_draws == 0
+    assert resolve(preset="balanced", collider={"draws": "shared", "num_draws": 2}).marginal_draws == 0
 
 
 @pytest.mark.parametrize("off", ["off", False, {"target": "off"}, {"target": False}])

@@ -39,6 +39,9 @@ LENGTHS = Lengths(question=12, response=21, collider=31, marginal=31, conditione
 TEXTS = Texts(intro=6, tail=5, label=10, label_start=7, collider_label=9, question_end=2)
 FRAME, BLOCK, DRAW = 10 + 6 + 5, 30, 39
 
+GENERATED = {"preset": "balanced", "collider": {"num_draws": 2}, "features": {"source": "response"}}
+"""L = 2, L' = 1, M = 1."""
+
 
 def settings(n: int = 2, **changes: object) -> GCPOConfig:
     return GCPOConfig.from_config({"metrics": {"grad_norm_every": 0}, **changes}, n=n, response_length=64)
@@ -129,9 +132,20 @@ def test_plain_prompts_are_cached_on_every_server() -> None:
 
 
 def test_light() -> None:
+    """n = 2: a shared draw and one over the other response, for the one response that has a kappa term."""
+    found = count(settings(preset="light"))
+    context = FRAME + BLOCK + DRAW
+    assert found["generated/collider"] == found["generated/marginal"] == 3 * 31
+    assert found["prefilled/marginal"] == 3 * (FRAME + BLOCK)
+    assert found["scored_unshared/response"] == 3 * 2 * 21
+    assert found["scored_unshared/context"] == 3 * 2 * (context + 21)
+    assert found["trained/conditioned"] == 3 * (context + 21)
+
+
+def test_balanced() -> None:
     """n = 2: one shared draw over both responses, one over the other one each; states of all four contexts, and one
     response is scored under two of them."""
-    found = count(settings(preset="light"))
+    found = count(settings(preset="balanced"))
     assert found["generated/collider"] == 3 * 31 and found["generated/marginal"] == 3 * 2 * 31
     assert found["prefilled/collider"] == 3 * (FRAME + 2 * BLOCK)
     assert found["prefilled/marginal"] == 3 * 2 * (FRAME + BLOCK)
@@ -139,23 +153,23 @@ def test_light() -> None:
     context = FRAME + BLOCK + DRAW
     assert found["scored_unshared/response"] == 3 * 2 * 21
     assert found["scored_unshared/context"] == 3 * (4 * context + 2 * 21)
-    # Labels of 7 tokens are too short to be shared. The head is shared by all contexts, each block by two of them, and
-    # the label of the draws, 9 tokens, by the same two.
-    tree = (FRAME - 5) + 2 * BLOCK + 2 * 9 + 4 * (30 + 5) + 2 * 21
+    # The head and the 7 tokens with which labels begin are shared by all contexts, each block by two of them, and the
+    # label of the draws, 9 tokens, by the same two.
+    tree = (FRAME - 5 + 7) + 2 * (BLOCK - 7) + 2 * 9 + 4 * (30 + 5) + 2 * 21
     assert found["scored"] == 3 * (2 * 21 + tree)
     assert found["trained/conditioned"] == found["trained/conditioned_unshared"] == 3 * (context + 21)
 
 
-def test_balanced() -> None:
+def test_generated() -> None:
     """n = 2, L = 2, L' = 1, M = 1: six contexts, one generation under each, fed back alone."""
-    found = count(settings(preset="balanced"))
+    found = count(settings(**GENERATED))
     context = FRAME + BLOCK + DRAW
     assert found["prefilled/conditioned"] == 3 * 6 * context and found["generated/conditioned"] == 3 * 6 * 41
     assert found["scored_unshared/conditioned"] == 3 * 6 * 41
     assert found["scored_unshared/context"] == 3 * 3 * (context + 21)  # of one response, half of them
-    dense = count(settings(preset="balanced", scoring={"packing": "dense"}))
+    dense = count(settings(**GENERATED, scoring={"packing": "dense"}))
     assert dense["scored"] == sum_of(found, "scored_unshared") == sum_of(dense, "scored_unshared")
-    both = count(settings(preset="balanced", features={"context": "prompt_response"}))
+    both = count(settings(**{**GENERATED, "features": {"source": "response", "context": "prompt_response"}}))
     assert both["scored_unshared/response"] == 3 * 2 * 33
     assert both["scored_unshared/conditioned"] == 3 * 6 * (context + 41)
 
@@ -172,12 +186,12 @@ def test_paper() -> None:
 def test_equal_rewards() -> None:
     """A group with A = 0 has no conditioned generation, leave-one-out draws for its kappa term alone, and with
     kappa = 0 nothing but its responses."""
-    full, half = (count(settings(preset="balanced"), shares=Shares(share)) for share in (0.0, 0.5))
+    full, half = (count(settings(**GENERATED), shares=Shares(share)) for share in (0.0, 0.5))
     assert half["generated/conditioned"] == full["generated/conditioned"] / 2
     assert half["generated/collider"] == full["generated/collider"]
     assert half["generated/marginal"] == full["generated/marginal"] * 3 / 4
     assert half["trained/conditioned_unshared"] == full["trained/conditioned_unshared"]
-    half = count(settings(preset="balanced", kappa=0.0), shares=Shares(0.5))
+    half = count(settings(**GENERATED, kappa=0.0), shares=Shares(0.5))
     assert half["generated/marginal"] == full["generated/marginal"] / 2
 
 
@@ -188,7 +202,7 @@ def test_answers_that_begin_alike(alike: float) -> None:
     fixed = {name: itertools.repeat(int(value)) for name, value in vars(TEXTS).items()}
     found = []
     for seed in range(300):
-        group = _Group(config, step, 12.0, fixed, 12, [28] * 8, alike, np.random.default_rng(seed))
+        group = _Group(config, step, 12.0, fixed, 12, [28] * 8, {"answers": alike}, np.random.default_rng(seed))
         paths = [group.response(i) for i in range(8)]
         assert all(tokens_of(path) == 28 for path in paths) and group.response(3) is paths[3]
         found += [shared_tokens(a, b) for a, b in itertools.combinations(paths, 2)]
@@ -197,18 +211,18 @@ def test_answers_that_begin_alike(alike: float) -> None:
 
 def test_draws_that_are_not_valid() -> None:
     """They have no context; one that is cut has the most tokens that it may have, one that is lost has none."""
-    found = count(settings(preset="balanced"), shares=Shares(lost={"collider": 1.0}))
+    found = count(settings(**GENERATED), shares=Shares(lost={"collider": 1.0}))
     assert found["generated/collider"] == 0 and found["prefilled/collider"] == 3 * 2 * (FRAME + 2 * BLOCK)
     assert found["prefilled/conditioned"] == 3 * 2 * (FRAME + BLOCK + DRAW)
     assert found["trained/conditioned"] == 0
-    found = count(settings(preset="balanced"), shares=Shares(cut={"marginal": 0.5}))
+    found = count(settings(**GENERATED), shares=Shares(cut={"marginal": 0.5}))
     assert found["generated/marginal"] == 3 * 2 * (31 + 64) / 2
     assert found["prefilled/conditioned"] == 3 * 5 * (FRAME + BLOCK + DRAW)
 
 
 def test_a_share_of_the_responses() -> None:
     """Without Upsilon only the responses with a kappa term have leave-one-out draws and contexts."""
-    found = count(settings(4, preset="balanced", weighting="off", reference={"fraction": 0.25}), 4)
+    found = count(settings(4, **GENERATED, weighting="off", reference={"fraction": 0.25}), 4)
     assert found["generated/marginal"] == 3 * 31
     assert found["scored_unshared/context"] == 3 * 3 * (FRAME + 3 * BLOCK + DRAW + 21)
 
@@ -278,7 +292,8 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     """A folder as a run leaves it."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "hydra" / ".hydra").mkdir(parents=True)
-    config = compose_config("gcpo_quickstart", ["gcpo.preset=balanced", "actor_rollout_ref.model.path=hub/model"])
+    generated = ["gcpo.preset=balanced", "gcpo.collider.num_draws=2", "gcpo.features.source=response"]
+    config = compose_config("gcpo_quickstart", [*generated, "actor_rollout_ref.model.path=hub/model"])
     OmegaConf.save(config, folder / "hydra" / ".hydra" / "config.yaml")
     data = {"response_length/mean": 30.0, "prompt_length/mean": 20.0, "gcpo/tokens/generated/response": 3840.0}
     data |= {"gcpo/rollout/conditioned/tokens_mean": 25.0, "gcpo/tokens/generated/conditioned": 192 * 25.0}

@@ -24,7 +24,7 @@ def group() -> GroupFeatures:
 
 def test_weights_by_hand() -> None:
     """t = (1,1) - (1,0) + (.5,.5) = (.5, 1.5): cosines .5/|t| and 1.5/|t| with |t| = sqrt(2.5), times alpha = 2."""
-    weights, metrics = batch_weights([group()], [torch.tensor([1.0, -1.0])], config(preset="light"))
+    weights, metrics = batch_weights([group()], [torch.tensor([1.0, -1.0])], config(preset="balanced"))
     length = math.sqrt(2.5)
     torch.testing.assert_close(weights[0], torch.tensor([1.0 / length, 3.0 / length]))
     assert metrics["gcpo/upsilon/mean"] == pytest.approx(2 / length)
@@ -42,7 +42,7 @@ def test_without_a_target_the_weight_is_one() -> None:
     """A response whose contexts are missing trains as plain GRPO, and is counted."""
     partial = group()
     partial.valid[0, 0] = False
-    weights, metrics = batch_weights([partial], [torch.tensor([1.0, -1.0])], config(preset="light"))
+    weights, metrics = batch_weights([partial], [torch.tensor([1.0, -1.0])], config(preset="balanced"))
     assert weights[0][0] == 1.0 and weights[0][1] != 1.0
     assert metrics["gcpo/upsilon/without_target_share"] == 0.5
 
@@ -50,16 +50,18 @@ def test_without_a_target_the_weight_is_one() -> None:
 def test_other_targets() -> None:
     """group_mean compares with zbar (cosine 1/sqrt 2 for both); conditioned with Zbar' = (1, 0)."""
     advantages = [torch.tensor([1.0, -1.0])]
-    mean, _ = batch_weights([group()], advantages, config(preset="light", weighting={"target": "group_mean"}))
+    mean, _ = batch_weights([group()], advantages, config(preset="balanced", weighting={"target": "group_mean"}))
     torch.testing.assert_close(mean[0], torch.full((2,), 2 / math.sqrt(2)))
-    conditioned, _ = batch_weights([group()], advantages, config(preset="light", weighting={"target": "conditioned"}))
+    conditioned, _ = batch_weights(
+        [group()], advantages, config(preset="balanced", weighting={"target": "conditioned"})
+    )
     torch.testing.assert_close(conditioned[0], torch.tensor([2.0, 0.0]))
 
 
 def test_centring_clamps_at_zero() -> None:
     """Centred on the batch's mean state, opposite states have negative cosines, and a weight never turns A around."""
     weights, metrics = batch_weights(
-        [group()], [torch.tensor([1.0, -1.0])], config(preset="light", features={"center": "batch"})
+        [group()], [torch.tensor([1.0, -1.0])], config(preset="balanced", features={"center": "batch"})
     )
     # centred: z = (.5,-.5), (-.5,.5), zbar = 0, t = (0, 1): cosines -1/sqrt 2 -> 0 and 1/sqrt 2
     torch.testing.assert_close(weights[0], torch.tensor([0.0, 2 / math.sqrt(2)]))
@@ -70,12 +72,12 @@ def test_groups_do_not_mix() -> None:
     """Weights of a group do not depend on the other groups or on the order of its responses."""
     other = GroupFeatures(torch.randn(3, 2), torch.randn(3, 2, 1, 2), torch.ones(3, 2, 1, dtype=torch.bool))
     advantages = [torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.0, -1.0])]
-    both, _ = batch_weights([group(), other], advantages, config(preset="light"))
-    alone, _ = batch_weights([group()], advantages[:1], config(preset="light"))
+    both, _ = batch_weights([group(), other], advantages, config(preset="balanced"))
+    alone, _ = batch_weights([group()], advantages[:1], config(preset="balanced"))
     torch.testing.assert_close(both[0], alone[0])
     order = torch.tensor([2, 0, 1])
     moved = GroupFeatures(other.z[order], other.conditioned[order], other.valid[order])
-    again, _ = batch_weights([moved], advantages[1:], config(preset="light"))
+    again, _ = batch_weights([moved], advantages[1:], config(preset="balanced"))
     torch.testing.assert_close(again[0], both[1][order])
 
 
@@ -85,7 +87,7 @@ def test_reference_by_hand() -> None:
     query = torch.tensor([[0.3, 0.4], [0.3, 0.3]])
     valid = torch.tensor([[True, True], [False, True]])
     mask = torch.tensor([[1, 1], [1, 0]])
-    log_ref, kl_mask, metrics = batch_reference(p.log(), valid, query.log(), mask, config(preset="light"))
+    log_ref, kl_mask, metrics = batch_reference(p.log(), valid, query.log(), mask, config(preset="balanced"))
     torch.testing.assert_close(log_ref[0], torch.tensor([0.6, 0.004]).log())
     assert kl_mask.tolist() == [[True, True], [False, False]]
     assert metrics["gcpo/reference/without_share"] == 0.5

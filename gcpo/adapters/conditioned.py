@@ -114,5 +114,6 @@ def conditioned_batch(data: TensorDict) -> TensorDict:
     )
     for key, value in _non_tensors(data).items():
         batch[key] = value
-    tu.assign_non_tensor(batch, use_dynamic_bsz=True, calculate_entropy=False)
+    size = tu.get_non_tensor_data(data, "gcpo", None)["micro_batch_size"]
+    tu.assign_non_tensor(batch, use_dynamic_bsz=size is None, micro_batch_size_per_gpu=size, calculate_entropy=False)
     return batch

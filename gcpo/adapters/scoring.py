@@ -53,7 +53,7 @@ class Scorer(Protocol):
 
 
 class DenseScorer:
-    """One row of the engine's batch for every sequence, cut into micro-batches by token budget.
+    """One row of the engine's batch for every sequence, cut into micro-batches by token budget or by number.
 
     All ranks must call it together: a rank with fewer sequences than another runs some of two tokens.
 
@@ -63,16 +63,25 @@ class DenseScorer:
         temperature: of the rollout; log-probabilities are of the tempered policy, like verl's old log-probs.
         layer: ``features.layer``.
         max_tokens: token budget of a micro-batch.
+        micro_batch_size: sequences of a micro-batch instead.
     """
 
     def __init__(
-        self, engine: Any, *, settings: dict[str, Any], temperature: float, layer: int, max_tokens: int
+        self,
+        engine: Any,
+        *,
+        settings: dict[str, Any],
+        temperature: float,
+        layer: int,
+        max_tokens: int,
+        micro_batch_size: int | None = None,
     ) -> None:
         self.engine = engine
         self.settings = settings
         self.temperature = temperature
         self.layer = layer
         self.max_tokens = max_tokens
+        self.micro_batch_size = micro_batch_size
         self.tokens = 0
 
     def __call__(self, requests: Sequence[ScoreRequest]) -> list[Score]:
@@ -84,6 +93,8 @@ class DenseScorer:
             count = self.engine.max_over_ranks(len(indices))
             if count == 0:
                 continue
+            size = self.micro_batch_size or 1
+            count = -(-count // size) * size
             want_states = self.engine.max_over_ranks(int(any(requests[i].state_at is not None for i in indices)))
             output = self._forward([requests[i] for i in indices], count, head=head, states=bool(want_states))
             for row, i in enumerate(indices):
@@ -116,7 +127,8 @@ class DenseScorer:
         tu.assign_non_tensor(
             batch,
             **self.settings,
-            use_dynamic_bsz=True,
+            use_dynamic_bsz=self.micro_batch_size is None,
+            micro_batch_size_per_gpu=self.micro_batch_size,
             max_token_len_per_gpu=max(self.max_tokens, longest),
             temperature=self.temperature,
             calculate_entropy=False,
@@ -195,9 +207,10 @@ def make_scorer(
     *,
     packing: str,
     min_shared: int,
+    micro_batch_size: int | None = None,
     **arguments: Any,
 ) -> DenseScorer | TreeScorer:
     """``TreeScorer`` where ``packing`` is ``tree`` and the engine's model allows it, else ``DenseScorer``."""
     if packing == "tree" and engine.tree_problem is None:
         return TreeScorer(engine, min_shared=min_shared, **arguments)
-    return DenseScorer(engine, **arguments)
+    return DenseScorer(engine, micro_batch_size=micro_batch_size, **arguments)

@@ -279,6 +279,7 @@ class GCPOTrainer(GroupTrainer):
             "max_token_len_per_gpu": int(self.gcpo.scoring.max_token_len_per_gpu or actor.ppo_max_token_len_per_gpu),
             "packing": self.gcpo.scoring.packing,
             "min_shared_tokens": self.gcpo.scoring.min_shared_tokens,
+            "micro_batch_size": None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
             "measure_parts": parts,
         }
 

@@ -55,6 +55,7 @@ class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
             engine,
             packing=scoring.packing,
             min_shared=scoring.min_shared_tokens,
+            micro_batch_size=None if actor_config.use_dynamic_bsz else actor_config.ppo_micro_batch_size_per_gpu,
             settings={
                 "use_remove_padding": engine.use_remove_padding,
                 "use_fused_kernels": self.actor.engine_config.use_fused_kernels,

@@ -140,9 +140,6 @@ class ColliderStage:
         order = np.random.default_rng(request_seed(config.seed, "order", *seed_parts)).permutation(n).tolist()
         sizes = [len(block) for block in blocks]
         slots = config.collider.num_draws + config.marginal_draws
-        plan = leave_one_out_plan(n, slots, lengths=sizes, permutation=order)
-        group = GroupPrompts(self.prompts.frame(messages), blocks, plan)
-        frame = len(group.frame.head) + len(group.frame.tail)
 
         def seed(*parts: Any) -> int:
             return request_seed(config.seed, *seed_parts, *parts)
@@ -151,7 +148,11 @@ class ColliderStage:
         # The contexts of a response that has neither Upsilon nor a kappa term are needed by nobody, and where all
         # advantages are zero Upsilon changes nothing.
         weighted = config.causal_target_on and not equal_rewards
-        chosen = [i for i in plan.depth_first() if weighted or kl_weight[i] > 0]
+        wanted = [i for i in range(n) if weighted or kl_weight[i] > 0]
+        plan = leave_one_out_plan(n, slots, lengths=sizes, permutation=order, leaves=wanted or None)
+        chosen = plan.depth_first() if wanted else ()
+        group = GroupPrompts(self.prompts.frame(messages), blocks, plan)
+        frame = len(group.frame.head) + len(group.frame.tail)
         generations = config.collider.num_generations
         contexts: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in range(n)]
         outputs: list[list[list[int]]] = [[[] for _ in range(slots * generations)] for _ in range(n)]
@@ -171,6 +172,9 @@ class ColliderStage:
         stats["responses"] = float(n)
         stats["response_tokens"] = float(np.mean([len(ids) for ids in responses]))
         stats["alike_tokens"] = _alike(responses)
+        joint = [draw.token_ids for draw in draws if draw.valid and draw.kind != "conditioned"]
+        if len(joint) > 1:
+            stats["alike_draw_tokens"] = _alike(joint)
         stats["response_variance"] = float(np.var([len(ids) for ids in responses], ddof=1))
         stats["waited_seconds"] = started - asked
         stats["seconds"] = time.monotonic() - started
@@ -255,7 +259,7 @@ class ColliderStage:
 
 
 def _alike(responses: Sequence[Sequence[int]]) -> float:
-    """Tokens with which two responses begin in common, mean over pairs."""
+    """Tokens with which two answers begin in common, mean over pairs."""
     rows = [np.asarray(ids) for ids in responses]
 
     def common(a: np.ndarray, b: np.ndarray) -> int:

@@ -3,14 +3,15 @@
 All contexts of a group share text. Written as prefixes, they form a tree whose leaves are the n contexts: on
 the way from the root to leaf i every candidate but i is placed exactly once, and at each fork the way to one
 subtree places the blocks of the other. The tokens of the whole tree are then the sum over the candidates of
-length times depth, which Huffman's construction makes as small as it can be.
+length times depth, which Huffman's construction makes as small as it can be. Where only some of the contexts are
+wanted, the candidates that all of those hold stand first, once, and the tree is over the others.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +28,21 @@ class LeaveOneOutPlan:
         draws: Number of collider draws per context.
         orders: ``orders[i][l]`` is the order of the blocks of x_{i,l}: every ("candidate", k) with k != i
             once, and ("collider", l) once.
-        permutation: The order of the candidates where all n stand in one prompt; it also breaks ties.
+        permutation: What breaks ties.
+        leaves: The candidates whose contexts the tree is made for, in the order of the permutation.
     """
 
     n: int
     draws: int
     orders: tuple[tuple[tuple[Block, ...], ...], ...]
     permutation: tuple[int, ...]
+    leaves: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if sorted(self.permutation) != list(range(self.n)):
             raise ValueError(f"permutation {self.permutation} is not one of the candidates 0 to {self.n - 1}.")
+        if self.leaves != tuple(k for k in self.permutation if k in self.leaves) or not self.leaves:
+            raise ValueError(f"leaves {self.leaves} are not some of the permutation {self.permutation} in its order.")
         if len(self.orders) != self.n or any(len(o) != self.draws for o in self.orders):
             raise ValueError(f"orders must hold {self.draws} contexts for each of {self.n} candidates.")
         for i, contexts in enumerate(self.orders):
@@ -53,13 +58,17 @@ class LeaveOneOutPlan:
         return tuple(k for kind, k in self.orders[i][0] if kind == "candidate")
 
     def collider_order(self) -> tuple[int, ...]:
-        """The candidates in the order in which the prompt of a shared collider draw holds all n of them."""
-        return self.permutation
+        """The candidates in the order in which the prompt of a shared collider draw holds all n of them.
+
+        That of the first leaf, and the leaf itself: the prompt goes on where the leaf's own ends.
+        """
+        first = self.depth_first()[0]
+        return (*self.candidate_order(first), first)
 
     def depth_first(self) -> tuple[int, ...]:
-        """The candidates in the order of the tree's leaves, so that neighbours share the most."""
+        """The leaves in the order of the tree, so that neighbours share the most."""
         place = {k: p for p, k in enumerate(self.permutation)}
-        return tuple(sorted(range(self.n), key=lambda i: [place[k] for k in self.candidate_order(i)]))
+        return tuple(sorted(self.leaves, key=lambda i: [place[k] for k in self.candidate_order(i)]))
 
     def check_lengths(self, contexts: Sequence[Sequence[int]], frame: int, blocks: Sequence[int]) -> None:
         """Refuse contexts that were not built on this plan.
@@ -88,7 +97,7 @@ class LeaveOneOutPlan:
                     )
 
     def unique_blocks(self) -> int:
-        """Number of nodes of the prefix tree over all orders, collider and scored blocks left out."""
+        """Number of nodes of the prefix tree over the leaves' orders, collider and scored blocks left out."""
         return len(self._prefixes())
 
     def unique_tokens(self, lengths: Sequence[float]) -> float:
@@ -99,7 +108,13 @@ class LeaveOneOutPlan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as lists, numbers and strings, ready for JSON."""
         orders = [[[list(block) for block in blocks] for blocks in contexts] for contexts in self.orders]
-        return {"n": self.n, "draws": self.draws, "orders": orders, "permutation": list(self.permutation)}
+        return {
+            "n": self.n,
+            "draws": self.draws,
+            "orders": orders,
+            "permutation": list(self.permutation),
+            "leaves": list(self.leaves),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LeaveOneOutPlan:
@@ -108,12 +123,12 @@ class LeaveOneOutPlan:
             tuple(tuple((str(kind), int(k)) for kind, k in blocks) for blocks in contexts)
             for contexts in data["orders"]
         )
-        return cls(int(data["n"]), int(data["draws"]), orders, tuple(int(k) for k in data["permutation"]))
+        permutation, leaves = (tuple(int(k) for k in data[name]) for name in ("permutation", "leaves"))
+        return cls(int(data["n"]), int(data["draws"]), orders, permutation, leaves)
 
     def _prefixes(self) -> set[tuple[int, ...]]:
-        """Every prefix of every candidate order: the nodes of the tree, each named by the path to it."""
-        contexts = (blocks for per_draw in self.orders for blocks in per_draw)
-        paths = [tuple(k for kind, k in blocks if kind == "candidate") for blocks in contexts]
+        """Every prefix of every leaf's candidate order: the nodes of the tree, each named by the path to it."""
+        paths = [self.candidate_order(i) for i in self.leaves]
         return {path[:end] for path in paths for end in range(1, len(path) + 1)}
 
 
@@ -123,6 +138,7 @@ def leave_one_out_plan(
     *,
     lengths: Sequence[float] | None = None,
     permutation: Sequence[int] | None = None,
+    leaves: Collection[int] | None = None,
 ) -> LeaveOneOutPlan:
     """Orders the blocks of the leave-one-out contexts so that they share as many tokens as any order can.
 
@@ -133,12 +149,14 @@ def leave_one_out_plan(
         permutation: A permutation of ``range(n)`` that breaks ties and orders the blocks inside a subtree.
             Drawn at random per group, it keeps a candidate's place apart from its number. ``range(n)`` when
             None.
+        leaves: The candidates whose contexts are wanted, at least one; the tokens of these contexts' tree are made
+            few. All when None. The other contexts have an order too, which shares what it happens to.
 
     Returns:
         The plan, the same for the same arguments.
 
     Raises:
-        ValueError: n below 2, draws below 1, or lengths or a permutation that do not fit.
+        ValueError: n below 2, draws below 1, or lengths, a permutation or leaves that do not fit.
     """
     if n < 2:
         raise ValueError(f"n is {n}, but a leave-one-out context needs a group of at least two responses.")
@@ -152,9 +170,15 @@ def leave_one_out_plan(
     if lengths is None:
         lengths = [1] * n
     _check_lengths(lengths, n)
-    candidates = _huffman_orders(lengths, order)
+    wanted = set(range(n) if leaves is None else leaves)
+    if not wanted or not wanted <= set(order):
+        raise ValueError(f"leaves {sorted(wanted)} are not some of the candidates 0 to {n - 1}.")
+    inside = tuple(k for k in order if k in wanted)
+    common = [k for k in order if k not in wanted]
+    siblings = _huffman_orders({k: lengths[k] for k in inside}, inside)
+    candidates = [[k for k in common if k != i] + siblings.get(i, list(inside)) for i in range(n)]
     orders = tuple(tuple(_with_collider(candidates[i], draw, draws) for draw in range(draws)) for i in range(n))
-    return LeaveOneOutPlan(n, draws, orders, order)
+    return LeaveOneOutPlan(n, draws, orders, order, inside)
 
 
 def collider_first(draws: int) -> bool:
@@ -173,10 +197,10 @@ def _with_collider(candidates: Sequence[int], draw: int, draws: int) -> tuple[Bl
     return tuple(blocks)
 
 
-def _huffman_orders(lengths: Sequence[float], order: Sequence[int]) -> list[list[int]]:
+def _huffman_orders(lengths: Mapping[int, float], order: Sequence[int]) -> dict[int, list[int]]:
     """For each candidate the others: the siblings on the way from the root of the Huffman tree to it."""
     place = {k: p for p, k in enumerate(order)}
-    contexts: list[list[int]] = [[] for _ in order]
+    contexts: dict[int, list[int]] = {k: [] for k in order}
     # (length, tie break, members); a merged subtree comes after every leaf and older subtree of its length.
     heap = [(lengths[k], p, (k,)) for p, k in enumerate(order)]
     heapq.heapify(heap)

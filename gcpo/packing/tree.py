@@ -98,12 +98,74 @@ class TreePack:
 
 
 @dataclass(frozen=True)
-class _Node:
+class Node:
+    """A stretch of tokens that the same sequences share.
+
+    Attributes:
+        parent: the node before it, -1 for none.
+        start: its first token's position in any of its sequences.
+        end: the position behind its last token.
+        sequence: one of its sequences.
+    """
+
     parent: int
     start: int
     end: int
-    """Positions in any of its sequences."""
     sequence: int
+
+
+def shared_stretches(lengths: Sequence[int], common: Sequence[int], min_shared: int) -> tuple[list[Node], list[int]]:
+    """The prefix trees of sequences in depth-first order.
+
+    Args:
+        lengths: tokens of every sequence.
+        common: for every sequence the tokens that it begins with as the one before it does; 0 for the first.
+        min_shared: a stretch shorter than this is repeated instead of shared.
+
+    Returns:
+        The nodes, parents first, and the last node of every sequence.
+    """
+    nodes: list[Node] = []
+    leaves = [-1] * len(lengths)
+    # Ranges of sequences that share their first `depth` tokens, with the node that holds them.
+    todo = [(0, len(lengths), 0, -1)] if lengths else []
+    while todo:
+        low, high, depth, parent = todo.pop()
+        children: list[tuple[int, int]] = []
+        start = low
+        for k in range(low + 1, high + 1):
+            if k == high or common[k] < depth + min_shared:
+                children.append((start, k))
+                start = k
+        below = []
+        for first, last in children:
+            end = min([lengths[first], *common[first + 1 : last]])
+            node = parent
+            if end > depth:
+                node = len(nodes)
+                nodes.append(Node(parent, depth, end, first))
+            if last - first == 1:
+                leaves[first] = node
+            else:
+                below.append((first, last, end, node))
+        # A sequence that ends where its range forks is a child without tokens of its own.
+        todo.extend(reversed(below))
+    return nodes, leaves
+
+
+def shared_with_previous(nodes: Sequence[Node], leaves: Sequence[int]) -> list[int]:
+    """For every sequence in depth-first order the tokens of the nodes that it shares with the one before it."""
+    shared: list[int] = []
+    before: dict[int, None] = {}
+    for leaf in leaves:
+        chain: dict[int, None] = {}
+        node = leaf
+        while node >= 0:
+            chain[node] = None
+            node = nodes[node].parent
+        shared.append(next((nodes[node].end for node in chain if node in before), 0))
+        before = chain
+    return shared
 
 
 class PrefixForest:
@@ -129,40 +191,14 @@ class PrefixForest:
         names = [sequence.numpy().astype(">u4").tobytes() for sequence in self.sequences]
         self.order = sorted(range(len(names)), key=names.__getitem__)
         """The sequences in depth-first order."""
-        self._nodes: list[_Node] = []
-        self._leaf = [-1] * len(names)
-        """The last node of every sequence."""
         common = [0] + [
             _common_prefix(self.sequences[a], self.sequences[b])
             for a, b in zip(self.order, self.order[1:], strict=False)
         ]
-        self._build(common, min_shared)
-        self._chains = [self._chain(leaf) for leaf in self._leaf]
-
-    def _build(self, common: list[int], min_shared: int) -> None:
-        # Ranges of `order` that share their first `depth` tokens, with the node that holds them.
-        todo = [(0, len(self.order), 0, -1)] if self.order else []
-        while todo:
-            low, high, depth, parent = todo.pop()
-            children: list[tuple[int, int]] = []
-            start = low
-            for k in range(low + 1, high + 1):
-                if k == high or common[k] < depth + min_shared:
-                    children.append((start, k))
-                    start = k
-            below = []
-            for first, last in children:
-                end = min([len(self.sequences[self.order[first]]), *common[first + 1 : last]])
-                node = parent
-                if end > depth:
-                    node = len(self._nodes)
-                    self._nodes.append(_Node(parent, depth, end, self.order[first]))
-                if last - first == 1:
-                    self._leaf[self.order[first]] = node
-                else:
-                    below.append((first, last, end, node))
-            # A sequence that ends where its range forks is a child without tokens of its own.
-            todo.extend(reversed(below))
+        self._nodes, leaves = shared_stretches([len(self.sequences[i]) for i in self.order], common, min_shared)
+        self._shared = shared_with_previous(self._nodes, leaves)
+        leaf_of = dict(zip(self.order, leaves, strict=True))
+        self._chains = [self._chain(leaf_of[i]) for i in range(len(names))]
 
     def _chain(self, node: int) -> tuple[int, ...]:
         chain = []
@@ -180,15 +216,6 @@ class PrefixForest:
     def tree_tokens(self) -> int:
         """Tokens of all nodes: what one unlimited pack holds."""
         return sum(node.end - node.start for node in self._nodes)
-
-    def _shared(self, a: int, b: int) -> int:
-        """Tokens that sequences ``a`` and ``b`` share in the tree."""
-        shared = 0
-        for x, y in zip(self._chains[a], self._chains[b], strict=False):
-            if x != y:
-                break
-            shared = self._nodes[x].end
-        return shared
 
     def packs(self, budget: int | None = None) -> list[TreePack]:
         """Cut the forest into rows of at most ``budget`` tokens where the least has to be repeated.
@@ -212,10 +239,8 @@ class PrefixForest:
                 f"the token budget is {budget} and the longest sequence has {longest} tokens: "
                 f"raise the budget to at least {longest}, or shorten the blocks"
             )
-        order = self.order
-        shared = [0] + [self._shared(a, b) for a, b in zip(order, order[1:], strict=False)]
-        cuts = cheapest_cuts([len(self.sequences[i]) for i in order], shared, budget)
-        return [self._pack(order[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        cuts = cheapest_cuts([len(self.sequences[i]) for i in self.order], self._shared, budget)
+        return [self._pack(self.order[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
 
     def _pack(self, chosen: Sequence[int]) -> TreePack:
         kept = sorted({node for i in chosen for node in self._chains[i]}, key=self._depth_first_key(chosen))
@@ -239,7 +264,7 @@ class PrefixForest:
                 number[node] = len(spans)
                 spans.append((at, at + size))
                 parents.append(number[entry.parent] if entry.parent >= 0 else -1)
-            tokens.append(self.sequences[entry.sequence][entry.start : entry.end])
+            tokens.append(self.sequences[self.order[entry.sequence]][entry.start : entry.end])
             positions.append(torch.arange(entry.start, entry.end))
             at += size
         places = tuple(torch.cat([torch.arange(*row_of[node]) for node in self._chains[i]]) for i in chosen)

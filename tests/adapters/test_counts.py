@@ -25,7 +25,9 @@ from gcpo.cost_report import compare, measured_texts, of_log
 from gcpo.stage import rollout_metrics
 from tests.adapters.ranks import pack
 
-GROUPS, LIMIT, END = 96, 64, 2
+GROUPS, LIMIT, END = 192, 64, 2
+GENERATED = {"preset": "balanced", "collider": {"num_draws": 2}, "features": {"source": "response"}}
+"""L = 2, L' = 1, M = 1."""
 
 
 class Server:
@@ -90,7 +92,7 @@ def simulate(config: GCPOConfig, n: int, budget: int, block: int) -> tuple[dict[
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         question = tokenizer.encode(text, add_special_tokens=False)
         # Groups differ in length, and so do the responses of a group.
-        responses = [[*rng.integers(10, 300, rng.integers(5, 25 + group // 2)).tolist(), END] for _ in range(n)]
+        responses = [[*rng.integers(10, 300, rng.integers(5, 25 + group % 96 // 2)).tolist(), END] for _ in range(n)]
         server = Server(block)
         for _ in range(n):
             server.prefill(question)
@@ -142,24 +144,27 @@ def simulate(config: GCPOConfig, n: int, budget: int, block: int) -> tuple[dict[
 @pytest.mark.parametrize(
     ("n", "budget", "block", "config"),
     [
-        (8, 8192, 16, {"preset": "balanced"}),
+        (8, 8192, 16, GENERATED),
+        (8, 8192, 32, {"preset": "balanced"}),
         (8, 8192, 32, {"preset": "light"}),
-        (8, 600, 16, {"preset": "balanced", "reference": {"fraction": 1.0}}),
+        (8, 600, 16, {**GENERATED, "reference": {"fraction": 1.0}}),
         (5, 8192, 16, {"preset": "paper", "collider": {"num_draws": 3, "num_generations": 2}}),
-        (8, 700, 16, {"preset": "light", "blocks": {"max_tokens": 12}, "features": {"context": "prompt_response"}}),
-        (8, 8192, 16, {"preset": "balanced", "weighting": "off", "reference": {"fraction": 0.5}}),
+        (8, 700, 16, {"preset": "balanced", "blocks": {"max_tokens": 12}, "features": {"context": "prompt_response"}}),
+        (8, 8192, 16, {**GENERATED, "weighting": "off", "reference": {"fraction": 0.5}}),
     ],
-    ids=["balanced", "light", "tight budget", "paper", "short blocks", "kappa alone"],
+    ids=["generated", "balanced", "light", "tight budget", "paper", "short blocks", "kappa alone"],
 )
 def test_the_model_agrees_with_the_counters(n: int, budget: int, block: int, config: dict[str, Any]) -> None:
-    """Every counter that is more than a few tokens, within 5 %."""
+    """Every counter that is more than a few tokens, within 5 %; what is cached within 15 % where it is a few blocks of
+    the cache for each prompt: three prompts of a group, or candidate blocks that are about as long as the cache's."""
     gcpo = GCPOConfig.from_config({**config, "metrics": {"grad_norm_every": 0}}, n=n, response_length=LIMIT)
     log, prompts = simulate(gcpo, n, budget, block)
     step = Step(groups=GROUPS, n=n, max_response=LIMIT, budget=budget, cache_block=block)
     lengths, texts, shares = of_log(log, measured_texts(prompts, n), gcpo, step, exact=True)
-    compared = compare(step_tokens(gcpo, step, lengths, texts, shares, simulated=256), log)
+    compared = compare(step_tokens(gcpo, step, lengths, texts, shares, simulated=512), log)
     print({name: f"{b / a - 1:+.1%}" for name, (a, b) in compared.items()})
     assert {"scored", "trained/conditioned", "generated/collider", "prefilled/collider"} <= set(compared)
-    assert ("cached/conditioned" in compared) == gcpo.needs_generations
+    assert ("generated/conditioned" in compared) == gcpo.needs_generations
+    few = gcpo.preset == "light" or gcpo.blocks.max_tokens == 12
     for name, (logged, expected) in compared.items():
-        assert expected == pytest.approx(logged, rel=0.05), name
+        assert expected == pytest.approx(logged, rel=0.15 if name == "cached" and few else 0.05), name

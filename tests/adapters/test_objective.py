@@ -31,6 +31,7 @@ ONE, THREE = 1, 3
 OVERRIDES = (
     "device=cpu",
     "gcpo.preset=balanced",
+    "gcpo.collider.num_draws=2",
     f"gcpo.kappa={KAPPA}",
     f"gcpo.reference.max_kl={problem.MAX_KL}",
     "gcpo.metrics.grad_norm_every=0",
@@ -225,6 +226,10 @@ def table(rank: int, world: int, config: Any, packing: str, rows: list[dict[str,
     tight.gcpo.scoring.max_token_len_per_gpu = 20 if packing == "dense" else 40
     worker = build_worker(tight)
     found["packed"] = update(tight, worker, rank, world, fields)
+    by_number = {"actor.use_dynamic_bsz": False, "actor.ppo_micro_batch_size_per_gpu": 1}
+    by_number |= {"rollout.log_prob_use_dynamic_bsz": False, "rollout.log_prob_micro_batch_size_per_gpu": 1}
+    single = with_changes(config, by_number)
+    found["single"] = update(single, build_worker(single), rank, world, fields)
     return found
 
 
@@ -313,6 +318,13 @@ def test_packed_rows_and_tight_budgets(found: dict, parts: dict) -> None:
     budget that is less than a conditioned row (a pack: little more than one), it is the same objective."""
     assert len(found["packed"]["micro_batches"]) > 2 * THREE
     assert_equal(found["packed"], parts)
+
+
+def test_one_row_at_a_time(found: dict, parts: dict) -> None:
+    """Without ``use_dynamic_bsz`` dense rows are cut as verl cuts the plain ones."""
+    if found["packing"] == "dense":
+        assert set(found["single"]["micro_batches"]) == {1}
+    assert_equal(found["single"], parts)
 
 
 def test_policy_context_query(found: dict, tiny_model: Path, rows: list[dict[str, Any]]) -> None:

@@ -259,6 +259,8 @@ def expected_group(rows: list[dict[str, Any]], gcpo: GCPOConfig) -> dict[str, to
     if gcpo.marginal_draws:
         marginal = {"z_marginal": conditioned[:, shared:], "valid_marginal": valid[:, shared:]}
     target, has_target = causal_target(z, conditioned[:, :shared], valid[:, :shared], **marginal)
+    if gcpo.weighting.target == "group_mean":
+        target, has_target = z.mean(0).expand_as(z), None
     weight = causal_weight(z, target, has_target, alpha=gcpo.alpha)
     scores = torch.tensor([float(fields["responses"][0] % 3) for fields in rows])
     advantage = group_relative_advantage(scores, torch.zeros(len(rows), dtype=torch.long))
@@ -275,15 +277,20 @@ def expected_group(rows: list[dict[str, Any]], gcpo: GCPOConfig) -> dict[str, to
     return {"b": causal_advantage(advantage, weight), "weight": weight, "references": references}
 
 
+GENERATED = ("gcpo.preset=balanced", "gcpo.collider.num_draws=2", "gcpo.features.source=response")
+"""L = 2, L' = 1, M = 1."""
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         ("gcpo.preset=paper", "gcpo.collider.num_generations=2"),
+        GENERATED,
         ("gcpo.preset=balanced",),
         ("gcpo.preset=light",),
-        ("gcpo.preset=balanced", "gcpo.collider.max_tokens=5", "gcpo.conditioned.max_tokens=6"),
+        (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.conditioned.max_tokens=6"),
     ],
-    ids=["paper", "balanced", "light", "many cut"],
+    ids=["paper", "generated", "balanced", "light", "many cut"],
 )
 def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overrides: tuple[str, ...]) -> None:
     """What the update finds beside every row is what the public functions make of the group's tokens: B on every
@@ -319,7 +326,7 @@ def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overr
 
 def test_what_the_update_is_told(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
     """The settings of the kappa term go to the workers for this update alone, and its metrics lose verl's prefix."""
-    config = make_config("gcpo.preset=balanced", "gcpo.kappa=0.03", "gcpo.metrics.grad_norm_every=2")
+    config = make_config(*GENERATED, "gcpo.kappa=0.03", "gcpo.metrics.grad_norm_every=2")
     roll_out(config, Server())
     trainer = make_trainer(config, queue, tokenizer)
     batch, metrics = take_step(trainer, queue)
@@ -335,6 +342,7 @@ def test_what_the_update_is_told(make_config: Callable, queue: MemoryQueue, toke
         "max_token_len_per_gpu": 32768,
         "packing": "tree",
         "min_shared_tokens": 8,
+        "micro_batch_size": None,
         "measure_parts": [],
     }
     assert "gcpo" not in batch.extra_info
@@ -347,7 +355,7 @@ def test_what_the_update_is_told(make_config: Callable, queue: MemoryQueue, toke
 
 def test_metrics_count_real_rows_once(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
     """Padding rows are copies of a real row; neither its group's counts nor its draws are counted again."""
-    config = make_config("gcpo.preset=balanced")
+    config = make_config(*GENERATED)
     server = Server()
     roll_out(config, server)
     trainer = make_trainer(config, queue, tokenizer)
@@ -365,7 +373,7 @@ def test_metrics_count_real_rows_once(make_config: Callable, queue: MemoryQueue,
 def test_the_dump(make_config: Callable, queue: MemoryQueue, tokenizer: Any, tmp_path: Path) -> None:
     """Auxiliary generations are dumped once, by question and kind, beside verl's dump of the responses; none of them
     is a row of the batch."""
-    config = make_config("gcpo.preset=balanced", f"trainer.rollout_data_dir={tmp_path}")
+    config = make_config(*GENERATED, f"trainer.rollout_data_dir={tmp_path}")
     server = Server()
     roll_out(config, server)
     trainer = make_trainer(config, queue, tokenizer)
@@ -388,7 +396,7 @@ def test_the_order_of_arrival_does_not_matter(
     make_config: Callable, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
     """Whichever response comes first, under whatever id: requests, rows, weights and advantages are the same."""
-    config, runs = make_config("gcpo.preset=balanced"), []
+    config, runs = make_config(*GENERATED), []
     for prefix, slow in (("a", lambda at: 0), ("b", lambda at: (7 * at) % 11)):
         queue, server = MemoryQueue().install(monkeypatch), Server(slow)
         roll_out(config, server, batch=questions(prefix=prefix))
@@ -449,7 +457,7 @@ def test_ablations(
     calls: bool,
 ) -> None:
     """Each part alone draws what it needs, and a step goes through."""
-    config = make_config("gcpo.preset=balanced", "trainer.rollout_data_dir=somewhere", *overrides)
+    config = make_config(*GENERATED, "trainer.rollout_data_dir=somewhere", *overrides)
     roll_out(config, Server())
     trainer = make_trainer(config, queue, tokenizer)
     batch, metrics = take_step(trainer, queue)
@@ -465,7 +473,7 @@ def test_ablations(
 
 def test_validation_draws_nothing(make_config: Callable, queue: MemoryQueue) -> None:
     """Validation issues no auxiliary request and stores no field of ours; it is repeated with the same seeds."""
-    config, seeds = make_config("gcpo.preset=balanced"), []
+    config, seeds = make_config(*GENERATED), []
     for step in (1, 2):
         server = Server()
         roll_out(config, server, batch=questions(step=step, validate=True))
@@ -480,7 +488,7 @@ def test_validation_draws_nothing(make_config: Callable, queue: MemoryQueue) -> 
 def test_equal_rewards(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
     """A group with A = 0 draws colliders for the kappa term alone, here for two responses of four."""
     server = Server()
-    config = make_config("gcpo.preset=balanced", "gcpo.metrics.graded_fraction=0")
+    config = make_config(*GENERATED, "gcpo.metrics.graded_fraction=0")
     roll_out(config, server, Grader(lambda ids: 1.0))
     _, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
     assert len(server.requests) == QUESTIONS * (N + 2 + N // 2)
@@ -512,7 +520,7 @@ def test_a_failing_session_blocks_nobody(make_config: Callable, queue: MemoryQue
 
 def test_auxiliary_requests_that_fail(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
     """With every auxiliary request lost the step is plain GRPO, and says so."""
-    config = make_config("gcpo.preset=balanced")
+    config = make_config(*GENERATED)
     roll_out(config, Server(fails=lambda params: params.get("max_tokens") is not None))
     batch, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
     assert metrics["gcpo/rollout/collider/failed"] == 2 * QUESTIONS
@@ -537,7 +545,7 @@ def test_a_session_without_output(make_config: Callable, queue: MemoryQueue, mon
         return [] if len(calls) == 1 else await run(self, *args, **kwargs)
 
     monkeypatch.setattr(SingleTurnAgentLoop, "run", none_of_the_first)
-    roll_out(make_config("gcpo.preset=light"), Server(), batch=questions(1))
+    roll_out(make_config("gcpo.preset=balanced"), Server(), batch=questions(1))
     assert queue.tags["train"]["uid0"]["status"] == "finished"
     rows = [fields for key, fields in queue.fields["train"].items()]
     assert len(rows) == N - 1

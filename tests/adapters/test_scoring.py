@@ -40,7 +40,14 @@ def make_requests(count: int) -> list[ScoreRequest]:
 
 
 def score(
-    rank: int, world: int, path: str, packing: str, counts: tuple[int, ...], layer: int, budgets: tuple[int, ...]
+    rank: int,
+    world: int,
+    path: str,
+    packing: str,
+    counts: tuple[int, ...],
+    layer: int,
+    budgets: tuple[int, ...],
+    micro_batch_size: int | None = None,
 ) -> Any:
     engine = build_engine(path)
     head_positions: list[int] = []
@@ -52,6 +59,7 @@ def score(
                 engine,
                 packing=packing,
                 min_shared=2,
+                micro_batch_size=micro_batch_size,
                 settings={"use_remove_padding": False, "use_fused_kernels": False},
                 temperature=0.7,
                 layer=layer,
@@ -118,6 +126,13 @@ def test_ranks_with_different_numbers_of_requests(tiny_model: Path, packing: str
     found = run_on_ranks(2, score, str(tiny_model), packing, (9, 0), -1, (45,))
     assert_scores(found[0][0][0], expected(str(tiny_model), make_requests(9), -1))
     assert found[1][0][0] == []
+
+
+def test_sequences_in_threes(tiny_model: Path) -> None:
+    """Where micro-batches are cut by number, a count that does not divide is filled up; also on the rank with fewer."""
+    found = run_on_ranks(2, score, str(tiny_model), "dense", (10, 1), -1, (45,), 3)
+    assert_scores(found[0][0][0], expected(str(tiny_model), make_requests(10), -1))
+    assert_scores(found[1][0][0], expected(str(tiny_model), make_requests(1), -1))
 
 
 def states_alone(rank: int, world: int, path: str) -> Any:

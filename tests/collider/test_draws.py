@@ -18,6 +18,8 @@ from gcpo.config import GCPOConfig
 
 RESPONSES = [[31, 32, 2], [33, 2], [34, 35, 36, 2], [37, 2]]
 END = 2
+GENERATED = {"preset": "balanced", "collider": {"num_draws": 2}, "features": {"source": "response"}}
+"""L = 2, L' = 1, M = 1."""
 
 
 class Server:
@@ -56,11 +58,15 @@ def run(
     ("config", "counts"),
     [
         ({"preset": "paper"}, (4, 0, 4 * 4 * 4)),
-        ({"preset": "balanced"}, (2, 4, 4 * 3)),
-        ({"preset": "light"}, (1, 4, 0)),
-        ({"preset": "balanced", "weighting": "off"}, (2, 2, 0)),
-        ({"preset": "balanced", "weighting": "off", "reference": {"fraction": 1.0}}, (2, 4, 0)),
-        ({"preset": "balanced", "collider": {"num_generations": 2, "num_marginal_draws": 3}}, (2, 12, 4 * 5 * 2)),
+        ({"preset": "balanced"}, (1, 4, 0)),
+        ({"preset": "light"}, (1, 1, 0)),
+        (GENERATED, (2, 4, 4 * 3)),
+        ({**GENERATED, "weighting": "off"}, (2, 2, 0)),
+        ({**GENERATED, "weighting": "off", "reference": {"fraction": 1.0}}, (2, 4, 0)),
+        (
+            {**GENERATED, "collider": {"num_draws": 2, "num_generations": 2, "num_marginal_draws": 3}},
+            (2, 12, 4 * 5 * 2),
+        ),
     ],
 )
 def test_numbers_of_requests(config: dict, counts: tuple[int, int, int]) -> None:
@@ -76,12 +82,12 @@ def test_equal_rewards_skip_what_cannot_matter() -> None:
     """A = 0: no conditioned generation, and no context of a response without a kappa term; with kappa = 0 nothing at
     all, and the group is counted."""
     server = Server()
-    result = run(server, equal=True, preset="balanced")
+    result = run(server, equal=True, **GENERATED)
     kinds = [draw.kind for draw in result.draws]
     assert {kind: kinds.count(kind) for kind in kinds} == {"collider": 2, "marginal": 2}
     assert [all(row) for row in result.contexts] == [weight > 0 for weight in result.kl_weight]
     silent = Server()
-    result = run(silent, equal=True, preset="balanced", kappa=0.0)
+    result = run(silent, equal=True, **GENERATED, kappa=0.0)
     assert silent.asked == [] and result.stats["skipped"] == 1
     assert all(context == [] for row in result.contexts for context in row)
 
@@ -89,9 +95,9 @@ def test_equal_rewards_skip_what_cannot_matter() -> None:
 def test_seeds_are_repeatable_and_all_different() -> None:
     """Every request has a seed of its own, the same in another run, another for another question."""
     first, second, other = Server(), Server(), Server()
-    run(first, preset="balanced")
-    run(second, preset="balanced")
-    run(other, preset="balanced", key=(1, "other"))
+    run(first, **GENERATED)
+    run(second, **GENERATED)
+    run(other, **GENERATED, key=(1, "other"))
     seeds = [params["seed"] for _, params in first.asked]
     assert len(set(seeds)) == len(seeds)
     assert seeds == [params["seed"] for _, params in second.asked]
@@ -114,15 +120,15 @@ def test_a_share_of_the_responses_has_a_kappa_term() -> None:
     """m of n, weighted n / m, drawn anew for every group; the others ask for nothing that nobody needs."""
     for fraction, count in ((1.0, 4), (0.5, 2), (0.1, 1)):
         server = Server()
-        result = run(server, preset="balanced", weighting="off", reference={"fraction": fraction})
+        result = run(server, **GENERATED, weighting="off", reference={"fraction": fraction})
         assert sorted(result.kl_weight) == [0.0] * (4 - count) + [4 / count] * count
         assert len(server.asked) == 2 + count  # two shared draws, and a leave-one-out draw for each of them
         for weight, row in zip(result.kl_weight, result.contexts, strict=True):
             assert all((len(context) > 0) == (weight > 0) for context in row)
     chosen = {tuple(run(Server(), preset="light", key=(k,), reference={"fraction": 0.5}).kl_weight) for k in range(30)}
     assert len(chosen) == 6  # every pair of four is drawn sooner or later
-    assert run(Server(), preset="balanced", kappa=0.0).kl_weight == [0.0] * 4
-    everything = run(Server(), preset="light", reference={"fraction": 0.25})
+    assert run(Server(), **GENERATED, kappa=0.0).kl_weight == [0.0] * 4
+    everything = run(Server(), preset="balanced", reference={"fraction": 0.25})
     assert all(context for row in everything.contexts for context in row)  # Upsilon needs them all
 
 
@@ -130,6 +136,8 @@ def test_tokens_that_responses_begin_with_in_common() -> None:
     """The mean over pairs: of four responses whose pairs share 2, 1, 1, 1, 1 and 3 tokens."""
     assert _alike([[5, 6, 2], [5, 6, 7, 2], [5, 8, 9, 2], [5, 8, 9]]) == pytest.approx((2 + 1 + 1 + 1 + 1 + 3) / 6)
     assert run(Server(), preset="light").stats["alike_tokens"] == 0.0
+    same = run(Server(lambda prompt, params: [40, 41, END]), **GENERATED).stats["alike_draw_tokens"]
+    assert same == 3.0 and run(Server(), **GENERATED).stats["alike_draw_tokens"] < 1
 
 
 def test_admission_is_asked_for_the_prompts() -> None:
@@ -150,11 +158,11 @@ def test_admission_is_asked_for_the_prompts() -> None:
         assert inside == 1
         return [60, END]
 
-    result = run(Server(reply), preset="balanced", admit=admit)
+    result = run(Server(reply), **GENERATED, admit=admit)
     sizes, frame = result.plan["blocks"], result.plan["frame"]
     plan = LeaveOneOutPlan.from_dict(result.plan["plan"])
     assert held == [frame + sum(sizes) + plan.unique_tokens(sizes)] and inside == 0
-    run(Server(), preset="balanced", kappa=0.0, equal=True, admit=admit)
+    run(Server(), **GENERATED, kappa=0.0, equal=True, admit=admit)
     assert len(held) == 1
 
 
@@ -162,7 +170,7 @@ def test_leave_one_out_draws_hang_on_the_tree_of_the_contexts() -> None:
     """The prompt of a leave-one-out draw, up to its last block, begins both contexts of its response, and the requests
     go out in the order of the tree's leaves."""
     server = Server()
-    result = run(server, preset="light")
+    result = run(server, preset="balanced")
     prompts = [prompt for prompt, _ in server.asked[1:]]
     layout = result.plan
     tail = next(k for k in range(1, 200) if len({tuple(prompt[-k:]) for prompt in prompts}) > 1) - 1
@@ -187,7 +195,7 @@ def test_a_full_length_answer_that_ends_is_whole() -> None:
 def test_lengths_by_kind_and_the_context_limit() -> None:
     """Each kind has its own max_tokens; a prompt that leaves no room counts as failed and asks nothing."""
     server = Server()
-    run(server, preset="balanced", collider={"max_tokens": 9}, conditioned={"max_tokens": 5})
+    run(server, **{**GENERATED, "collider": {"max_tokens": 9}}, conditioned={"max_tokens": 5})
     assert {params["max_tokens"] for _, params in server.asked} == {9, 5}
     assert all(params["logprobs"] is False for _, params in server.asked)
     full = Server()

@@ -101,8 +101,25 @@ def test_every_context_holds_every_other_candidate_and_its_draw_once(n, draws):
             assert set(blocks) == {("candidate", k) for k in range(n) if k != i} | {("collider", draw)}
             assert len(blocks) == n
             assert blocks[0 if draws == 1 else -1] == ("collider", draw)
-    assert plan.collider_order() == plan.permutation == tuple(permutation)
+    first = plan.depth_first()[0]
+    assert plan.collider_order() == (*plan.candidate_order(first), first) and plan.permutation == tuple(permutation)
     assert [len(set(map(tuple, candidate_orders(plan)[i * draws : (i + 1) * draws]))) for i in range(n)] == [1] * n
+
+
+@pytest.mark.parametrize(("n", "count"), [(3, 1), (3, 2), (4, 2), (4, 3), (5, 2)])
+def test_no_choice_of_orders_is_cheaper_for_some_leaves(n, count):
+    """Every way to order each of the wanted contexts by itself; the other contexts are whole too."""
+    rng = random.Random(10 * n + count)
+    for _ in range(3):
+        lengths, permutation = [rng.randrange(1, 100) for _ in range(n)], rng.sample(range(n), n)
+        leaves = rng.sample(range(n), count)
+        contexts = [list(itertools.permutations([k for k in range(n) if k != i])) for i in leaves]
+        best = min(tree_tokens(orders, lengths) for orders in itertools.product(*contexts))
+        plan = leave_one_out_plan(n, 2, lengths=lengths, permutation=permutation, leaves=leaves)
+        assert plan.unique_tokens(lengths) == best
+        assert set(plan.depth_first()) == set(leaves) and len(plan.depth_first()) == count
+        assert tree_tokens([plan.candidate_order(i) for i in leaves], lengths) == best
+        assert LeaveOneOutPlan.from_dict(plan.to_dict()) == plan
 
 
 def test_where_the_collider_stands():
@@ -163,6 +180,8 @@ def test_through_json_and_back():
         ({"n": 3, "draws": 1, "permutation": [0, 1]}, r"not a permutation of range\(3\)"),
         ({"n": 3, "draws": 1, "permutation": [0, 1, 1]}, r"permutation \[0, 1, 1\] is not"),
         ({"n": 3, "draws": 1, "permutation": [1, 2, 3]}, r"permutation \[1, 2, 3\] is not"),
+        ({"n": 3, "draws": 1, "leaves": []}, r"leaves \[\] are not some of the candidates 0 to 2"),
+        ({"n": 3, "draws": 1, "leaves": [0, 3]}, r"leaves \[0, 3\] are not some of"),
     ],
 )
 def test_errors(arguments, message):

@@ -191,6 +191,7 @@ def test_two_ranks_balanced(inputs: Path, tmp_path: Path) -> None:
         "ranks",
         *our_yaml(
             "gcpo.preset=balanced",
+            "gcpo.features.source=response",
             "trainer.n_gpus_per_node=2",
             "actor_rollout_ref.rollout.agent.num_workers=2",
             "trainer.total_training_steps=1",
