@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+GENERATED = ["gcpo.preset=balanced", "gcpo.features.source=response", "gcpo.collider.num_draws=2"]
+"""L = 2 shared draws, L' = 1, M = 1."""
+CROWDED = [*GENERATED, "+actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=200"]
+"""A prefix cache of 6,400 tokens."""
 METHODS = {
     "grpo": ["gcpo.kappa=0", "gcpo.weighting=off"],
     "light": ["gcpo.preset=light"],
@@ -30,7 +34,9 @@ METHODS = {
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=False",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
     ],
-    "generated": ["gcpo.preset=balanced", "gcpo.features.source=response", "gcpo.collider.num_draws=2"],
+    "generated": GENERATED,
+    "crowded": CROWDED,
+    "turns": [*CROWDED, "gcpo.collider.cache_tokens=6400"],
     "mean": ["gcpo.preset=balanced", "gcpo.weighting.control=mean"],
     "shuffled": ["gcpo.preset=balanced", "gcpo.weighting.control=shuffled"],
     "gc2po": [],

@@ -348,7 +348,7 @@ def test_a_configuration(capsys, tiny_model) -> None:
     arguments = ["cost", "--config-name", "gcpo_quickstart", f"actor_rollout_ref.model.path={tiny_model}", "--json"]
     assert cli.main([*arguments, "data.train_batch_size=4", "--groups", "4"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["preset"] == "light"
+    assert found["preset"] == "balanced"
     assert found["tokens"]["grpo"]["generated/response"] == 4 * 8 * 64
     assert found["lengths"]["question"] == 48 and found["lengths"]["spread"] == 0
     assert found["notes"] == ["lengths that are not given are the longest that the configuration allows"]
