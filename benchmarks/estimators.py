@@ -17,7 +17,7 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -314,15 +314,15 @@ KINDS = ("collider", "marginal", "conditioned")
 
 def cut_contexts(group: Group, prompts: CandidatePrompts) -> list[list[list[int]]]:
     """The contexts of a group with other block budgets, over the same draws and the same order of ties."""
-    permutation = LeaveOneOutPlan.from_dict(group.result.plan["plan"]).permutation
+    before = LeaveOneOutPlan.from_dict(group.result.plan["plan"])
     blocks = tuple(tuple(prompts.candidate_block(k, ids)) for k, ids in enumerate(group.responses))
-    plan = leave_one_out_plan(N, 2 * N, lengths=[len(block) for block in blocks], permutation=permutation)
+    plan = leave_one_out_plan(N, 2 * N, lengths=[len(block) for block in blocks], permutation=before.permutation)
     made = GroupPrompts(prompts.frame(group.messages), blocks, plan)
     shared = [draw for draw in group.result.draws if draw.kind == "collider"]
     marginal = [draw for draw in group.result.draws if draw.kind == "marginal"]
     contexts: list[list[list[int]]] = [[] for _ in range(N)]
-    for i in range(N):
-        own = marginal[i * N : (i + 1) * N]
+    for at, i in enumerate(before.depth_first()):
+        own = marginal[at * N : (at + 1) * N]
         for slot, draw in enumerate([*shared, *own]):
             valid = draw.valid
             contexts[i].append(made.context(i, slot, prompts.collider_block(draw.token_ids)) if valid else [])
@@ -330,12 +330,21 @@ def cut_contexts(group: Group, prompts: CandidatePrompts) -> list[list[list[int]
 
 
 def kappa_gradients(
-    policy: Policy, groups: Sequence[Group], contexts: Sequence[list[list[list[int]]]], estimate: Estimate
+    policy: Policy,
+    groups: Sequence[Group],
+    contexts: Sequence[list[list[list[int]]]],
+    estimate: Estimate,
+    repeat: int = 0,
 ) -> torch.Tensor:
-    """Gradient of the mean KL' of every response [G * n, parameters] under the reference of an estimate."""
+    """Gradient of the mean KL' of every response [G * n, parameters] under the reference of an estimate.
+
+    Every ``repeat`` takes other draws.
+    """
     rows = []
+    first_shared, first_marginal = repeat * estimate.shared, N + repeat * estimate.marginal
+    shared = range(first_shared, first_shared + estimate.shared)
     for group, own in zip(groups, contexts, strict=True):
-        slots = [*range(estimate.shared), *range(N, N + estimate.marginal)]
+        slots = [*shared, *range(first_marginal, first_marginal + estimate.marginal)]
         with torch.no_grad():
             flat = policy.log_probs(
                 [own[i][s] for i in range(N) for s in slots], [group.responses[i] for i in range(N) for _ in slots]
@@ -358,7 +367,7 @@ def kappa_gradients(
                 **marginal,
             )
             policy.model.zero_grad()
-            first = next((s for s in range(estimate.shared) if own[i][s]), None)
+            first = next((s for s in shared if own[i][s]), None)
             if bool(present) and first is not None:
                 (log_prob,) = policy.log_probs([own[i][first]], [group.responses[i]])
                 causal_kl(log_prob[None], log_ref).mean().backward()
@@ -368,6 +377,17 @@ def kappa_gradients(
                 )
             )
     return torch.stack(rows)
+
+
+def draw_variance(policy: Policy, groups: Sequence[Group], estimate: Estimate) -> float | None:
+    """Variance of the batch gradient over disjoint sets of draws, relative to the squared mean gradient."""
+    repeats = N // max(estimate.shared, estimate.marginal)
+    if repeats < 2:
+        return None
+    contexts = [group.result.contexts for group in groups]
+    batch = torch.stack([kappa_gradients(policy, groups, contexts, estimate, k).mean(0) for k in range(repeats)])
+    variance = (batch - batch.mean(0)).square().sum() / (repeats - 1)
+    return float(variance / batch.mean(0).square().sum())
 
 
 def fraction_variance(gradients: torch.Tensor, fraction: float, seed: int) -> dict[str, float]:
@@ -500,6 +520,8 @@ def main() -> None:
     for name, make in budgets.items():
         made = make()
         cut[name] = [cut_contexts(group, made) for group in groups]
+        if name == "whole responses" and cut[name] != [group.result.contexts for group in groups]:
+            raise RuntimeError("the contexts over whole responses are not those of the run")
         states = [features_of(policy, group, own) for group, own in zip(groups, cut[name], strict=True)]
         values = [upsilon(f, balanced) for f in states]
         tokens = statistics.mean(len(c) for own in cut[name] for row in own for c in row if c)
@@ -523,7 +545,9 @@ def main() -> None:
         found["kappa gradient"]["estimates"].append(
             {
                 "name": estimate.name,
+                "generated": generated_tokens(few, replace(estimate, source="prompt")),
                 "norm": float(own.mean(0).norm()),
+                "relative variance": draw_variance(policy, few, estimate),
                 "cosine to paper": cosine(own, base),
                 "cosine to leave one out": cosine(own, loo),
             }
@@ -567,10 +591,12 @@ def show(found: dict[str, Any]) -> None:
     print("|---|---|---|---|")
     for e in found["blocks and Upsilon of balanced"]:
         print(f"| {e['blocks']} | {e['context tokens']:.0f} | {pm(e['rank correlation'])} | {pm(e['mean error'])} |")
-    print("\n| κ gradient by | norm | cosine to paper | to leave one out |\n|---|---|---|---|")
+    print("\n| κ gradient by | tokens generated | norm | relative variance | cosine to paper | to leave one out |")
+    print("|---|---|---|---|---|---|")
     for e in found["kappa gradient"]["estimates"]:
         cosines = " | ".join(span(e[f"cosine to {truth}"]) for truth in ("paper", "leave one out"))
-        print(f"| {e['name']} | {e['norm']:.3f} | {cosines} |")
+        variance = "–" if e["relative variance"] is None else f"{e['relative variance']:.2f}"
+        print(f"| {e['name']} | {e['generated']:.1f} × | {e['norm']:.3f} | {variance} | {cosines} |")
     print("\n| fraction | cosine | relative variance |\n|---|---|---|")
     for e in found["kappa gradient"]["fractions"]:
         print(f"| {e['fraction']} | {e['cosine']:.2f} | {e['relative variance']:.2f} |")

@@ -34,6 +34,7 @@ from gcpo.cost import (
     sum_of,
 )
 from gcpo.packing import BudgetError
+from gcpo.packing.tree import common_prefix
 from gcpo.report import merge_lines
 
 SPREAD = 0.3
@@ -183,20 +184,16 @@ def measured_texts(prompts: Any, n: int) -> Texts:
         messages, add_generation_prompt=True, tokenize=False, **prompts.chat_template_kwargs
     )
     plain = prompts.tokenizer.encode(plain, add_special_tokens=False)
-    question = _common(plain, frame.head)
+    question = common_prefix(plain, frame.head)
     labels = [prompts.candidate_block(k, []) for k in range(n)]
     return Texts(
         intro=len(frame.head) - question,
         tail=len(frame.tail),
         label=fmean(map(len, labels)),
-        label_start=min((_common(labels[0], label) for label in labels[1:]), default=0),
+        label_start=min((common_prefix(labels[0], label) for label in labels[1:]), default=0),
         collider_label=len(prompts.collider_block([])),
         question_end=len(plain) - question,
     )
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # ---- lengths ------------------------------------------------------------------------------------------------------

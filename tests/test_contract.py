@@ -42,13 +42,14 @@ def overridden() -> list[tuple[type, str]]:
     from gcpo.adapters.base import GroupTrainer
     from gcpo.adapters.engine import GCPOFSDPEngine
     from gcpo.adapters.gc2po import EpisodePromptDataset, GC2POActorRolloutRefWorker, GC2POTrainer
-    from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
+    from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain, GroupClient
     from gcpo.adapters.trainer import GCPOTrainer
     from gcpo.adapters.workers import GCPOActorRolloutRefWorker
 
     names = {
         GCPOFSDPEngine: ["prepare_model_inputs", "prepare_model_outputs", "forward_backward_batch", "train_batch"],
         GCPOAgentLoopWorkerPlain: ["_run_agent_loop", "_run_prompt", "_compute_score", "_agent_loop_postprocess"],
+        GroupClient: ["_acquire_server", "_release_server"],
         GCPOActorRolloutRefWorker: ["init_model"],
         GroupTrainer: ["_init_resource_pool_mgr", "_build_replay_buffer", "_balance_batch"],
         GC2POActorRolloutRefWorker: ["init_model"],

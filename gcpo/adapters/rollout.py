@@ -10,8 +10,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import transfer_queue as tq
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters.fields import flat_field
 from gcpo.collider.admission import Admission
@@ -58,6 +59,34 @@ class Group:
     @property
     def complete(self) -> bool:
         return len(self.sessions) + len(self.failed) >= self.size
+
+
+class GroupClient(LLMServerClient):
+    """verl's client for the requests of one group: it asks for a server once, and gives it back at the end.
+
+    All of a group's requests go to one server anyway; asking for it and giving it back takes two calls of a request's
+    three otherwise.
+
+    Args:
+        client: the worker's client.
+    """
+
+    def __init__(self, client: LLMServerClient) -> None:
+        super().__init__(client.config, client._load_balancer)
+        self._server: asyncio.Future | None = None
+
+    async def _acquire_server(self, request_id: str, **fields: Any) -> tuple[str, Any]:
+        if self._server is None:
+            self._server = asyncio.ensure_future(super()._acquire_server(request_id, **fields))
+        return await self._server
+
+    def _release_server(self, server_id: str, request_id: str | None = None) -> None:
+        """Not before the group is over."""
+
+    async def close(self, request_id: str) -> None:
+        """Give the server back, if there is one."""
+        if self._server is not None and not (await asyncio.wait([self._server]))[0].pop().exception():
+            super()._release_server(self._server.result()[0], request_id)
 
 
 _PlainWorker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
@@ -158,11 +187,11 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         key = (kwargs["global_steps"], question_key(kwargs))
         result = self._empty_result(len(ids))
         if len(ids) > 1:
-            rollout = self.config.actor_rollout_ref.rollout
+            rollout, client = self.config.actor_rollout_ref.rollout, GroupClient(self.llm_client)
             stage = ColliderStage(
                 self.gcpo,
                 self.prompts,
-                self._generator(f"{uid}-gcpo"),
+                partial(self._generate, client, f"{uid}-gcpo"),
                 {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k},
                 rollout.get("max_model_len") or self.model_config.hf_config.max_position_embeddings,
                 self.end_ids,
@@ -179,15 +208,14 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             except Exception:
                 logger.exception("gcpo: the collider stage of question %s failed; the group trains as GRPO", key[1])
                 result.stats["stage_failed"] = 1.0
+            finally:
+                await client.close(f"{uid}-gcpo")
         await self._store(uid, ids, sessions, result, key)
 
-    def _generator(self, request_id: str) -> Callable[[list[int], dict[str, Any]], Awaitable[Any]]:
-        """Requests of a group under one id go to one server, whose prefix cache they share."""
-
-        async def generate(prompt_ids: list[int], params: dict[str, Any]) -> Any:
-            return await self.llm_client.generate(request_id, prompt_ids=prompt_ids, sampling_params=dict(params))
-
-        return generate
+    @staticmethod
+    async def _generate(client: GroupClient, request_id: str, prompt_ids: list[int], params: dict[str, Any]) -> Any:
+        """One request of a group; all under one id, so that they share a server's prefix cache."""
+        return await client.generate(request_id, prompt_ids=prompt_ids, sampling_params=dict(params))
 
     def _empty_result(self, count: int) -> GroupResult:
         slots = self.gcpo.collider.num_draws + self.gcpo.marginal_draws

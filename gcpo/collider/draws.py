@@ -19,6 +19,7 @@ import numpy as np
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.collider.prompts import CandidatePrompts, GroupPrompts
 from gcpo.config import GCPOConfig
+from gcpo.packing.tree import common_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -260,14 +261,7 @@ class ColliderStage:
 
 def _alike(responses: Sequence[Sequence[int]]) -> float:
     """Tokens with which two answers begin in common, mean over pairs."""
-    rows = [np.asarray(ids) for ids in responses]
-
-    def common(a: np.ndarray, b: np.ndarray) -> int:
-        size = min(len(a), len(b))
-        differ = np.flatnonzero(a[:size] != b[:size])
-        return int(differ[0]) if len(differ) else size
-
-    return float(np.mean([common(a, b) for a, b in itertools.combinations(rows, 2)]))
+    return float(np.mean([common_prefix(a, b) for a, b in itertools.combinations(responses, 2)]))
 
 
 def _count(draws: Sequence[Draw]) -> dict[str, float]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 
@@ -191,10 +193,8 @@ class PrefixForest:
         names = [sequence.numpy().astype(">u4").tobytes() for sequence in self.sequences]
         self.order = sorted(range(len(names)), key=names.__getitem__)
         """The sequences in depth-first order."""
-        common = [0] + [
-            _common_prefix(self.sequences[a], self.sequences[b])
-            for a, b in zip(self.order, self.order[1:], strict=False)
-        ]
+        rows = [self.sequences[i].numpy() for i in self.order]
+        common = [0, *(common_prefix(a, b) for a, b in pairwise(rows))]
         self._nodes, leaves = shared_stretches([len(self.sequences[i]) for i in self.order], common, min_shared)
         self._shared = shared_with_previous(self._nodes, leaves)
         leaf_of = dict(zip(self.order, leaves, strict=True))
@@ -311,7 +311,8 @@ def cheapest_cuts(lengths: Sequence[int], shared: Sequence[int], budget: float) 
     return cuts[::-1]
 
 
-def _common_prefix(a: torch.Tensor, b: torch.Tensor) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two sequences begin with in common."""
     size = min(len(a), len(b))
-    differ = torch.nonzero(a[:size] != b[:size])
+    differ = np.flatnonzero(np.asarray(a)[:size] != np.asarray(b)[:size])
     return int(differ[0]) if len(differ) else size

@@ -69,7 +69,7 @@ class Server:
 
         at = len(self.requests)
         params = dict(sampling_params)
-        self.requests.append(SimpleNamespace(request_id=request_id, prompt_ids=list(prompt_ids), **params))
+        self.requests.append(SimpleNamespace(prompt_ids=list(prompt_ids), **params))
         sampling_params.pop("seed")  # vLLM's server takes the parameters apart in place
         for _ in range(self.slow(at)):
             await asyncio.sleep(0)
@@ -84,6 +84,30 @@ class Server:
         return TokenOutput(
             token_ids=tokens, log_probs=log_probs, stop_reason="completed", extra_fields={"num_cached_tokens": 3}
         )
+
+
+class Balancer:
+    """Actor handles of verl's load balancer and of its servers, which take turns; remembers who has which."""
+
+    def __init__(self, servers: list[Any]) -> None:
+        self.handles = [SimpleNamespace(generate=self._call(server.generate)) for server in servers]
+        self.acquired: list[tuple[str, int]] = []
+        self.released: list[int] = []
+        self.acquire_server = self._call(self._acquire)
+        self.release_server = SimpleNamespace(remote=lambda server_id: self.released.append(server_id))
+        self.require_acquire_fields = self.require_release_fields = self._call(self._no_fields)
+
+    @staticmethod
+    def _call(method: Callable) -> SimpleNamespace:
+        return SimpleNamespace(remote=method)
+
+    async def _no_fields(self) -> list[str]:
+        return []
+
+    async def _acquire(self, request_id: str) -> tuple[int, Any]:
+        at = len(self.acquired) % len(self.handles)
+        self.acquired.append((request_id, at))
+        return at, self.handles[at]
 
 
 class Grader:
@@ -119,11 +143,16 @@ def questions(count: int = QUESTIONS, prefix: str = "uid", step: int = 1, valida
     return batch
 
 
-def roll_out(config: Any, server: Server, grader: Grader | None = None, batch: Any = None) -> GCPOAgentLoopWorkerPlain:
+def roll_out(
+    config: Any, server: Server | Balancer, grader: Grader | None = None, batch: Any = None
+) -> GCPOAgentLoopWorkerPlain:
     """Let our agent-loop worker answer the questions."""
 
+    from verl.workers.rollout.llm_server import LLMServerClient
+
     async def work() -> GCPOAgentLoopWorkerPlain:
-        worker = GCPOAgentLoopWorkerPlain(config, server, None, [grader or Grader()])
+        client = LLMServerClient(config, server if isinstance(server, Balancer) else Balancer([server]))
+        worker = GCPOAgentLoopWorkerPlain(config, client, None, [grader or Grader()])
         await worker.generate_sequences(questions() if batch is None else batch)
         while worker.background_tasks:
             await asyncio.gather(*worker.background_tasks)
@@ -360,8 +389,8 @@ def test_metrics_count_real_rows_once(make_config: Callable, queue: MemoryQueue,
     roll_out(config, server)
     trainer = make_trainer(config, queue, tokenizer)
     batch, metrics = take_step(trainer, queue)
-    plain = [r for r in server.requests if not r.request_id.endswith("-gcpo")]
-    auxiliary = [r for r in server.requests if r.request_id.endswith("-gcpo")]
+    plain = [r for r in server.requests if not hasattr(r, "max_tokens")]
+    auxiliary = [r for r in server.requests if hasattr(r, "max_tokens")]
     assert len(plain) == N * QUESTIONS
     prefilled = sum(metrics[f"gcpo/tokens/prefilled/{kind}"] for kind in ("collider", "marginal", "conditioned"))
     assert prefilled == sum(len(request.prompt_ids) for request in auxiliary)
@@ -384,7 +413,7 @@ def test_the_dump(make_config: Callable, queue: MemoryQueue, tokenizer: Any, tmp
     trainer._shutdown_dump_executor()
     lines = [json.loads(line) for line in (tmp_path / "auxiliary" / "1.jsonl").read_text().splitlines()]
     found = Counter((line["uid"], line["kind"]) for line in lines)
-    draws = sum(request.request_id.endswith("-gcpo") for request in server.requests)
+    draws = sum(hasattr(request, "max_tokens") for request in server.requests)
     assert len(lines) == draws and {uid for uid, _ in found} == {"uid0", "uid1", "uid2"}
     for i in range(QUESTIONS):
         assert found[f"uid{i}", "collider"] == 2 and found[f"uid{i}", "marginal"] == N
@@ -483,6 +512,35 @@ def test_validation_draws_nothing(make_config: Callable, queue: MemoryQueue) -> 
     assert seeds[0] == seeds[1]
     assert "train" not in queue.fields
     assert not [name for fields in queue.fields["val"].values() for name in fields if name.startswith("gcpo")]
+
+
+def test_a_group_has_one_server(make_config: Callable, queue: MemoryQueue) -> None:
+    """It asks the load balancer once and gives the server back once, however many requests it makes."""
+    servers = [Server(), Server(), Server()]
+    balancer = Balancer(servers)
+    roll_out(make_config(*GENERATED), balancer)
+    groups = [(name, at) for name, at in balancer.acquired if name.endswith("-gcpo")]
+    assert len(groups) == QUESTIONS and len(balancer.acquired) == QUESTIONS * (1 + N)
+    assert sorted(balancer.released) == sorted(at for _, at in balancer.acquired)
+    made = [sum(hasattr(request, "max_tokens") for request in server.requests) for server in servers]
+    assert sum(made) == QUESTIONS * (2 + N + 3 * N)
+    assert all(count % (2 + N + 3 * N) == 0 for count in made)
+
+
+def test_a_load_balancer_without_servers(make_config: Callable, queue: MemoryQueue) -> None:
+    """Every draw fails and is counted; nothing is given back that nobody had."""
+
+    class Empty(Balancer):
+        async def _acquire(self, request_id: str) -> tuple[int, Any]:
+            if request_id.endswith("-gcpo"):
+                raise RuntimeError("No available servers in load balancer")
+            return await super()._acquire(request_id)
+
+    balancer = Empty([Server()])
+    roll_out(make_config("gcpo.preset=light"), balancer, batch=questions(1))
+    (stats,) = [entry["stats"] for row in queue.fields["train"].values() if (entry := row["gcpo_group"])]
+    assert stats["collider/failed"] == stats["marginal/failed"] == 1.0
+    assert len(balancer.released) == N
 
 
 def test_equal_rewards(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:

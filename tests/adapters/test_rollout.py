@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters import rollout
 from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
@@ -33,6 +34,7 @@ class Worker(GCPOAgentLoopWorkerPlain):
         self.gcpo = GCPOConfig.from_config({"preset": "light", **config}, n=3, response_length=8)
         self.groups, self.prompts, self.end_ids = {}, None, frozenset({2})
         self.admit = Admission(None)
+        self.llm_client = LLMServerClient(self.config)
         self.config.actor_rollout_ref.rollout.max_model_len = 128
 
 
