@@ -51,7 +51,7 @@ def overridden() -> list[tuple[type, str]]:
         GCPOAgentLoopWorkerPlain: ["_run_agent_loop", "_run_prompt", "_compute_score", "_agent_loop_postprocess"],
         GroupClient: ["_acquire_server", "_release_server"],
         GCPOActorRolloutRefWorker: ["init_model"],
-        GroupTrainer: ["_init_resource_pool_mgr", "_build_replay_buffer", "_balance_batch"],
+        GroupTrainer: ["_init_resource_pool_mgr", "_build_replay_buffer", "on_train_begin", "_balance_batch"],
         GC2POActorRolloutRefWorker: ["init_model"],
         GC2POTrainer: ["_setup", "_balance_batch", "_compute_old_log_prob", "_compute_advantage"],
         EpisodePromptDataset: ["maybe_filter_out_long_prompts"],
