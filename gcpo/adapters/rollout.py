@@ -85,7 +85,10 @@ class GroupClient(LLMServerClient):
 
     async def close(self, request_id: str) -> None:
         """Give the server back, if there is one."""
-        if self._server is not None and not (await asyncio.wait([self._server]))[0].pop().exception():
+        if self._server is None:
+            return
+        await asyncio.wait([self._server])
+        if self._server.exception() is None:
             super()._release_server(self._server.result()[0], request_id)
 
 
