@@ -7,7 +7,7 @@ out. ``TreeScorer`` runs what sequences share once; ``DenseScorer`` runs every s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -52,37 +52,38 @@ class Scorer(Protocol):
     def __call__(self, requests: Sequence[ScoreRequest]) -> list[Score]: ...
 
 
-class DenseScorer:
-    """One row of the engine's batch for every sequence, cut into micro-batches by token budget or by number.
+@dataclass(kw_only=True)
+class EngineScorer:
+    """What scorers over an engine are made of. All ranks must call one together.
 
-    All ranks must call it together: a rank with fewer sequences than another runs some of two tokens.
-
-    Args:
+    Attributes:
         engine: a ``GCPOFSDPEngine`` in eval mode.
         settings: engine settings of the batch (``use_remove_padding``, ``use_fused_kernels``).
         temperature: of the rollout; log-probabilities are of the tempered policy, like verl's old log-probs.
         layer: ``features.layer``.
         max_tokens: token budget of a micro-batch.
-        micro_batch_size: sequences of a micro-batch instead.
+        tokens: see ``Scorer``.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        *,
-        settings: dict[str, Any],
-        temperature: float,
-        layer: int,
-        max_tokens: int,
-        micro_batch_size: int | None = None,
-    ) -> None:
-        self.engine = engine
-        self.settings = settings
-        self.temperature = temperature
-        self.layer = layer
-        self.max_tokens = max_tokens
-        self.micro_batch_size = micro_batch_size
-        self.tokens = 0
+    engine: Any
+    settings: dict[str, Any]
+    temperature: float
+    layer: int
+    max_tokens: int
+    tokens: int = field(default=0, init=False)
+
+
+@dataclass(kw_only=True)
+class DenseScorer(EngineScorer):
+    """One row of the engine's batch for every sequence, cut into micro-batches by token budget or by number.
+
+    A rank with fewer sequences than another runs some of two tokens.
+
+    Attributes:
+        micro_batch_size: sequences of a micro-batch; ``None``: by tokens.
+    """
+
+    micro_batch_size: int | None = None
 
     def __call__(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Score ``requests``."""
@@ -140,37 +141,18 @@ class DenseScorer:
         return {name: list(value.unbind()) for name, value in output.items()}
 
 
-class TreeScorer:
+@dataclass(kw_only=True)
+class TreeScorer(EngineScorer):
     """Sequences that share prefixes as packed trees, cut into micro-batches by token budget.
 
-    All ranks must call it together: a rank with fewer packs than another runs some of two tokens.
+    The engine's ``tree_problem`` is ``None``; a sequence longer than the budget raises a ``BudgetError``. A rank with
+    fewer packs than another runs some of two tokens.
 
-    Args:
-        engine: a ``GCPOFSDPEngine`` in eval mode whose ``tree_problem`` is ``None``.
-        settings: engine settings of the batch.
-        temperature: see ``DenseScorer``.
-        layer: ``features.layer``.
-        max_tokens: token budget of a micro-batch; a longer sequence raises a ``BudgetError``.
+    Attributes:
         min_shared: shorter stretches are repeated instead of shared.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        *,
-        settings: dict[str, Any],
-        temperature: float,
-        layer: int,
-        max_tokens: int,
-        min_shared: int,
-    ) -> None:
-        self.engine = engine
-        self.settings = settings
-        self.temperature = temperature
-        self.layer = layer
-        self.max_tokens = max_tokens
-        self.min_shared = min_shared
-        self.tokens = 0
+    min_shared: int
 
     def __call__(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Score ``requests``."""
@@ -212,5 +194,5 @@ def make_scorer(
 ) -> DenseScorer | TreeScorer:
     """``TreeScorer`` where ``packing`` is ``tree`` and the engine's model allows it, else ``DenseScorer``."""
     if packing == "tree" and engine.tree_problem is None:
-        return TreeScorer(engine, min_shared=min_shared, **arguments)
-    return DenseScorer(engine, micro_batch_size=micro_batch_size, **arguments)
+        return TreeScorer(engine=engine, min_shared=min_shared, **arguments)
+    return DenseScorer(engine=engine, micro_batch_size=micro_batch_size, **arguments)

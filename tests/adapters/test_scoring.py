@@ -138,7 +138,7 @@ def test_sequences_in_threes(tiny_model: Path) -> None:
 def states_alone(rank: int, world: int, path: str) -> Any:
     engine = build_engine(path)
     settings = {"use_remove_padding": False, "use_fused_kernels": False}
-    scorer = TreeScorer(engine, min_shared=2, settings=settings, temperature=0.7, layer=-1, max_tokens=4096)
+    scorer = TreeScorer(engine=engine, min_shared=2, settings=settings, temperature=0.7, layer=-1, max_tokens=4096)
     with engine.eval_mode():
         return [(s.log_probs, s.state) for s in scorer(make_requests(10)[1::4])]
 
