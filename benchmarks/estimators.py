@@ -145,6 +145,8 @@ def sample_groups(engine: Engine, prompts: CandidatePrompts, questions: Sequence
     config = GCPOConfig.from_config(
         {
             "seed": args.seed,
+            "features": {"source": "response"},
+            "weighting": {"target": "projection"},
             "collider": {"draws": "leave_one_out", "num_draws": N, "num_marginal_draws": N, "num_generations": N},
         },
         n=N,

@@ -30,8 +30,8 @@ Path = tuple[Segment, ...]
 KINDS = ("response", "collider", "marginal", "conditioned")
 """What is generated: responses, shared collider draws, leave-one-out draws, conditioned generations."""
 
-GRAIN = 2
-"""Answers to one question part at multiples of so many tokens."""
+PIECES = 16
+"""Answers to one question begin with about so many pieces in common, and part between them."""
 
 CHARACTERS_PER_TOKEN = 4
 """Of the fixed texts, where no tokenizer says better."""
@@ -302,6 +302,60 @@ class PrefixCache:
 # ---- one group ----------------------------------------------------------------------------------------------------
 
 
+class AlikeTexts:
+    """Texts that begin alike as samples of one model do.
+
+    They part at forks, which stand at the ends of pieces of equal length. At a fork every text goes one of two ways by
+    chance, so that those that take the same way still go on together.
+
+    Args:
+        alike: tokens with which two texts begin in common, in the mean.
+        tokens: of a text, in the mean.
+        rng: where the forks are, and who goes which way.
+    """
+
+    def __init__(self, alike: float, tokens: float, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.piece = max(1, round(alike / PIECES))
+        self.pieces = 0 if alike < 1 else max(1, round(tokens / self.piece))
+        self.share = _fork_share(alike / self.piece, self.pieces)
+        self._forks: dict[int, bool] = {}
+        self._next: dict[tuple[int, int], int] = {}
+        self._sizes: dict[int, int] = {}
+        self._left: set[int] = set()
+        self._ends: set[int] = set()
+
+    def text(self, own: tuple[str, int], tokens: int) -> Path:
+        """A text of about so many tokens; one that goes every way of another is the same and ends where that ends."""
+        if not self.pieces:
+            return _path((*own, tokens))
+        node, at, path = 0, 0, []
+        while node not in self._ends and (at < tokens or node in self._left):
+            if node not in self._forks:
+                self._forks[node] = bool(self.rng.random() < self.share)
+            way = int(self.rng.integers(2)) if self._forks[node] else 0
+            self._left.add(node)
+            node = self._next.setdefault((node, way), len(self._next) + 1)
+            size = self._sizes.setdefault(node, min(self.piece, max(1, tokens - at)))
+            path.append(("alike", node, size))
+            at += size
+        self._ends.add(node)
+        return _path(*path)
+
+
+def _fork_share(common: float, pieces: int) -> float:
+    """Share of the places with a fork, so that two texts have ``common`` of their ``pieces`` in common in the mean."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        together = 1 - middle / 2
+        if sum(together**k for k in range(1, pieces + 1)) > common:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 class _Group:
     """The segments of one group."""
 
@@ -313,11 +367,9 @@ class _Group:
         fixed: Mapping[str, Iterator[int]],
         question: int,
         responses: list[int],
-        alike: Mapping[str, float],
-        rng: np.random.Generator,
+        alike: Mapping[str, AlikeTexts],
     ) -> None:
-        self.config, self.answer, self.responses = config, answer, responses
-        self.alike, self.rng = alike, rng
+        self.config, self.answer, self.responses, self.alike = config, answer, responses, alike
         self.texts: dict[tuple[str, int], Path] = {}
         self.collider_label, end = next(fixed["collider_label"]), next(fixed["question_end"])
         self.head = _path(("question", 0, question - end), ("intro", 0, next(fixed["intro"])))
@@ -347,19 +399,10 @@ class _Group:
         return self.text("response", i, self.responses[i])
 
     def text(self, name: str, number: int, tokens: int) -> Path:
-        """An answer to the question; it begins like the others and parts from them at a place of its own.
-
-        Some, as many as ``alike`` needs beyond a third of the tokens, never part; for the rest the place is uniform.
-        """
+        """An answer to the question, which begins like others of its kind."""
         if (name, number) not in self.texts:
-            alike = self.alike["draws" if name == "draw" else "answers"]
-            share = min(alike / tokens, 1.0) if tokens else 0.0
-            never = (math.sqrt(12 * share - 3) - 1) / 2 if share > 1 / 3 else 0.0
-            part = tokens if self.rng.random() < never else int(self.rng.uniform(0, min(tokens, 3 * alike)))
-            common, rest = divmod(part, GRAIN)
-            own = ("alike", common) if part == tokens else (name, number)
-            tail = rest if part == tokens else tokens - common * GRAIN
-            self.texts[name, number] = _path(*(("alike", k, GRAIN) for k in range(common)), (*own, tail))
+            tree = self.alike["draws" if name == "draw" else "answers"]
+            self.texts[name, number] = tree.text((name, number), tokens)
         return self.texts[name, number]
 
 
@@ -422,10 +465,12 @@ class GroupSimulator:
         config, n = self.config, self.step.n
         question, responses = next(self.groups)
         lengths = self.lengths
-        alike = {"answers": lengths.alike, "draws": lengths.alike_draws}
-        if lengths.alike_draws is None:
-            alike["draws"] = lengths.alike
-        group = _Group(config, self.step, lengths.answer, self.fixed, question, responses, alike, self.parting)
+        alike_draws = lengths.alike if lengths.alike_draws is None else lengths.alike_draws
+        alike = {
+            "answers": AlikeTexts(lengths.alike, lengths.response, self.parting),
+            "draws": AlikeTexts(alike_draws, lengths.collider, self.parting),
+        }
+        group = _Group(config, self.step, lengths.answer, self.fixed, question, responses, alike)
         counts = Counter({f"{what}/{kind}": 0 for what in ("generated", "prefilled", "cached") for kind in KINDS})
         cache = PrefixCache(self.step.cache_block)
         self._plain(group, cache, counts)

@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from gcpo import cli
 from gcpo.config import GCPOConfig
 from gcpo.cost import (
+    AlikeTexts,
     Lengths,
     PrefixCache,
     Shares,
     Step,
     Texts,
     Weights,
-    _Group,
     packed_tokens,
     ragged,
     ragged_groups,
@@ -198,15 +198,26 @@ def test_equal_rewards() -> None:
 @pytest.mark.parametrize("alike", [0.0, 4.0, 9.0, 20.0, 26.0])
 def test_answers_that_begin_alike(alike: float) -> None:
     """Two answers of 28 tokens have as many tokens in common as they should, on average."""
-    config, step = settings(8, preset="light"), Step(groups=1, n=8, max_response=64, budget=10_000, cache_block=0)
-    fixed = {name: itertools.repeat(int(value)) for name, value in vars(TEXTS).items()}
     found = []
     for seed in range(300):
-        group = _Group(config, step, 12.0, fixed, 12, [28] * 8, {"answers": alike}, np.random.default_rng(seed))
-        paths = [group.response(i) for i in range(8)]
-        assert all(tokens_of(path) == 28 for path in paths) and group.response(3) is paths[3]
+        texts = AlikeTexts(alike, 28, np.random.default_rng(seed))
+        paths = [texts.text(("response", i), 28) for i in range(8)]
+        assert all(tokens_of(path) == 28 for path in paths)
         found += [shared_tokens(a, b) for a, b in itertools.combinations(paths, 2)]
-    assert sum(found) / len(found) == pytest.approx(alike, abs=1.2)  # they part at multiples of two tokens
+    assert sum(found) / len(found) == pytest.approx(alike, abs=1.0)
+
+
+def test_answers_that_are_the_same() -> None:
+    """Texts without a fork are one text, as long as the first of them; with forks their mean length stays."""
+    rng = np.random.default_rng(0)
+    texts = AlikeTexts(28, 28, rng)
+    first = texts.text(("response", 0), 28)
+    assert texts.text(("response", 1), 20) == texts.text(("response", 2), 40) == first and tokens_of(first) == 28
+    lengths = []
+    for _ in range(300):
+        texts = AlikeTexts(15, 28, rng)
+        lengths += [tokens_of(texts.text(("response", i), int(rng.integers(18, 39)))) for i in range(8)]
+    assert sum(lengths) / len(lengths) == pytest.approx(28, rel=0.03)
 
 
 def test_draws_that_are_not_valid() -> None:
