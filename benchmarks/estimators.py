@@ -392,6 +392,13 @@ def draw_variance(policy: Policy, groups: Sequence[Group], estimate: Estimate) -
     return float(variance / batch.mean(0).square().sum())
 
 
+def largest_share(gradients: torch.Tensor) -> float:
+    """The largest part that one group has in the batch gradient, along it."""
+    groups = gradients.view(-1, N, gradients.shape[1]).mean(1)
+    whole = groups.sum(0)
+    return float((groups @ whole).max() / whole.square().sum())
+
+
 def fraction_variance(gradients: torch.Tensor, fraction: float, seed: int) -> dict[str, float]:
     """What drawing a fraction of a group's responses does to the batch gradient: mean cosine, relative variance."""
     generator = torch.Generator().manual_seed(seed)
@@ -434,14 +441,16 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=140, sharey=True)
     for axis, truth in zip(axes, TRUTHS, strict=True):
-        for entry in found["upsilon"]:
+        for k, entry in enumerate(sorted(found["upsilon"], key=lambda entry: entry["generated"])):
             mean, half = entry[truth]["rank correlation"]
             label = entry["name"].split(",")[0]
             color = {"shared": "C0", "leave one out": "C1"}.get(label, "C2")
             marker = "s" if entry["source"] == "prompt" else "o"
             at = max(entry["generated"], 0.6)  # the mean of the group needs none
             axis.errorbar(at, mean, half, fmt=marker, color=color, ms=5, lw=1)
-            axis.annotate(entry["short"], (at, mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
+            axis.annotate(
+                entry["short"], (at, mean), fontsize=7, xytext=(4, (4, -10)[k % 2]), textcoords="offset points"
+            )
         axis.axhline(0, color="gray", lw=0.6)
         axis.set(xscale="log", xlim=(0.5, 300), xlabel="tokens generated, as a multiple of the responses'")
         axis.set_title(f"against {TRUTHS[truth].name}", fontsize=9)
@@ -550,6 +559,7 @@ def main() -> None:
                 "generated": generated_tokens(few, replace(estimate, source="prompt")),
                 "norm": float(own.mean(0).norm()),
                 "relative variance": draw_variance(policy, few, estimate),
+                "largest group": largest_share(own),
                 "cosine to paper": cosine(own, base),
                 "cosine to leave one out": cosine(own, loo),
             }
@@ -593,12 +603,13 @@ def show(found: dict[str, Any]) -> None:
     print("|---|---|---|---|")
     for e in found["blocks and Upsilon of balanced"]:
         print(f"| {e['blocks']} | {e['context tokens']:.0f} | {pm(e['rank correlation'])} | {pm(e['mean error'])} |")
-    print("\n| κ gradient by | tokens generated | norm | relative variance | cosine to paper | to leave one out |")
-    print("|---|---|---|---|---|---|")
+    columns = ["κ gradient by", "tokens generated", "norm", "relative variance", "largest group", "cosine to paper"]
+    print("\n| " + " | ".join([*columns, "to leave one out"]) + " |\n" + "|---" * 7 + "|")
     for e in found["kappa gradient"]["estimates"]:
         cosines = " | ".join(span(e[f"cosine to {truth}"]) for truth in ("paper", "leave one out"))
         variance = "–" if e["relative variance"] is None else f"{e['relative variance']:.2f}"
-        print(f"| {e['name']} | {e['generated']:.1f} × | {e['norm']:.3f} | {variance} | {cosines} |")
+        numbers = f"{e['generated']:.1f} × | {e['norm']:.3f} | {variance} | {e['largest group']:.0%}"
+        print(f"| {e['name']} | {numbers} | {cosines} |")
     print("\n| fraction | cosine | relative variance |\n|---|---|---|")
     for e in found["kappa gradient"]["fractions"]:
         print(f"| {e['fraction']} | {e['cosine']:.2f} | {e['relative variance']:.2f} |")
