@@ -15,20 +15,19 @@ GENERATED = ["gcpo.preset=balanced", "gcpo.features.source=response", "gcpo.coll
 """L = 2 shared draws, L' = 1, M = 1."""
 CROWDED = [*GENERATED, "+actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=200"]
 """A prefix cache of 6,400 tokens."""
+UNSHARED = [
+    "gcpo.preset=paper",
+    "gcpo.scoring.packing=dense",
+    "actor_rollout_ref.rollout.enable_prefix_caching=False",
+]
 METHODS = {
     "grpo": ["gcpo.kappa=0", "gcpo.weighting=off"],
     "light": ["gcpo.preset=light"],
     "balanced": ["gcpo.preset=balanced"],
     "paper": ["gcpo.preset=paper"],
-    "paper-batched": [
-        "gcpo.preset=paper",
-        "gcpo.scoring.packing=dense",
-        "actor_rollout_ref.rollout.enable_prefix_caching=False",
-    ],
+    "paper-batched": UNSHARED,
     "paper-unshared": [
-        "gcpo.preset=paper",
-        "gcpo.scoring.packing=dense",
-        "actor_rollout_ref.rollout.enable_prefix_caching=False",
+        *UNSHARED,
         "actor_rollout_ref.actor.use_dynamic_bsz=False",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=False",

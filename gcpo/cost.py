@@ -22,7 +22,7 @@ import numpy as np
 
 from gcpo.collider.plan import Block, leave_one_out_plan
 from gcpo.config import BlocksConfig, GCPOConfig
-from gcpo.packing.tree import BudgetError, cheapest_cuts, shared_stretches, shared_with_previous
+from gcpo.packing.tree import BudgetError, chains_of, cheapest_cuts, shared_stretches, shared_with_previous
 
 Segment = tuple[tuple[str, int], int]
 Path = tuple[Segment, ...]
@@ -265,7 +265,8 @@ def packed_tokens(paths: Sequence[Path], budget: float, min_shared: int = 1) -> 
     if lengths and max(lengths) > budget:
         raise BudgetError(f"a sequence of {max(lengths)} tokens does not fit into the token budget of {budget}")
     common = [0, *(shared_tokens(a, b) for a, b in pairwise(order))][: len(order)]
-    shared = shared_with_previous(*shared_stretches(lengths, common, min_shared))
+    nodes, leaves = shared_stretches(lengths, common, min_shared)
+    shared = shared_with_previous(nodes, chains_of(nodes, leaves))
     total = sum(lengths) - sum(shared)
     # A cut between two trees repeats nothing.
     roots = [*(k for k, tokens in enumerate(shared) if not tokens), len(order)]
@@ -322,7 +323,6 @@ class AlikeTexts:
         self._forks: dict[int, bool] = {}
         self._next: dict[tuple[int, int], int] = {}
         self._sizes: dict[int, int] = {}
-        self._left: set[int] = set()
         self._ends: set[int] = set()
 
     def text(self, own: tuple[str, int], tokens: int) -> Path:
@@ -330,17 +330,20 @@ class AlikeTexts:
         if not self.pieces:
             return _path((*own, tokens))
         node, at, path = 0, 0, []
-        while node not in self._ends and (at < tokens or node in self._left):
+        while node not in self._ends and (at < tokens or self._goes_on(node)):
             if node not in self._forks:
                 self._forks[node] = bool(self.rng.random() < self.share)
             way = int(self.rng.integers(2)) if self._forks[node] else 0
-            self._left.add(node)
             node = self._next.setdefault((node, way), len(self._next) + 1)
             size = self._sizes.setdefault(node, min(self.piece, max(1, tokens - at)))
             path.append(("alike", node, size))
             at += size
         self._ends.add(node)
         return _path(*path)
+
+    def _goes_on(self, node: int) -> bool:
+        """Whether a text went beyond the node."""
+        return (node, 0) in self._next or (node, 1) in self._next
 
 
 def _fork_share(common: float, pieces: int) -> float:

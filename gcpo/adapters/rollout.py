@@ -11,7 +11,6 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,10 +68,12 @@ class GroupClient(LLMServerClient):
 
     Args:
         client: the worker's client.
+        request_id: of all requests, which so share a server's prefix cache.
     """
 
-    def __init__(self, client: LLMServerClient) -> None:
+    def __init__(self, client: LLMServerClient, request_id: str) -> None:
         super().__init__(client.config, client._load_balancer)
+        self.request_id = request_id
         self._server: asyncio.Future | None = None
 
     async def _acquire_server(self, request_id: str, **fields: Any) -> tuple[str, Any]:
@@ -83,13 +84,17 @@ class GroupClient(LLMServerClient):
     def _release_server(self, server_id: str, request_id: str | None = None) -> None:
         """Not before the group is over."""
 
-    async def close(self, request_id: str) -> None:
+    async def ask(self, prompt_ids: list[int], params: dict[str, Any]) -> Any:
+        """One request."""
+        return await self.generate(self.request_id, prompt_ids=prompt_ids, sampling_params=dict(params))
+
+    async def close(self) -> None:
         """Give the server back, if there is one."""
         if self._server is None:
             return
         await asyncio.wait([self._server])
         if self._server.exception() is None:
-            super()._release_server(self._server.result()[0], request_id)
+            super()._release_server(self._server.result()[0], self.request_id)
 
 
 _PlainWorker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
@@ -190,11 +195,11 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         key = (kwargs["global_steps"], question_key(kwargs))
         result = self._empty_result(len(ids))
         if len(ids) > 1:
-            rollout, client = self.config.actor_rollout_ref.rollout, GroupClient(self.llm_client)
+            rollout, client = self.config.actor_rollout_ref.rollout, GroupClient(self.llm_client, f"{uid}-gcpo")
             stage = ColliderStage(
                 self.gcpo,
                 self.prompts,
-                partial(self._generate, client, f"{uid}-gcpo"),
+                client.ask,
                 {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k},
                 rollout.get("max_model_len") or self.model_config.hf_config.max_position_embeddings,
                 self.end_ids,
@@ -212,13 +217,8 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
                 logger.exception("gcpo: the collider stage of question %s failed; the group trains as GRPO", key[1])
                 result.stats["stage_failed"] = 1.0
             finally:
-                await client.close(f"{uid}-gcpo")
+                await client.close()
         await self._store(uid, ids, sessions, result, key)
-
-    @staticmethod
-    async def _generate(client: GroupClient, request_id: str, prompt_ids: list[int], params: dict[str, Any]) -> Any:
-        """One request of a group; all under one id, so that they share a server's prefix cache."""
-        return await client.generate(request_id, prompt_ids=prompt_ids, sampling_params=dict(params))
 
     def _empty_result(self, count: int) -> GroupResult:
         slots = self.gcpo.collider.num_draws + self.gcpo.marginal_draws

@@ -155,18 +155,26 @@ def shared_stretches(lengths: Sequence[int], common: Sequence[int], min_shared: 
     return nodes, leaves
 
 
-def shared_with_previous(nodes: Sequence[Node], leaves: Sequence[int]) -> list[int]:
-    """For every sequence in depth-first order the tokens of the nodes that it shares with the one before it."""
-    shared: list[int] = []
-    before: dict[int, None] = {}
+def chains_of(nodes: Sequence[Node], leaves: Sequence[int]) -> list[tuple[int, ...]]:
+    """For every sequence its nodes, from the root to its last one."""
+    chains = []
     for leaf in leaves:
-        chain: dict[int, None] = {}
-        node = leaf
+        chain, node = [], leaf
         while node >= 0:
-            chain[node] = None
+            chain.append(node)
             node = nodes[node].parent
-        shared.append(next((nodes[node].end for node in chain if node in before), 0))
-        before = chain
+        chains.append(tuple(reversed(chain)))
+    return chains
+
+
+def shared_with_previous(nodes: Sequence[Node], chains: Sequence[tuple[int, ...]]) -> list[int]:
+    """For every sequence in depth-first order the tokens of the nodes that it shares with the one before it."""
+    shared = [0] * len(chains)
+    for k, (before, chain) in enumerate(pairwise(chains), 1):
+        for a, b in zip(before, chain, strict=False):
+            if a != b:
+                break
+            shared[k] = nodes[a].end
     return shared
 
 
@@ -196,16 +204,9 @@ class PrefixForest:
         rows = [self.sequences[i].numpy() for i in self.order]
         common = [0, *(common_prefix(a, b) for a, b in pairwise(rows))]
         self._nodes, leaves = shared_stretches([len(self.sequences[i]) for i in self.order], common, min_shared)
-        self._shared = shared_with_previous(self._nodes, leaves)
-        leaf_of = dict(zip(self.order, leaves, strict=True))
-        self._chains = [self._chain(leaf_of[i]) for i in range(len(names))]
-
-    def _chain(self, node: int) -> tuple[int, ...]:
-        chain = []
-        while node >= 0:
-            chain.append(node)
-            node = self._nodes[node].parent
-        return tuple(reversed(chain))
+        chains = chains_of(self._nodes, leaves)
+        self._shared = shared_with_previous(self._nodes, chains)
+        self._chains = dict(zip(self.order, chains, strict=True))
 
     @property
     def dense_tokens(self) -> int:
