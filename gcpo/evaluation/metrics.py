@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 CONFIDENCE = 0.95
 
@@ -184,11 +185,9 @@ def interval(*sets: Sequence[float]) -> Interval:
     total = variances.sum()
     if total == 0:
         return Interval(mean, mean, mean)
-    from scipy.special import stdtrit
-
     freedom = total**2 / sum(v**2 / (len(values) - 1) for v, values in zip(variances, arrays, strict=True))
-    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2) * math.sqrt(total) / len(arrays))
-    return Interval(mean, mean - half, mean + half)
+    low, high = stats.t.interval(CONFIDENCE, freedom, loc=mean, scale=math.sqrt(total) / len(arrays))
+    return Interval(mean, float(low), float(high))
 
 
 def share_interval(values: Sequence[float]) -> Interval:
@@ -200,8 +199,8 @@ def share_interval(values: Sequence[float]) -> Interval:
     found = interval(values)
     count = len(values)
     if found.mean in (0.0, 1.0):
-        reach = 1 - ((1 - CONFIDENCE) / 2) ** (1 / count)
-        found = Interval(found.mean, found.mean - reach, found.mean + reach)
+        exact = stats.binomtest(round(found.mean * count), count).proportion_ci(CONFIDENCE, method="exact")
+        return Interval(found.mean, float(exact.low), float(exact.high))
     return Interval(found.mean, float(np.clip(found.low, 0, 1)), float(np.clip(found.high, 0, 1)))
 
 
@@ -211,7 +210,7 @@ def outside_noise(difference: Interval, count: int) -> bool:
     Where all ``count`` differences are the same there is no spread to tell from: the sign test decides.
     """
     if difference.low == difference.high:
-        return difference.mean != 0 and 2 * 0.5**count < 1 - CONFIDENCE
+        return difference.mean != 0 and bool(stats.binomtest(count, count).pvalue < 1 - CONFIDENCE)
     return difference.low > 0 or difference.high < 0
 
 
