@@ -21,18 +21,24 @@ from verl.trainer.ppo.core_algos import (
 
 from gcpo.algorithms import causal_advantage
 
-_weights: ContextVar[tuple[torch.Tensor | None, str] | None] = ContextVar("gcpo_weights", default=None)
+_weights: ContextVar[tuple[torch.Tensor | None, str, torch.Tensor | None] | None] = ContextVar(
+    "gcpo_weights", default=None
+)
 
 
 @contextmanager
-def causal_weights(weight: torch.Tensor | None, form: str = "product") -> Iterator[None]:
+def causal_weights(
+    weight: torch.Tensor | None, form: str = "product", has_target: torch.Tensor | None = None
+) -> Iterator[None]:
     """Give the estimator ``gcpo`` the causal weights of the batch that verl is about to compute advantages for.
 
     Args:
         weight: Upsilon of every row, shape [B], in the order of the batch; ``None`` where weighting is off.
         form: ``advantage.form``.
+        has_target: bool [B], which rows have a target; ``None``: all. The weight of the others is a placeholder, which
+            must not enter the mean of ``signed``.
     """
-    token = _weights.set((weight, form))
+    token = _weights.set((weight, form, has_target))
     try:
         yield
     finally:
@@ -66,7 +72,7 @@ def compute_gcpo_advantage(
         raise RuntimeError(
             "algorithm.adv_estimator=gcpo works in the trainer mode gcpo alone: set trainer.v1.trainer_mode=gcpo"
         )
-    weight, form = weights
+    weight, form, has_target = weights
     norm_by_std = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
     advantages, returns = compute_grpo_outcome_advantage(
         token_level_rewards, response_mask, index, norm_adv_by_std_in_grpo=norm_by_std
@@ -80,7 +86,12 @@ def compute_gcpo_advantage(
     weighted = torch.where(has_token, scalar, torch.zeros_like(scalar))
     for group in dict.fromkeys(index.tolist()):
         rows = torch.from_numpy(np.flatnonzero(index == group))
-        weighted[rows] = causal_advantage(weighted[rows], weight[rows].to(weighted), form=form)
+        weighted[rows] = causal_advantage(
+            weighted[rows],
+            weight[rows].to(weighted),
+            form=form,
+            has_target=None if has_target is None else has_target[rows].to(weighted.device),
+        )
     advantages = weighted.unsqueeze(-1) * response_mask
     return advantages, advantages
 

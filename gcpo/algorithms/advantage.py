@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcpo.algorithms._checks import as_float, check_integer, check_option, check_shape
+from gcpo.algorithms._checks import as_float, as_mask, check_integer, check_option, check_shape
 
 FORMS = ("product", "signed")
 
@@ -50,21 +50,26 @@ def group_relative_advantage(rewards: Tensor, group: Tensor, *, norm_by_std: boo
 
 
 @torch.no_grad()
-def causal_advantage(advantage: Tensor, weight: Tensor, *, form: str = "product") -> Tensor:
+def causal_advantage(
+    advantage: Tensor, weight: Tensor, *, form: str = "product", has_target: Tensor | None = None
+) -> Tensor:
     """Weights the advantages of one group causally: B = A * Upsilon.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), the
     text above Eq. 11. ``form="signed"`` is ours: B = A * (1 + sign(A) * (Upsilon - mean Upsilon)), because
-    with the product a bad response that agrees with the target is pushed down harder. Weights that are all 1
-    leave A as it is.
+    with the product a bad response that agrees with the target is pushed down harder. Its mean runs over the
+    responses that have a target; the weight of the others is a placeholder, and they keep B = A. Weights that
+    are all 1 leave A as it is.
 
     Args:
         advantage: [n], the group-relative advantages of one group.
         weight: [n], the causal weights Upsilon of the same responses.
         form: "product" or "signed".
+        has_target: [n], which responses have a target; all when None. "product" multiplies every row by its
+            weight and does not need it; "signed" never reads the weight of the other rows, NaN included.
 
     Returns:
-        [n], the weighted advantages. No gradient.
+        [n], the weighted advantages; float64 if an input is, else float32. No gradient.
 
     Raises:
         ValueError: Shapes that differ, or an unknown form.
@@ -73,7 +78,11 @@ def causal_advantage(advantage: Tensor, weight: Tensor, *, form: str = "product"
     check_shape("advantage", advantage, "n", sizes)
     check_shape("weight", weight, "n", sizes)
     check_option("form", form, FORMS)
+    has_target = as_mask("has_target", has_target, weight, "n", sizes)
     advantage, weight = as_float(advantage, weight)
     if form == "product":
         return advantage * weight
-    return advantage * (1 + torch.sign(advantage) * (weight - weight.mean()))
+    # Zeros instead of a selection: with a target in every row the sum is that of `weight.mean()`, bit for bit.
+    mean = torch.where(has_target, weight, 0).sum() / has_target.sum().clamp(min=1)
+    signed = advantage * (1 + torch.sign(advantage) * (weight - mean))
+    return torch.where(has_target, signed, advantage)

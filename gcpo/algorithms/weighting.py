@@ -136,7 +136,8 @@ def causal_weight(
     Args:
         z: [n, d], the features of the responses.
         target: [n, d], their targets.
-        has_target: [n], which rows have one; all when None. The target of the others is never read.
+        has_target: [n], which rows have one; all when None. The target of the others is never read, NaN
+            included.
         alpha: The scale.
         similarity: "cosine", "euclidean" or "gaussian".
         clamp_at_zero: Whether negative weights become 0; for centred features, whose cosine takes either
@@ -157,7 +158,7 @@ def causal_weight(
     if similarity == "cosine":
         sim = _cosine(z, target)
     else:
-        distance = torch.linalg.vector_norm(z - target, dim=-1)
+        distance = _length(z - target)
         sim = 1 / (1 + distance) if similarity == "euclidean" else _gaussian(distance, has_target)
     weight = alpha * sim
     if clamp_at_zero:
@@ -278,6 +279,14 @@ def _half(samples: _Samples, parity: int) -> _Samples:
     return samples._replace(
         conditioned_valid=keep(samples.conditioned_valid), projected_valid=keep(samples.projected_valid)
     )
+
+
+def _length(x: Tensor) -> Tensor:
+    """Row-wise Euclidean norm of [n, d], without under- or overflow of the squares."""
+    if x.shape[-1] == 0:
+        return x.new_zeros(x.shape[0])
+    scale = or_one(x.abs().amax(-1, keepdim=True))
+    return torch.linalg.vector_norm(x / scale, dim=-1) * scale.squeeze(-1)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
