@@ -99,9 +99,14 @@ class WeightingConfig:
     generation), the conditioned mean, or nothing (Upsilon = 1). ``gcpo.weighting=off`` is short for ``off``."""
     similarity: Literal["cosine", "euclidean", "gaussian"] = "cosine"
     """How they are compared."""
+    missing: Literal["mean", "one"] = "mean"
+    """Upsilon of a response without a target. ``mean``: the mean Upsilon of the batch's responses that have one, 1 if
+    none has. ``one``: 1, which with alpha = 2 and cosines near 0.9 halves the step of the responses whose draws were
+    cut."""
     control: Literal["none", "mean", "shuffled"] = "none"
-    """For experiments that ask whether Upsilon is more than a step size. ``mean``: every response gets the mean of the
-    batch; ``shuffled``: the weights are permuted inside their group."""
+    """For experiments that ask whether Upsilon is more than a step size, after ``missing`` has filled in. ``mean``:
+    every response gets the mean of the batch; ``shuffled``: the weights are permuted among the responses of a group
+    that have a target."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,12 @@ class MetricsConfig:
     """Share of the groups whose auxiliary generations are graded, for our metrics alone (0 for code)."""
     grad_norm_every: int = 10
     """The gradient norms of the policy, beta and kappa parts are measured every so many steps; 0: never."""
-    dump_fraction: float = 1.0
-    """Share of the groups whose auxiliary generations go to the rollout dump (``trainer.rollout_data_dir``)."""
+    dump_fraction: float = 0.05
+    """Share of the groups whose auxiliary generations go to the rollout dump (``trainer.rollout_data_dir``). With
+    preset ``paper`` and n = 8 a group has up to 528 of them."""
+    max_missing: float = 0.25
+    """A step warns where a larger share of the draws, targets or references that it asked for is missing
+    (``gcpo/missing/*_frac``). A step in which none of them is valid stops the run, whatever this is."""
 
 
 @dataclass(frozen=True)
@@ -348,7 +357,7 @@ def _check(config: GCPOConfig, *, n: int) -> None:
         refuse("reference.relative_floor", f"{config.reference.relative_floor} must be at least 0 and less than 1")
     if not 0 < config.reference.fraction <= 1:
         refuse("reference.fraction", f"{config.reference.fraction} must be greater than 0 and at most 1")
-    for name in ("graded_fraction", "dump_fraction"):
+    for name in ("graded_fraction", "dump_fraction", "max_missing"):
         value = getattr(config.metrics, name)
         if not 0 <= value <= 1:
             refuse(f"metrics.{name}", f"{value} must lie between 0 and 1")

@@ -540,7 +540,7 @@ class GroupSimulator:
             return length if valid else None
 
         everyone = group.prompt(plan.collider_order())
-        shared = [generate("collider", everyone) for _ in range(num_shared)]
+        shared = sorted((generate("collider", everyone) for _ in range(num_shared)), key=lambda length: length is None)
         marginal = {
             i: [generate("marginal", group.prompt(plan.candidate_order(i))) for _ in range(num_marginal)]
             for i in chosen

@@ -23,6 +23,8 @@ EARLIER_METRICS_FILE = "metrics.earlier.jsonl"
 REWARD_KEYS = ("critic/score/mean", "critic/rewards/mean")
 UPSILON = "gcpo/upsilon"
 CAUSAL_KL = "gcpo/reference/kl_mean"
+MISSING = {part: f"gcpo/missing/{part}_frac" for part in ("draws", "targets", "references")}
+"""Shares of what a step asked for and did not get."""
 LENGTH = "response_length/mean"
 GRAD_NORM = "actor/grad_norm"
 
@@ -150,6 +152,11 @@ def stage_seconds(metrics: Mapping[str, float]) -> dict[str, float]:
         if values:
             seconds[stage] = sum(values)
     return seconds
+
+
+def missing_shares(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The missing shares of a step that are above 0, by part: draws, targets, references."""
+    return {part: metrics[key] for part, key in MISSING.items() if metrics.get(key, 0.0) > 0}
 
 
 def checkpoint_of(directory: Path) -> Path | None:

@@ -1,21 +1,21 @@
-"""From the scores of a batch to Upsilon, the causal reference and the metrics about them; torch alone.
+"""From the hidden states of a batch to Upsilon and the metrics about it; torch alone.
 
-The trainer fetches the fields of the batch, this module applies ``gcpo.algorithms`` group by group.
+The trainer fetches the fields of the batch, this module applies ``gcpo.algorithms`` group by group. The reference is in
+``gcpo.reference_stage``, the counts of the rollout in ``gcpo.rollout_metrics``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gcpo.algorithms import (
+    causal_advantage,
     causal_diagnostics,
-    causal_kl,
-    causal_reference,
     causal_target,
     causal_weight,
     conditioned_target,
@@ -48,18 +48,43 @@ class GroupFeatures:
             "valid_marginal": self.valid[:, num_shared:] if marginal else None,
         }
 
+    def centered(self, mean: Tensor) -> GroupFeatures:
+        """The group with ``mean`` [d] subtracted from every state."""
+        return GroupFeatures(self.z - mean, None if self.conditioned is None else self.conditioned - mean, self.valid)
 
-def center(groups: Sequence[GroupFeatures]) -> list[GroupFeatures]:
-    """Subtract the mean state of the batch's responses from every state (``features.center: batch``)."""
-    mean = torch.cat([group.z for group in groups]).mean(0)
-    return [GroupFeatures(g.z - mean, None if g.conditioned is None else g.conditioned - mean, g.valid) for g in groups]
+
+@dataclass(frozen=True)
+class BatchWeights:
+    """Upsilon of a batch.
+
+    Attributes:
+        weights: [n] of every group.
+        has_target: bool [n] of every group; the weights of the other responses are ``weighting.missing``.
+        metrics: under ``gcpo/upsilon/``, ``gcpo/similarity/``, ``gcpo/causal/`` and ``gcpo/advantage/``.
+    """
+
+    weights: list[Tensor]
+    has_target: list[Tensor]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _GroupWeights:
+    """Of one group: Upsilon, the similarity before alpha, has_target and cos(z, zbar), [n] each, and diagnostics."""
+
+    weight: Tensor
+    similarity: Tensor
+    has_target: Tensor
+    cos_to_mean: Tensor
+    shift: float
+    split_half: float
 
 
 def group_weight(group: GroupFeatures, config: GCPOConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Upsilon of one group.
 
     Returns:
-        weight [n], similarity before alpha [n], has_target [n].
+        weight [n], 1 without a target; similarity before alpha [n]; has_target [n].
     """
     num_shared = config.collider.num_draws
     if config.weighting.target == "group_mean":
@@ -77,10 +102,32 @@ def group_weight(group: GroupFeatures, config: GCPOConfig) -> tuple[Tensor, Tens
     return weight, similarity, has_target
 
 
-def controlled(weights: Sequence[Tensor], advantages: Sequence[Tensor], control: str, seed: int) -> list[Tensor]:
-    """Upsilon [n] of every group as ``weighting.control`` wants it; a response without a target counts like others.
+def filled(weights: Sequence[Tensor], has_target: Sequence[Tensor], missing: str) -> list[Tensor]:
+    """Upsilon with ``weighting.missing`` where a response has no target.
 
-    The mean is that of the responses whose advantage is not 0: it scales a step as Upsilon does.
+    With alpha = 2 and cosines near 0.9 a weight of 1 would halve the step of exactly those responses whose draws were
+    cut, which are the long ones.
+
+    Args:
+        weights: [n] of every group; what stands in a row without a target is not read.
+        has_target: [n] of every group.
+        missing: ``mean``: the mean over all responses of the batch that have a target, 1 if none has; ``one``: 1.
+    """
+    value = 1.0
+    if missing == "mean":
+        known = torch.cat([weight[has] for weight, has in zip(weights, has_target, strict=True)])
+        value = float(known.double().mean()) if len(known) else 1.0
+    return [torch.where(has, weight, value) for weight, has in zip(weights, has_target, strict=True)]
+
+
+def controlled(
+    weights: Sequence[Tensor], has_target: Sequence[Tensor], advantages: Sequence[Tensor], control: str, seed: int
+) -> list[Tensor]:
+    """Upsilon [n] of every group as ``weighting.control`` wants it.
+
+    ``mean`` is the mean of the responses whose advantage is not 0, since it scales a step as Upsilon does; those
+    without a target enter with the weight that they have, that of ``weighting.missing``. ``shuffled`` permutes the
+    weights among the responses of a group that have a target; the others keep theirs.
     """
     if control == "mean":
         everything, matters = torch.cat(list(weights)), torch.cat(list(advantages)) != 0
@@ -88,65 +135,110 @@ def controlled(weights: Sequence[Tensor], advantages: Sequence[Tensor], control:
         return [torch.full_like(weight, float(mean)) for weight in weights]
     if control == "shuffled":
         generator = torch.Generator().manual_seed(seed)
-        return [weight[torch.randperm(len(weight), generator=generator)] for weight in weights]
+        shuffled = []
+        for weight, has in zip(weights, has_target, strict=True):
+            known = weight[has]
+            weight = weight.clone()
+            weight[has] = known[torch.randperm(len(known), generator=generator)]
+            shuffled.append(weight)
+        return shuffled
     return list(weights)
 
 
 def batch_weights(
-    groups: Sequence[GroupFeatures], advantages: Sequence[Tensor], config: GCPOConfig, *, seed: int = 0
-) -> tuple[list[Tensor], dict[str, float]]:
+    groups: Iterable[GroupFeatures],
+    advantages: Sequence[Tensor],
+    config: GCPOConfig,
+    *,
+    mean: Tensor | None = None,
+    seed: int = 0,
+) -> BatchWeights:
     """Upsilon of every group, and the metrics that tell whether it says anything.
 
     Args:
-        groups: features of every group.
+        groups: features of every group; one at a time is looked at, and none is kept.
         advantages: A_i [n] of every group.
         config: the resolved configuration.
+        mean: [d], the mean state of the batch's responses; used with ``features.center: batch`` alone.
         seed: of the permutation where ``weighting.control`` is ``shuffled``.
 
-    Returns:
-        Upsilon [n] of every group, and metrics under ``gcpo/upsilon/``, ``gcpo/causal/`` and ``gcpo/advantage/``.
+    Raises:
+        ValueError: ``features.center`` is ``batch`` and ``mean`` is not given.
     """
-    if config.features.center == "batch":
-        groups = center(groups)
-    weights, similarities, targets, spreads, to_mean, shifts, halves = [], [], [], [], [], [], []
-    for group in groups:
-        weight, similarity, has_target = group_weight(group, config)
-        weights.append(weight)
-        similarities.append(similarity[has_target])
-        targets.append(has_target)
-        if has_target.sum() > 1:
-            spreads.append(float(weight[has_target].std()))
-        mean = group.z.mean(0, keepdim=True)
-        to_mean.append(torch.cosine_similarity(group.z, mean, dim=-1)[has_target])
-        if config.causal_target_on and has_target.any():
-            found = causal_diagnostics(
-                group.z, **group.split(config.collider.num_draws), projection=config.collider.projection
-            )
-            shifts.append(float(found["shift"]))
-            halves.append(float(found["split_half"]))
-    upsilon, has_target = torch.cat(weights), torch.cat(targets)
-    with_target = upsilon[has_target]
+    if config.features.center == "batch" and mean is None:
+        raise ValueError("features.center=batch needs the mean state of the batch.")
+    found = [
+        _group_weights(group.centered(mean) if config.features.center == "batch" else group, config) for group in groups
+    ]
+    has_target = [group.has_target for group in found]
+    weights = filled([group.weight for group in found], has_target, config.weighting.missing)
+    weights = controlled(weights, has_target, advantages, config.weighting.control, seed)
+    metrics = {
+        **_upsilon_metrics(found),
+        **_causal_metrics(found),
+        **_advantage_metrics(weights, has_target, advantages, config.advantage.form),
+    }
+    return BatchWeights(weights, has_target, {name: value for name, value in metrics.items() if math.isfinite(value)})
+
+
+def _group_weights(group: GroupFeatures, config: GCPOConfig) -> _GroupWeights:
+    weight, similarity, has_target = group_weight(group, config)
+    mean = group.z.mean(0, keepdim=True)
+    shift = split_half = math.nan
+    if config.causal_target_on and has_target.any():
+        found = causal_diagnostics(
+            group.z, **group.split(config.collider.num_draws), projection=config.collider.projection
+        )
+        shift, split_half = float(found["shift"]), float(found["split_half"])
+    cos_to_mean = torch.cosine_similarity(group.z, mean, dim=-1)
+    return _GroupWeights(weight, similarity, has_target, cos_to_mean, shift, split_half)
+
+
+def _upsilon_metrics(groups: Sequence[_GroupWeights]) -> dict[str, float]:
+    """Over the responses with a target."""
+    has_target = torch.cat([group.has_target for group in groups])
+    upsilon, similarity, cos_to_mean = (
+        torch.cat([getattr(group, name) for group in groups])[has_target]
+        for name in ("weight", "similarity", "cos_to_mean")
+    )
+    spreads = [float(group.weight[group.has_target].std()) for group in groups if group.has_target.sum() > 1]
     metrics = {
         "gcpo/upsilon/without_target_share": float((~has_target).float().mean()),
-        **_distribution("gcpo/upsilon", with_target),
-        **_distribution("gcpo/similarity", torch.cat(similarities)),
+        **_distribution("gcpo/upsilon", upsilon),
+        **_distribution("gcpo/similarity", similarity),
+        "gcpo/upsilon/spread_in_group": _mean(spreads),
     }
-    if len(with_target):
-        metrics["gcpo/upsilon/negative_share"] = float((with_target < 0).float().mean())
-        metrics["gcpo/upsilon/cos_to_mean_correlation"] = _correlation(with_target, torch.cat(to_mean))
-    metrics["gcpo/upsilon/spread_in_group"] = _mean(spreads)
-    metrics["gcpo/causal/shift"] = _mean(shifts)
-    metrics["gcpo/causal/split_half"] = _mean(halves)
-    finite = [value for value in halves if math.isfinite(value)]
-    if len(finite) > 1:
-        metrics["gcpo/causal/split_half_standard_error"] = float(torch.tensor(finite).std()) / math.sqrt(len(finite))
-    weights = controlled(weights, advantages, config.weighting.control, seed)
+    if len(upsilon):
+        metrics["gcpo/upsilon/negative_share"] = float((upsilon < 0).float().mean())
+        metrics["gcpo/upsilon/cos_to_mean_correlation"] = _correlation(upsilon, cos_to_mean)
+    return metrics
+
+
+def _causal_metrics(groups: Sequence[_GroupWeights]) -> dict[str, float]:
+    halves = [group.split_half for group in groups if math.isfinite(group.split_half)]
+    metrics = {"gcpo/causal/shift": _mean([group.shift for group in groups]), "gcpo/causal/split_half": _mean(halves)}
+    if len(halves) > 1:
+        metrics["gcpo/causal/split_half_standard_error"] = float(torch.tensor(halves).std()) / math.sqrt(len(halves))
+    return metrics
+
+
+def _advantage_metrics(
+    weights: Sequence[Tensor], has_target: Sequence[Tensor], advantages: Sequence[Tensor], form: str
+) -> dict[str, float]:
+    """How far B is from A, in direction and in length."""
     before = torch.cat(list(advantages)).float()
-    after = before * torch.cat(weights)
-    if before.abs().sum() > 0 and after.abs().sum() > 0:
-        metrics["gcpo/advantage/cosine_to_grpo"] = float(torch.cosine_similarity(before, after, dim=0))
-        metrics["gcpo/advantage/norm_ratio"] = float(after.norm() / before.norm())
-    return weights, {name: value for name, value in metrics.items() if math.isfinite(value)}
+    after = torch.cat(
+        [
+            causal_advantage(a, weight, form=form, has_target=has)
+            for a, weight, has in zip(advantages, weights, has_target, strict=True)
+        ]
+    ).float()
+    if not (before.abs().sum() > 0 and after.abs().sum() > 0):
+        return {}
+    return {
+        "gcpo/advantage/cosine_to_grpo": float(torch.cosine_similarity(before, after, dim=0)),
+        "gcpo/advantage/norm_ratio": float(after.norm() / before.norm()),
+    }
 
 
 def noise_warning(metrics: dict[str, float]) -> str | None:
@@ -159,140 +251,6 @@ def noise_warning(metrics: dict[str, float]) -> str | None:
         f"gcpo: the causal part of the target cannot be told from noise (split-half reliability {reliability:.2f} "
         f"+- {error:.2f}); Upsilon is then close to the cosine to the group's mean"
     )
-
-
-def batch_reference(
-    log_p: Tensor,
-    valid: Tensor,
-    log_p_query: Tensor,
-    mask: Tensor,
-    config: GCPOConfig,
-    chosen: Tensor | None = None,
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The causal reference of every row (Eq. 13), and what KL' is before the first update.
-
-    Args:
-        log_p: [B, L + L', T], conditioned log-probabilities, shared draws first.
-        valid: [B, L + L'], which contexts are there.
-        log_p_query: [B, T], verl's old log-probabilities.
-        mask: [B, T], response mask.
-        config: the resolved configuration.
-        chosen: bool [B], the rows that are to have a kappa term (``reference.fraction``); all where ``None``.
-
-    Returns:
-        log_ref [B, T]; mask of the kappa term [B, T], False in rows without a reference; metrics.
-    """
-    num_shared = config.collider.num_draws
-    marginal = log_p.shape[1] > num_shared
-    reference = config.reference
-    log_ref, floored, has_reference = causal_reference(
-        log_p[:, :num_shared],
-        log_p_query,
-        valid[:, :num_shared],
-        projection=config.collider.projection,
-        reduction=reference.reduction,
-        floor=reference.floor,
-        relative_floor=reference.relative_floor,
-        log_p_marginal=log_p[:, num_shared:] if marginal else None,
-        valid_marginal=valid[:, num_shared:] if marginal else None,
-    )
-    kl_mask = mask.bool() & has_reference.unsqueeze(-1)
-    rows = mask.bool().any(-1)
-    rows = rows if chosen is None else rows & chosen
-    metrics = {"gcpo/reference/without_share": float((~has_reference[rows]).float().mean()) if rows.any() else 0.0}
-    if kl_mask.any():
-        # The slot that the policy is conditioned on: x_{i,0}, or the first that is there.
-        slot = valid[:, :num_shared].float().argmax(1)
-        on_context = log_p[torch.arange(len(log_p)), slot]
-        log_policy = log_p_query if reference.policy_context == "query" else on_context
-        log_ratio = (log_ref - log_policy)[kl_mask].clamp(-20, 20)
-        kl = causal_kl(log_policy, log_ref, max_kl=reference.max_kl)[kl_mask]
-        top = kl.topk(max(1, math.ceil(0.01 * len(kl)))).values
-        metrics |= {
-            "gcpo/reference/floored_share": float(floored[kl_mask].float().mean()),
-            "gcpo/reference/kl_mean": float(kl.mean()),
-            "gcpo/reference/capped_share": float((kl >= reference.max_kl).float().mean()),
-            "gcpo/reference/log_ratio_max": float(log_ratio.max()),
-            "gcpo/reference/top_percent_share": float(top.sum() / kl.sum()) if kl.sum() > 0 else 0.0,
-            "gcpo/reference/collider_gain": float((on_context - log_p_query)[kl_mask].mean()),
-        }
-    return log_ref, kl_mask, metrics
-
-
-def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> dict[str, float]:
-    """Sums and shares of what the rollout counted, one entry of ``stats`` for every group."""
-    total: dict[str, float] = {}
-    for entry in stats:
-        for name, value in entry.items():
-            total[name] = total.get(name, 0.0) + value
-    groups = max(len(stats), 1)
-    metrics = {
-        "gcpo/rollout/skipped_groups_share": total.get("skipped", 0.0) / groups,
-        "gcpo/rollout/failed_groups": total.get("stage_failed", 0.0),
-        "gcpo/rollout/seconds_per_group": total.get("seconds", 0.0) / groups,
-        "gcpo/rollout/waited_seconds_per_group": total.get("waited_seconds", 0.0) / groups,
-        "gcpo/tokens/generated/response": float(response_tokens),
-    }
-    metrics |= _sizes([entry for entry in stats if "response_tokens" in entry])  # all but groups whose stage failed
-    prompt = cached = 0.0
-    for kind in ("collider", "marginal", "conditioned"):
-        draws = total.get(f"{kind}/draws", 0.0)
-        metrics[f"gcpo/tokens/generated/{kind}"] = total.get(f"{kind}/generated_tokens", 0.0)
-        metrics[f"gcpo/tokens/prefilled/{kind}"] = total.get(f"{kind}/prompt_tokens", 0.0)
-        metrics[f"gcpo/tokens/cached/{kind}"] = total.get(f"{kind}/cached_tokens", 0.0)
-        prompt += total.get(f"{kind}/prompt_tokens", 0.0)
-        cached += total.get(f"{kind}/cached_tokens", 0.0)
-        if draws:
-            for outcome in ("failed", "empty", "cut"):
-                metrics[f"gcpo/rollout/{kind}/{outcome}"] = total.get(f"{kind}/{outcome}", 0.0)
-            metrics[f"gcpo/rollout/{kind}/tokens_mean"] = total.get(f"{kind}/generated_tokens", 0.0) / draws
-        if total.get(f"{kind}/graded"):
-            metrics[f"gcpo/reward/{kind}"] = total[f"{kind}/reward"] / total[f"{kind}/graded"]
-    if prompt:
-        metrics["gcpo/tokens/prefix_cache_hit_share"] = cached / prompt
-    graded = [entry["graded_response_reward"] for entry in stats if entry.get("collider/graded")]
-    if graded:
-        metrics["gcpo/reward/response"] = sum(graded) / len(graded)
-        metrics["gcpo/reward/collider_gain"] = metrics["gcpo/reward/collider"] - metrics["gcpo/reward/response"]
-    return metrics
-
-
-def _sizes(stats: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Tokens of frames and blocks, how many groups had equal rewards, and how ragged the responses are.
-
-    A spread is a standard deviation over the mean of all: of the responses around the mean of their group, and of the
-    groups' means, without what they owe to the few responses of a group.
-    """
-    if not stats:
-        return {}
-    values = {name: [entry[name] for entry in stats if name in entry] for name in _SIZES}
-    mean = {name: sum(known) / len(known) for name, known in values.items() if known}
-    tokens, inside = mean["response_tokens"], mean["response_variance"]
-    scatter = sum((entry["response_tokens"] - tokens) ** 2 for entry in stats) / max(len(stats) - 1, 1)
-    size = sum(entry["responses"] for entry in stats) / len(stats)
-    metrics = {
-        "gcpo/rollout/equal_rewards_share": mean["equal_rewards"],
-        "gcpo/prompts/frame_tokens": mean["frame_tokens"],
-        "gcpo/prompts/block_tokens": mean["block_tokens"],
-        "gcpo/rollout/alike_tokens": mean["alike_tokens"],
-        "gcpo/rollout/spread_in_groups": math.sqrt(inside) / tokens,
-        "gcpo/rollout/spread_of_groups": math.sqrt(max(0.0, scatter - inside / size)) / tokens,
-    }
-    if "alike_draw_tokens" in mean:
-        metrics["gcpo/rollout/alike_draw_tokens"] = mean["alike_draw_tokens"]
-    return metrics
-
-
-_SIZES = (
-    "equal_rewards",
-    "frame_tokens",
-    "block_tokens",
-    "response_tokens",
-    "response_variance",
-    "alike_tokens",
-    "alike_draw_tokens",
-)
-"""A group with fewer than two draws lacks the last."""
 
 
 def _mean(values: Sequence[float]) -> float:

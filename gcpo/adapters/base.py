@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import ray
@@ -13,28 +11,14 @@ import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
+
+from gcpo.adapters.fetching import OwnFieldsTrainer
 
 _ACTOR_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
 
 
-@contextmanager
-def without_fields(batch: KVBatchMeta, names: Collection[str]) -> Iterator[None]:
-    """Within, a worker that is given ``batch`` does not fetch these fields: each costs time for every row."""
-    before = batch.fields
-    known = before
-    if known is None:
-        # What one row has, all have.
-        known = list(tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id).keys())
-    batch.fields = [name for name in known if name not in names]
-    try:
-        yield
-    finally:
-        batch.fields = before
-
-
-class GroupTrainer(PPOTrainerSync):
+class GroupTrainer(OwnFieldsTrainer):
     """verl's synchronous trainer with our worker, rows in an order of their own, and reward errors counted."""
 
     mode: ClassVar[str]

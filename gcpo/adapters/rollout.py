@@ -22,7 +22,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import LLMServerClient
 
-from gcpo.adapters.fields import flat_field
+from gcpo.adapters.fields import dump_fields, flat_field
 from gcpo.collider.admission import Admission
 from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult, request_seed
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
@@ -187,7 +187,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         """Run the collider stage and store its results beside the rows of the group.
 
         An error in the stage costs the group its causal part, and nothing else: its rows are stored without contexts,
-        so that they train as plain GRPO, and are counted.
+        and every draw that it needed counts as failed.
         """
         ids = sorted(group.sessions)
         sessions = [group.sessions[i] for i in ids]
@@ -205,19 +205,20 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
                 self.end_ids,
                 self.admit,
             )
+            equal = None not in rewards and len(set(rewards)) == 1
             try:
                 result = await stage.run(
                     list(kwargs["raw_prompt"]),
                     [session.response_ids for session in sessions],
                     seed_parts=key,
-                    equal_rewards=None not in rewards and len(set(rewards)) == 1,
+                    equal_rewards=equal,
                 )
-                await self._grade(result, sessions[0], key, kwargs)
-            except Exception:
-                logger.exception("gcpo: the collider stage of question %s failed; the group trains as GRPO", key[1])
-                result.stats["stage_failed"] = 1.0
+            except Exception as error:
+                logger.exception("gcpo: the collider stage of question %s failed and is left out", key[1])
+                result = stage.failed(len(ids), error, seed_parts=key, equal_rewards=equal)
             finally:
                 await client.close()
+            await self._grade(result, sessions[0], key, kwargs)
         await self._store(uid, ids, sessions, result, key)
 
     def _empty_result(self, count: int) -> GroupResult:
@@ -266,13 +267,9 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             if stats["collider/graded"]
             else 0.0
         )
-        dump: list[dict[str, Any]] = []
-        fraction = self.gcpo.metrics.dump_fraction if self.config.trainer.get("rollout_data_dir") else 0.0
-        if request_seed(self.gcpo.seed, "dump", *seed_parts) / 0x7FFFFFFF < fraction:
-            dump = [
-                {"kind": d.kind, "outcome": d.outcome, "reward": d.reward, "token_ids": d.token_ids}
-                for d in result.draws
-            ]
+        entry = {"stats": stats, "layout": result.plan, "causes": result.causes}
+        dumping = bool(self.config.trainer.get("rollout_data_dir")) and self.gcpo.metrics.dump_fraction > 0
+        chosen = request_seed(self.gcpo.seed, "dump", *seed_parts) / 0x7FFFFFFF < self.gcpo.metrics.dump_fraction
         fields = []
         for row, _ in enumerate(ids):
             first = row == 0
@@ -281,7 +278,9 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
                     **flat_field("gcpo_contexts", "gcpo_context_lengths", result.contexts[row]),
                     **flat_field("gcpo_outputs", "gcpo_output_lengths", result.outputs[row]),
                     "gcpo_kl_weight": torch.tensor([result.kl_weight[row]]),
-                    "gcpo_group": {"stats": stats, "draws": dump, "layout": result.plan} if first else {},
+                    "gcpo_group": entry if first else {},
+                    # TransferQueue leaves out a field that a row lacks: where one group is dumped, every row has it.
+                    **(dump_fields(result.draws if first and chosen else []) if dumping else {}),
                 }
             )
         await tq.async_kv_batch_put(

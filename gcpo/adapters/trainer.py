@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,31 +13,17 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils.debug import marked_timer
 
-from gcpo.adapters.base import GroupTrainer, without_fields
-from gcpo.adapters.fields import flat_field, nested
+from gcpo.adapters.base import GroupTrainer
+from gcpo.adapters.causal_stage import CausalStage
+from gcpo.adapters.dump import fetch_dump
+from gcpo.adapters.fields import dump_fields, flat_field, nested
 from gcpo.adapters.losses import CONDITIONED_TOKENS
 from gcpo.adapters.registry import causal_weights
-from gcpo.adapters.workers import SCORED_KINDS, GCPOActorRolloutRefWorker
-from gcpo.algorithms import group_relative_advantage
+from gcpo.adapters.workers import GCPOActorRolloutRefWorker
 from gcpo.checks import check_run
-from gcpo.collider.draws import request_seed
 from gcpo.collider.plan import LeaveOneOutPlan
-from gcpo.stage import GroupFeatures, batch_reference, batch_weights, noise_warning, rollout_metrics
-
-logger = logging.getLogger(__name__)
 
 _CAUSAL_FIELDS = ("gcpo_contexts", "gcpo_context_lengths", "gcpo_outputs", "gcpo_output_lengths", "gcpo_kl_weight")
-_ROLLOUT_FIELDS = (*_CAUSAL_FIELDS, "gcpo_group")
-_STAGE_FIELDS = (
-    "gcpo_outputs",
-    "gcpo_output_lengths",
-    "gcpo_group",
-    "gcpo_z",
-    "gcpo_z_conditioned",
-    "gcpo_log_p",
-    "gcpo_scored_tokens",
-)
-"""What the update has no use for."""
 
 
 @register_trainer("gcpo")
@@ -56,6 +40,7 @@ class GCPOTrainer(GroupTrainer):
     def __init__(self, config: Any) -> None:
         self.gcpo = check_run(config)
         self._weight: torch.Tensor | None = None
+        self._has_target: torch.Tensor | None = None
         super().__init__(config)
 
     # ---- set-up ---------------------------------------------------------------------------------------------------
@@ -77,7 +62,10 @@ class GCPOTrainer(GroupTrainer):
         return batch
 
     def _clear_padding(self, batch: KVBatchMeta) -> None:
-        """Padding rows are copies of a real row; they get no contexts, so that nothing is scored for them."""
+        """Padding rows are copies of a real row; they get no contexts, so that nothing is scored for them.
+
+        Nor do they keep the draws that the dump is to show once.
+        """
         keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding", False)]
         if not keys:
             return
@@ -87,48 +75,65 @@ class GCPOTrainer(GroupTrainer):
             **flat_field("gcpo_outputs", "gcpo_output_lengths", [[]] * slots * self.gcpo.collider.num_generations),
         }
         fields = {name: nested([value] * len(keys)) for name, value in empty.items()}
+        if self._dumps:
+            fields |= {name: nested([value] * len(keys)) for name, value in dump_fields([]).items()}
         tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(keys)))
+
+    @property
+    def _dumps(self) -> bool:
+        """Whether the rollout stores draws for the dump."""
+        folder = self.config.trainer.get("rollout_data_dir")
+        return self.gcpo.needs_rollout and bool(folder) and self.gcpo.metrics.dump_fraction > 0
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's old log-probabilities, then the causal stage, which needs them as pi_old(y | q)."""
         self._count_reward_errors(batch, metrics)
-        with without_fields(batch, _ROLLOUT_FIELDS) if self.gcpo.needs_rollout else nullcontext():
-            batch = super()._compute_old_log_prob(batch, metrics)
-        self._weight = None
+        batch = super()._compute_old_log_prob(batch, metrics)
+        self._weight = self._has_target = None
         if self.gcpo.is_grpo:
             return batch
+        groups = self._groups(batch)
         with marked_timer("gcpo_score", self.timing_raw, color="blue"):
+            entries = self._check_rollout(batch, groups) if self.gcpo.needs_rollout else {}
             self._score(batch)
         with marked_timer("gcpo_stage", self.timing_raw, color="brown"):
-            self._causal_stage(batch, metrics)
+            norm_by_std = self.config.algorithm.get("norm_adv_by_std_in_grpo", True)
+            stage = CausalStage(self.gcpo, batch, groups, entries, step=self.global_steps, norm_by_std=norm_by_std)
+            self._weight, self._has_target = stage.run(metrics)
         return batch
 
-    def _check_rollout(self, batch: KVBatchMeta) -> None:
-        """Refuse rows that another agent-loop manager made, or whose contexts are not those of their group's plan.
+    def _check_rollout(self, batch: KVBatchMeta, groups: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
+        """What the rollout said about every group, by uid.
 
         TransferQueue leaves out a field that a row lacks.
+
+        Raises:
+            RuntimeError: another agent-loop manager made the rows.
+            ValueError: the contexts of a group are not those of its plan.
         """
-        names = ["response_mask", "gcpo_context_lengths", "gcpo_group"]
+        names = ["index", "gcpo_context_lengths", "gcpo_group"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         if "gcpo_context_lengths" not in data.keys():
             raise RuntimeError(
                 "the batch lacks collider draws: is actor_rollout_ref.rollout.agent.agent_loop_manager_class set to "
                 "gcpo.adapters.rollout.GCPOAgentLoopManager?"
             )
-        groups = self._groups(batch)
-        lengths, entries = list(data["gcpo_context_lengths"]), list(data["gcpo_group"])
-        for rows in groups.values():
-            rows.sort(key=lambda row: int(batch.keys[row].rsplit("_", 2)[1]))
-            layout = next((entries[row]["layout"] for row in rows if entries[row]), None)
+        lengths, known = list(data["gcpo_context_lengths"]), list(data["gcpo_group"])
+        entries = {}
+        for uid, rows in groups.items():
+            entry = next((known[row] for row in rows if known[row]), {})
+            entries[uid] = entry
+            layout = entry.get("layout")
             if layout:
+                rows = sorted(rows, key=lambda row: int(batch.keys[row].rsplit("_", 2)[1]))
                 plan = LeaveOneOutPlan.from_dict(layout["plan"])
                 plan.check_lengths([lengths[row].tolist() for row in rows], layout["frame"], layout["blocks"])
+        return entries
 
     def _score(self, batch: KVBatchMeta) -> None:
         config = self.gcpo
         fields = ["prompts", "responses"]
         if config.needs_rollout:
-            self._check_rollout(batch)
             fields.extend(_CAUSAL_FIELDS)
         request = KVBatchMeta(
             partition_id=batch.partition_id,
@@ -151,94 +156,20 @@ class GCPOTrainer(GroupTrainer):
         )
         self.actor_rollout_wg.score_contexts(request)
 
-    def _causal_stage(self, batch: KVBatchMeta, metrics: dict) -> None:
-        """Upsilon of every row, and the reference of every row beside its other fields."""
-        config = self.gcpo
-        names = ["rm_scores", "response_mask", "old_log_probs", "gcpo_scored_tokens"]
-        if config.weighting_on:
-            names.append("gcpo_z")
-        if config.needs_rollout:
-            names += ["gcpo_context_lengths", "gcpo_output_lengths", "gcpo_group"]
-            names += ["gcpo_z_conditioned"] if config.causal_target_on else []
-            names += ["gcpo_log_p", "gcpo_kl_weight"] if config.reference_on else []
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-        padding = torch.tensor([tag.get("is_padding", False) for tag in batch.tags])
-        groups = self._groups(batch)
-        mask = data["response_mask"].to_padded_tensor(0)
-        scored, *by_kind = torch.stack(list(data["gcpo_scored_tokens"])).sum(0).tolist()
-        metrics["gcpo/tokens/scored"] = scored
-        metrics["gcpo/tokens/scored_unshared"] = sum(by_kind)
-        for kind, tokens in zip(SCORED_KINDS, by_kind, strict=True):
-            metrics[f"gcpo/tokens/scored_unshared/{kind}"] = tokens
-        if config.needs_rollout:
-            # A padding row is a copy of a real row, with the counts of that row's group.
-            entries = zip(list(data["gcpo_group"]), padding.tolist(), strict=True)
-            stats = [entry["stats"] for entry, is_padding in entries if entry and not is_padding]
-            metrics.update(rollout_metrics(stats, int(mask[~padding].sum())))
-            metrics["gcpo/timing/rollout_tail_s"] = max((entry.get("seconds", 0.0) for entry in stats), default=0.0)
-        if config.weighting_on:
-            self._weight = self._weights(data, list(groups.values()), metrics)
-        if config.reference_on:
-            self._reference(batch, data, mask, metrics)
-
-    def _weights(self, data: TensorDict, groups: list[list[int]], metrics: dict) -> torch.Tensor:
-        """Upsilon [B]; 1 in padding rows."""
-        z = list(data["gcpo_z"])
-        scores = data["rm_scores"].to_padded_tensor(0.0).sum(-1)
-        conditioned, valid = self._conditioned(data, z[0].shape[-1]) if self.gcpo.causal_target_on else (None, None)
-        features, advantages = [], []
-        for rows in groups:
-            group = GroupFeatures(torch.stack([z[row] for row in rows]))
-            if conditioned is not None:
-                group.conditioned, group.valid = conditioned[rows], valid[rows]
-            features.append(group)
-            label = torch.zeros(len(rows), dtype=torch.long)
-            norm_by_std = self.config.algorithm.get("norm_adv_by_std_in_grpo", True)
-            advantages.append(group_relative_advantage(scores[rows], label, norm_by_std=norm_by_std))
-        weights, found = batch_weights(
-            features, advantages, self.gcpo, seed=request_seed(self.gcpo.seed, "control", self.global_steps)
-        )
-        metrics.update(found)
-        warning = noise_warning(found)
-        if warning:
-            logger.warning(warning)
-        weight = torch.ones(len(z))
-        for rows, values in zip(groups, weights, strict=True):
-            weight[rows] = values
-        return weight
-
-    def _conditioned(self, data: TensorDict, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [B, L + L', M, d] of every row and which of them are there [B, L + L', M]."""
-        collider = self.gcpo.collider
-        slots = collider.num_draws + self.gcpo.marginal_draws
-        from_prompt = self.gcpo.features.source == "prompt"
-        lengths = data["gcpo_context_lengths" if from_prompt else "gcpo_output_lengths"]
-        generations = 1 if from_prompt else collider.num_generations
-        conditioned, valid = torch.stack(list(data["gcpo_z_conditioned"])), torch.stack(list(lengths)) > 0
-        return conditioned.view(-1, slots, generations, size), valid.view(-1, slots, generations)
-
-    def _reference(self, batch: KVBatchMeta, data: TensorDict, mask: torch.Tensor, metrics: dict) -> None:
-        """Store log pi'_ref and the mask of the kappa term for the update."""
-        chosen = torch.stack(list(data["gcpo_kl_weight"])) > 0
-        valid = (torch.stack(list(data["gcpo_context_lengths"])) > 0) & chosen
-        log_p_query = data["old_log_probs"].to_padded_tensor(0.0)
-        rows, length = mask.shape
-        lengths = mask_lengths(data["response_mask"])
-        log_p = torch.zeros(rows, valid.shape[1], length)
-        for row, flat in enumerate(data["gcpo_log_p"]):
-            log_p[row, :, : lengths[row]] = flat.view(valid.shape[1], lengths[row])
-        log_ref, kl_mask, found = batch_reference(log_p, valid, log_p_query, mask, self.gcpo, chosen.flatten())
-        metrics.update(found)
-        fields = {
-            "gcpo_log_ref": nested([log_ref[row, : lengths[row]] for row in range(rows)]),
-            "gcpo_kl_mask": nested([kl_mask[row, : lengths[row]].long() for row in range(rows)]),
-        }
-        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=rows))
-
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's advantage stage; the estimator ``gcpo`` finds the weights of this batch."""
-        with causal_weights(self._weight, self.gcpo.advantage.form):
+        with causal_weights(self._weight, self.gcpo.advantage.form, self._has_target):
             return super()._compute_advantage(batch, metrics)
+
+    @property
+    def update_fields(self) -> tuple[str, ...]:
+        """The kappa term's, and the contexts where the policy is conditioned on them."""
+        if not self.gcpo.reference_on:
+            return ()
+        names = ("gcpo_log_ref", "gcpo_kl_mask", "gcpo_kl_weight")
+        if self.gcpo.reference.policy_context == "query":
+            return names
+        return (*names, "gcpo_contexts", "gcpo_context_lengths")
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's update with the settings of the kappa term; see ``GCPOFSDPEngine``."""
@@ -246,8 +177,7 @@ class GCPOTrainer(GroupTrainer):
             return super()._update_actor(batch, metrics)
         batch.extra_info["gcpo"] = self._update_settings()
         try:
-            with without_fields(batch, _STAGE_FIELDS):
-                batch = super()._update_actor(batch, metrics)
+            batch = super()._update_actor(batch, metrics)
         finally:
             batch.extra_info.pop("gcpo", None)
         for name in [name for name in metrics if name.startswith("actor/gcpo/")]:
@@ -288,19 +218,7 @@ class GCPOTrainer(GroupTrainer):
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
         """verl's dump of the plain responses, and one of the auxiliary generations in ``auxiliary/``."""
         super()._log_rollout_data(batch, timing_raw, rollout_data_dir)
-        if not self.gcpo.needs_rollout:
-            return
-        data = tq.kv_batch_get(
-            keys=batch.keys, partition_id=batch.partition_id, select_fields=["gcpo_group", "prompts"]
-        )
-        draws = [
-            (key.rsplit("_", 2)[0], prompt, draw)
-            for key, tag, prompt, entry in zip(
-                batch.keys, batch.tags, data["prompts"], list(data["gcpo_group"]), strict=True
-            )
-            if not tag.get("is_padding", False)
-            for draw in (entry or {}).get("draws", [])
-        ]
+        draws = fetch_dump(batch) if self._dumps else []
         if not draws:
             return
         decode = self.tokenizer.decode
@@ -316,8 +234,3 @@ class GCPOTrainer(GroupTrainer):
             },
             dump_path=os.path.join(rollout_data_dir, "auxiliary"),
         )
-
-
-def mask_lengths(response_mask: torch.Tensor) -> list[int]:
-    """Length of every row of a nested mask."""
-    return [len(row) for row in response_mask.unbind()]

@@ -24,6 +24,9 @@ from gcpo.packing.tree import common_prefix
 logger = logging.getLogger(__name__)
 
 KINDS = ("collider", "marginal", "conditioned")
+OUTCOMES = ("ok", "failed", "empty", "cut")
+MAX_CAUSES = 3
+"""Distinct causes that a group reports."""
 
 
 def request_seed(*parts: Any) -> int:
@@ -43,6 +46,8 @@ class Draw:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     reward: float | None = None
+    cause: str | None = None
+    """Why it is left out, in one line; ``None`` where it is valid."""
 
     @property
     def valid(self) -> bool:
@@ -61,6 +66,12 @@ class GroupResult:
     """Weight of every response's kappa term; 0: it has none."""
     plan: dict[str, Any] | None = None
     """The order of the blocks (``plan``), and the tokens of the ``frame`` and of the ``blocks``."""
+
+    @property
+    def causes(self) -> dict[str, int]:
+        """The first causes for which draws are left out, in the order of the requests, with their numbers of draws."""
+        counts = Counter(draw.cause for draw in self.draws if draw.cause is not None)
+        return dict(itertools.islice(counts.items(), MAX_CAUSES))
 
 
 class ColliderStage:
@@ -96,29 +107,30 @@ class ColliderStage:
 
     async def draw(self, kind: str, prompt_ids: list[int], seed: int) -> Draw:
         """One generation; it never raises, and says how it ended."""
-        conditioned = kind == "conditioned"
-        max_tokens = self.config.conditioned.max_tokens if conditioned else self.config.collider.max_tokens
+        section = "conditioned" if kind == "conditioned" else "collider"
+        max_tokens = getattr(self.config, section).max_tokens
         if self.max_model_len is not None:
             max_tokens = min(max_tokens, self.max_model_len - len(prompt_ids))
         if max_tokens < 1:
-            return Draw([], kind, "failed", prompt_tokens=len(prompt_ids))
+            cause = f"a prompt leaves no room for a {kind} generation in the context of {self.max_model_len} tokens"
+            return Draw([], kind, "failed", prompt_tokens=len(prompt_ids), cause=cause)
         params = {**self.sampling_params, "max_tokens": max_tokens, "seed": seed, "logprobs": False}
         try:
             output = await self.generate(prompt_ids, params)
         except Exception as error:
             logger.warning("gcpo: a %s generation failed and is left out: %s", kind, error)
-            return Draw([], kind, "failed", prompt_tokens=len(prompt_ids))
+            cause = f"a {kind} generation failed ({one_line(error)})"
+            return Draw([], kind, "failed", prompt_tokens=len(prompt_ids), cause=cause)
         token_ids = [int(token) for token in output.token_ids]
         cached = output.extra_fields.get("num_cached_tokens") or 0
+        outcome, cause = "ok", None
         if output.stop_reason == "aborted":
-            outcome = "failed"
+            outcome, cause = "failed", f"the server aborted a {kind} generation"
         elif not [token for token in token_ids if token not in self.end_ids]:
-            outcome = "empty"
+            outcome, cause = "empty", f"a {kind} generation is empty"
         elif len(token_ids) >= max_tokens and token_ids[-1] not in self.end_ids:
-            outcome = "cut"
-        else:
-            outcome = "ok"
-        return Draw(token_ids, kind, outcome, len(token_ids), len(prompt_ids), int(cached))
+            outcome, cause = "cut", f"a {kind} generation was cut (gcpo.{section}.max_tokens and the context limit it)"
+        return Draw(token_ids, kind, outcome, len(token_ids), len(prompt_ids), int(cached), cause=cause)
 
     async def run(
         self,
@@ -145,11 +157,7 @@ class ColliderStage:
         def seed(*parts: Any) -> int:
             return request_seed(config.seed, *seed_parts, *parts)
 
-        kl_weight = self._kl_weight(n, seed("kappa"))
-        # The contexts of a response that has neither Upsilon nor a kappa term are needed by nobody, and where all
-        # advantages are zero Upsilon changes nothing.
-        weighted = config.causal_target_on and not equal_rewards
-        wanted = [i for i in range(n) if weighted or kl_weight[i] > 0]
+        kl_weight, wanted = self._needs(n, seed("kappa"), equal_rewards)
         plan = leave_one_out_plan(n, slots, lengths=sizes, permutation=order, leaves=wanted or None)
         chosen = plan.depth_first() if wanted else ()
         group = GroupPrompts(self.prompts.frame(messages), blocks, plan)
@@ -182,6 +190,28 @@ class ColliderStage:
         layout = {"plan": plan.to_dict(), "frame": frame, "blocks": sizes}
         return GroupResult(contexts, outputs, draws, stats, kl_weight, layout)
 
+    def failed(self, n: int, error: Exception, *, seed_parts: tuple[Any, ...], equal_rewards: bool) -> GroupResult:
+        """The result of a group of ``n`` responses whose stage raised: every draw that it needs counts as failed."""
+        config = self.config
+        kl_weight, wanted = self._needs(n, request_seed(config.seed, *seed_parts, "kappa"), equal_rewards)
+        slots = config.collider.num_draws + config.marginal_draws
+        cause = f"the collider stage of a group failed ({one_line(error)})"
+        kinds = ["collider"] * config.collider.num_draws + ["marginal"] * (config.marginal_draws * len(wanted))
+        draws = [Draw([], kind, "failed", cause=cause) for kind in kinds] if wanted else []
+        stats = {**_count(draws), "stage_failed": 1.0, "equal_rewards": float(equal_rewards), "responses": float(n)}
+        empty = [[[]] * slots] * n, [[[]] * (slots * config.collider.num_generations)] * n
+        return GroupResult(*empty, draws, stats, kl_weight)
+
+    def _needs(self, n: int, seed: int, equal_rewards: bool) -> tuple[list[float], list[int]]:
+        """The weights of the kappa terms, and the responses whose contexts are needed.
+
+        The contexts of a response that has neither Upsilon nor a kappa term are needed by nobody, and where all
+        advantages are zero Upsilon changes nothing.
+        """
+        kl_weight = self._kl_weight(n, seed)
+        weighted = self.config.causal_target_on and not equal_rewards
+        return kl_weight, [i for i in range(n) if weighted or kl_weight[i] > 0]
+
     async def _draw_colliders(
         self, group: GroupPrompts, chosen: Sequence[int], seed: Callable[..., int], contexts: list[list[list[int]]]
     ) -> list[Draw]:
@@ -196,7 +226,9 @@ class ColliderStage:
                 for slot in range(num_marginal)
             ),
         )
-        shared, rest = draws[:num_shared], draws[num_shared:]
+        # Shared draws are exchangeable. The valid ones come first, so that l = 0, which p_c, Zbar_i and the policy's
+        # context are made of, is there whenever any of them is.
+        shared, rest = sorted(draws[:num_shared], key=lambda draw: not draw.valid), draws[num_shared:]
         for at, i in enumerate(chosen):
             marginal = rest[at * num_marginal : (at + 1) * num_marginal]
             contexts[i] = self._contexts(group, i, shared, marginal)
@@ -257,6 +289,12 @@ class ColliderStage:
             block = self.prompts.collider_block(draw.token_ids)
             contexts.append(group.context(i, slot, block, replaced))
         return contexts
+
+
+def one_line(error: BaseException) -> str:
+    """The class and the message of an error in one line of at most 200 characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _alike(responses: Sequence[Sequence[int]]) -> float:

@@ -22,7 +22,7 @@ from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.config import GCPOConfig
 from gcpo.cost import Step, step_tokens
 from gcpo.cost_report import compare, measured_texts, of_log
-from gcpo.stage import rollout_metrics
+from gcpo.rollout_metrics import rollout_metrics
 from tests.adapters.ranks import pack
 
 GROUPS, LIMIT, END = 192, 64, 2

@@ -19,42 +19,18 @@ from typing import Any
 import pytest
 import torch
 
-from gcpo.adapters.fields import nested, split_rows
+from gcpo.adapters.fields import DUMP_FIELDS, dumped_draws, nested, split_rows
 from gcpo.adapters.rollout import GCPOAgentLoopManager, GCPOAgentLoopWorkerPlain
 from gcpo.adapters.scoring import Score, ScoreRequest
 from gcpo.adapters.trainer import GCPOTrainer
 from gcpo.adapters.workers import score_rows
 from gcpo.algorithms import causal_advantage, causal_reference, causal_target, causal_weight, group_relative_advantage
 from gcpo.config import GCPOConfig
+from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
 
-N, QUESTIONS = 4, 3
+QUESTIONS = 3
 END = 2
-
-
-@pytest.fixture
-def make_config(recipe_config: Callable, tiny_model: Path) -> Callable:
-    """A run of 3 questions x 4 responses, which verl pads to 16 rows for its mini-batches of 8."""
-
-    def make(*overrides: str) -> Any:
-        return recipe_config(
-            "device=cpu",
-            f"actor_rollout_ref.model.path={tiny_model}",
-            f"actor_rollout_ref.rollout.n={N}",
-            "actor_rollout_ref.rollout.max_model_len=1024",
-            "actor_rollout_ref.actor.ppo_mini_batch_size=2",
-            "data.max_prompt_length=64",
-            "data.max_response_length=12",
-            "gcpo.metrics.graded_fraction=1.0",
-            *overrides,
-        )
-
-    return make
-
-
-@pytest.fixture
-def queue(monkeypatch: pytest.MonkeyPatch) -> MemoryQueue:
-    return MemoryQueue().install(monkeypatch)
 
 
 class Server:
@@ -261,7 +237,7 @@ def groups_of(keys: list[str]) -> dict[str, list[str]]:
 
 
 def expected_group(rows: list[dict[str, Any]], gcpo: GCPOConfig) -> dict[str, torch.Tensor]:
-    """B, log pi'_ref and the mask of the kappa term of one group, from its tokens with the public functions."""
+    """A, Upsilon, log pi'_ref and which responses have it, of one group, from its tokens with the public functions."""
     shared = gcpo.collider.num_draws
     empty = torch.zeros(0, dtype=torch.long)
     z, conditioned, valid, log_p = [], [], [], []
@@ -289,7 +265,7 @@ def expected_group(rows: list[dict[str, Any]], gcpo: GCPOConfig) -> dict[str, to
         marginal = {"z_marginal": conditioned[:, shared:], "valid_marginal": valid[:, shared:]}
     target, has_target = causal_target(z, conditioned[:, :shared], valid[:, :shared], **marginal)
     if gcpo.weighting.target == "group_mean":
-        target, has_target = z.mean(0).expand_as(z), None
+        target, has_target = z.mean(0).expand_as(z), torch.ones(len(rows), dtype=torch.bool)
     weight = causal_weight(z, target, has_target, alpha=gcpo.alpha)
     scores = torch.tensor([float(fields["responses"][0] % 3) for fields in rows])
     advantage = group_relative_advantage(scores, torch.zeros(len(rows), dtype=torch.long))
@@ -303,7 +279,7 @@ def expected_group(rows: list[dict[str, Any]], gcpo: GCPOConfig) -> dict[str, to
         query = log_probs_of(fields["prompts"], fields["responses"])[None]
         log_ref, _, has_reference = causal_reference(values[:, :shared], query, present[:, :shared], **marginal)
         references.append((log_ref[0], bool(has_reference) and float(fields["gcpo_kl_weight"]) > 0))
-    return {"b": causal_advantage(advantage, weight), "weight": weight, "references": references}
+    return {"advantage": advantage, "weight": weight, "has_target": has_target, "references": references}
 
 
 GENERATED = ("gcpo.preset=balanced", "gcpo.collider.num_draws=2", "gcpo.features.source=response")
@@ -318,8 +294,10 @@ GENERATED = ("gcpo.preset=balanced", "gcpo.collider.num_draws=2", "gcpo.features
         ("gcpo.preset=balanced",),
         ("gcpo.preset=light",),
         (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.conditioned.max_tokens=6"),
+        (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.conditioned.max_tokens=6", "gcpo.weighting.missing=one"),
+        (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.conditioned.max_tokens=6", "gcpo.advantage.form=signed"),
     ],
-    ids=["paper", "generated", "balanced", "light", "many cut"],
+    ids=["paper", "generated", "balanced", "light", "many cut", "many cut, one", "many cut, signed"],
 )
 def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overrides: tuple[str, ...]) -> None:
     """What the update finds beside every row is what the public functions make of the group's tokens: B on every
@@ -329,12 +307,16 @@ def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overr
     trainer = make_trainer(config, queue, tokenizer)
     batch, metrics = take_step(trainer, queue)
     assert len(batch) == 16 and len(real(batch)) == N * QUESTIONS
-    weights = []
-    for keys in groups_of(real(batch)).values():
-        rows = [queue.fields["train"][key] for key in keys]
-        wanted = expected_group(rows, trainer.gcpo)
-        weights.append(wanted["weight"])
-        for fields, b, (log_ref, has_reference) in zip(rows, wanted["b"], wanted["references"], strict=True):
+    groups = [[queue.fields["train"][key] for key in keys] for keys in groups_of(real(batch)).values()]
+    expected = [expected_group(rows, trainer.gcpo) for rows in groups]
+    weights = [wanted["weight"][wanted["has_target"]] for wanted in expected]
+    assert any(not wanted["has_target"].all() for wanted in expected) == ("gcpo.collider.max_tokens=5" in overrides)
+    filler = 1.0 if "gcpo.weighting.missing=one" in overrides else float(torch.cat(weights).mean())
+    for rows, wanted in zip(groups, expected, strict=True):
+        upsilon = torch.where(wanted["has_target"], wanted["weight"], filler)
+        form = trainer.gcpo.advantage.form
+        advantages = causal_advantage(wanted["advantage"], upsilon, form=form, has_target=wanted["has_target"])
+        for fields, b, (log_ref, has_reference) in zip(rows, advantages, wanted["references"], strict=True):
             torch.testing.assert_close(fields["advantages"], b.expand(len(fields["responses"])))
             assert fields["gcpo_kl_mask"].tolist() == [int(has_reference)] * len(fields["responses"])
             if has_reference:
@@ -402,7 +384,7 @@ def test_metrics_count_real_rows_once(make_config: Callable, queue: MemoryQueue,
 def test_the_dump(make_config: Callable, queue: MemoryQueue, tokenizer: Any, tmp_path: Path) -> None:
     """Auxiliary generations are dumped once, by question and kind, beside verl's dump of the responses; none of them
     is a row of the batch."""
-    config = make_config(*GENERATED, f"trainer.rollout_data_dir={tmp_path}")
+    config = make_config(*GENERATED, f"trainer.rollout_data_dir={tmp_path}", "gcpo.metrics.dump_fraction=1")
     server = Server()
     roll_out(config, server)
     trainer = make_trainer(config, queue, tokenizer)
@@ -486,11 +468,12 @@ def test_ablations(
     calls: bool,
 ) -> None:
     """Each part alone draws what it needs, and a step goes through."""
-    config = make_config(*GENERATED, "trainer.rollout_data_dir=somewhere", *overrides)
+    config = make_config(*GENERATED, "trainer.rollout_data_dir=somewhere", "gcpo.metrics.dump_fraction=1", *overrides)
     roll_out(config, Server())
     trainer = make_trainer(config, queue, tokenizer)
     batch, metrics = take_step(trainer, queue)
-    stored = [draw for key in real(batch) for draw in queue.fields["train"][key].get("gcpo_group", {}).get("draws", [])]
+    rows = [queue.fields["train"][key] for key in real(batch)]
+    stored = [draw for row in rows if kinds for draw in dumped_draws(*(row[name] for name in DUMP_FIELDS))]
     assert {draw["kind"] for draw in stored} == kinds
     assert ("score_contexts" in trainer.actor_rollout_wg.calls) == calls
     weighted = "gcpo/upsilon/mean" in metrics
@@ -551,8 +534,7 @@ def test_equal_rewards(make_config: Callable, queue: MemoryQueue, tokenizer: Any
     _, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
     assert len(server.requests) == QUESTIONS * (N + 2 + N // 2)
     assert metrics["gcpo/upsilon/without_target_share"] == 1.0 and metrics["gcpo/reference/without_share"] == 0.0
-    stored = [row.get("gcpo_group") or {} for row in queue.fields["train"].values()]
-    assert not any(entry.get("draws") for entry in stored)  # nobody asked for a dump
+    assert not any(name in row for row in queue.fields["train"].values() for name in DUMP_FIELDS)  # no dump folder
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
@@ -574,22 +556,6 @@ def test_a_failing_session_blocks_nobody(make_config: Callable, queue: MemoryQue
     assert status == {"finished": QUESTIONS - 1, "failure": 1}
     batch, _ = take_step(make_trainer(config, queue, tokenizer), queue)
     assert len(real(batch)) == (QUESTIONS - 1) * N
-
-
-def test_auxiliary_requests_that_fail(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
-    """With every auxiliary request lost the step is plain GRPO, and says so."""
-    config = make_config(*GENERATED)
-    roll_out(config, Server(fails=lambda params: params.get("max_tokens") is not None))
-    batch, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
-    assert metrics["gcpo/rollout/collider/failed"] == 2 * QUESTIONS
-    assert metrics["gcpo/upsilon/without_target_share"] == metrics["gcpo/reference/without_share"] == 1.0
-    for keys in groups_of(real(batch)).values():
-        rows = [queue.fields["train"][key] for key in keys]
-        scores = torch.tensor([float(fields["responses"][0] % 3) for fields in rows])
-        plain = group_relative_advantage(scores, torch.zeros(N, dtype=torch.long))
-        for fields, a in zip(rows, plain, strict=True):
-            torch.testing.assert_close(fields["advantages"], a.expand(len(fields["responses"])))
-            assert fields["gcpo_kl_mask"].sum() == 0
 
 
 def test_a_session_without_output(make_config: Callable, queue: MemoryQueue, monkeypatch: pytest.MonkeyPatch) -> None:

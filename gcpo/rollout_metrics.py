@@ -1,0 +1,82 @@
+"""Metrics of a step from the counts that the rollout keeps for every group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> dict[str, float]:
+    """Sums and shares of what the rollout counted, one entry of ``stats`` for every group."""
+    total: dict[str, float] = {}
+    for entry in stats:
+        for name, value in entry.items():
+            total[name] = total.get(name, 0.0) + value
+    groups = max(len(stats), 1)
+    metrics = {
+        "gcpo/rollout/skipped_groups_share": total.get("skipped", 0.0) / groups,
+        "gcpo/rollout/failed_groups": total.get("stage_failed", 0.0),
+        "gcpo/rollout/seconds_per_group": total.get("seconds", 0.0) / groups,
+        "gcpo/rollout/waited_seconds_per_group": total.get("waited_seconds", 0.0) / groups,
+        "gcpo/tokens/generated/response": float(response_tokens),
+    }
+    metrics |= _sizes([entry for entry in stats if "response_tokens" in entry])  # all but groups whose stage failed
+    prompt = cached = 0.0
+    for kind in ("collider", "marginal", "conditioned"):
+        draws = total.get(f"{kind}/draws", 0.0)
+        metrics[f"gcpo/tokens/generated/{kind}"] = total.get(f"{kind}/generated_tokens", 0.0)
+        metrics[f"gcpo/tokens/prefilled/{kind}"] = total.get(f"{kind}/prompt_tokens", 0.0)
+        metrics[f"gcpo/tokens/cached/{kind}"] = total.get(f"{kind}/cached_tokens", 0.0)
+        prompt += total.get(f"{kind}/prompt_tokens", 0.0)
+        cached += total.get(f"{kind}/cached_tokens", 0.0)
+        if draws:
+            for outcome in ("failed", "empty", "cut"):
+                metrics[f"gcpo/rollout/{kind}/{outcome}"] = total.get(f"{kind}/{outcome}", 0.0)
+            metrics[f"gcpo/rollout/{kind}/tokens_mean"] = total.get(f"{kind}/generated_tokens", 0.0) / draws
+        if total.get(f"{kind}/graded"):
+            metrics[f"gcpo/reward/{kind}"] = total[f"{kind}/reward"] / total[f"{kind}/graded"]
+    if prompt:
+        metrics["gcpo/tokens/prefix_cache_hit_share"] = cached / prompt
+    graded = [entry["graded_response_reward"] for entry in stats if entry.get("collider/graded")]
+    if graded:
+        metrics["gcpo/reward/response"] = sum(graded) / len(graded)
+        metrics["gcpo/reward/collider_gain"] = metrics["gcpo/reward/collider"] - metrics["gcpo/reward/response"]
+    return metrics
+
+
+def _sizes(stats: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Tokens of frames and blocks, how many groups had equal rewards, and how ragged the responses are.
+
+    A spread is a standard deviation over the mean of all: of the responses around the mean of their group, and of the
+    groups' means, without what they owe to the few responses of a group.
+    """
+    if not stats:
+        return {}
+    values = {name: [entry[name] for entry in stats if name in entry] for name in _SIZES}
+    mean = {name: sum(known) / len(known) for name, known in values.items() if known}
+    tokens, inside = mean["response_tokens"], mean["response_variance"]
+    scatter = sum((entry["response_tokens"] - tokens) ** 2 for entry in stats) / max(len(stats) - 1, 1)
+    size = sum(entry["responses"] for entry in stats) / len(stats)
+    metrics = {
+        "gcpo/rollout/equal_rewards_share": mean["equal_rewards"],
+        "gcpo/prompts/frame_tokens": mean["frame_tokens"],
+        "gcpo/prompts/block_tokens": mean["block_tokens"],
+        "gcpo/rollout/alike_tokens": mean["alike_tokens"],
+        "gcpo/rollout/spread_in_groups": math.sqrt(inside) / tokens,
+        "gcpo/rollout/spread_of_groups": math.sqrt(max(0.0, scatter - inside / size)) / tokens,
+    }
+    if "alike_draw_tokens" in mean:
+        metrics["gcpo/rollout/alike_draw_tokens"] = mean["alike_draw_tokens"]
+    return metrics
+
+
+_SIZES = (
+    "equal_rewards",
+    "frame_tokens",
+    "block_tokens",
+    "response_tokens",
+    "response_variance",
+    "alike_tokens",
+    "alike_draw_tokens",
+)
+"""A group with fewer than two draws lacks the last."""
