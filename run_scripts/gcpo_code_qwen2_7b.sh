@@ -16,8 +16,9 @@ VALIDATION="" # what MBPP itself holds out
 # appended (gcpo.reference.collider_context=append):
 #   question 1,024 + fixed texts 57 + 9 x (2,048 + 16) = 19,657   the longest prompt with candidates
 #   + 2,048 for the response that is scored behind it   = 21,705   -> a context of 22,528
-# Collider draws and conditioned generations are programs too: 2,048 tokens. They are not run for the metrics, since that
-# time would come on top of every step (gcpo.metrics.graded_fraction).
+# Collider draws and conditioned generations are programs too and get as many tokens as a response, 2,048; the share
+# that is cut and left out is in gcpo/missing/draws_frac. They are not run for the metrics, since that time would come on
+# top of every step (gcpo.metrics.graded_fraction).
 # The paper gives no number of steps: one batch of MBPP's 374 problems x 90 epochs are 90, as many as on AIME.
 SETTINGS=(
     data.max_prompt_length=1024

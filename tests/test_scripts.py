@@ -301,6 +301,15 @@ def test_context_of_the_paper_s_runs(name, context):
     )
 
 
+@pytest.mark.parametrize("name", PAPER)
+def test_draws_are_cut_no_earlier_than_responses(name):
+    """A draw that is cut is left out; with a shorter limit these would be the long answers."""
+    text = (ROOT / "run_scripts" / f"gcpo_{name}.sh").read_text()
+    limits = dict(re.findall(r"^    (data\.max_response_length|gcpo\.\w+\.max_tokens)=(\d+)$", text, re.MULTILINE))
+    assert len(limits) == 4 and int(limits.pop("gcpo.blocks.max_tokens")) <= 2048
+    assert len(set(limits.values())) == 1
+
+
 @pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
 def test_settings_pass_the_checks_of_a_run(sandbox, recipe_config, name, context):
     """What the scripts override exists, and all lengths fit a model with the context of the paper's."""
