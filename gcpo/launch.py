@@ -256,7 +256,10 @@ def step_line(step: int, metrics: Mapping[str, float], total: int | None = None)
     add("κ-KL {:.4f}", report.CAUSAL_KL)
     missing = report.missing_shares(metrics)
     if missing:
-        parts.append("missing " + ", ".join(f"{100 * share:.2g} % of {part}" for part, share in missing.items()))
+        parts.append(
+            "missing "
+            + ", ".join(f"{100 * share:.{0 if share >= 0.1 else 1}f} % of {part}" for part, share in missing.items())
+        )
     add("length {:.0f}", report.LENGTH)
     seconds = report.stage_seconds(metrics)
     whole = metrics.get("timing_s/step")

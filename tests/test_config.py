@@ -88,6 +88,10 @@ REFUSED = [
     ({"reference": {"floor": 0}}, "gcpo.reference.floor"),
     ({"reference": {"relative_floor": 1}}, "gcpo.reference.relative_floor"),
     ({"metrics": {"graded_fraction": 2}}, "gcpo.metrics.graded_fraction"),
+    ({"metrics": {"dump_fraction": -0.1}}, "gcpo.metrics.dump_fraction"),
+    ({"metrics": {"max_missing": 1.5}}, "gcpo.metrics.max_missing"),
+    ({"metrics": {"max_missing": float("nan")}}, "gcpo.metrics.max_missing"),
+    ({"weighting": {"missing": "zero"}}, "gcpo.weighting.missing.*mean, one"),
     ({"scoring": {"max_token_len_per_gpu": 0}}, "gcpo.scoring.max_token_len_per_gpu"),
     ({"preset": "paper", "features": {"source": "prompt"}}, "gcpo.features.source"),
 ]

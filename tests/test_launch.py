@@ -247,6 +247,18 @@ def test_step_line():
     assert launch.step_line(7, {}) == "step 7"
 
 
+def test_step_line_names_missing_shares():
+    """Those above 0; a share that rounds to nothing is not shown as 0."""
+    metrics = {
+        "gcpo/missing/draws_frac": 0.3125,
+        "gcpo/missing/targets_frac": 0.0,
+        "gcpo/missing/references_frac": 0.004,
+    }
+    assert launch.step_line(3, metrics) == "step 3  missing 31 % of draws, 0.4 % of references"
+    assert launch.step_line(3, dict.fromkeys(metrics, 0.0)) == "step 3"
+    assert launch.step_line(3, {"gcpo/missing/draws_frac": 1.0}) == "step 3  missing 100 % of draws"
+
+
 def test_time_left_leaves_the_warm_up_out():
     now = [0.0]
     eta, progress = launch.Eta(lambda: now[0]), launch.Progress(training=True, total=10)

@@ -99,6 +99,7 @@ def first_run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
             "gcpo.collider.num_generations=1",
             "gcpo.metrics.grad_norm_every=2",
             "gcpo.metrics.graded_fraction=1.0",
+            "gcpo.metrics.dump_fraction=1.0",
             "trainer.total_training_steps=2",
             "trainer.save_freq=2",
             f"trainer.rollout_data_dir={output}/rollouts",
