@@ -1,4 +1,4 @@
-"""The causal reference of every response (Eq. 13) and the metrics about it, one response at a time; torch alone.
+"""The causal reference of every response (Eq. 13) and the metrics about it, one response at a time, with torch only.
 
 Responses differ in length, and each has log-probabilities under every context. A table of a whole batch would hold
 responses x contexts x the longest response in float64: 17 GB for 256 groups of 8 with 8 contexts and 16,384 tokens.
@@ -37,11 +37,11 @@ class ReferenceStage:
     def add(
         self, log_p: Tensor, valid: Tensor, log_p_query: Tensor, mask: Tensor, *, chosen: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """The reference of one response, and what KL' is before the first update.
+        """The reference of one response; it measures KL' before the first update.
 
         Args:
-            log_p: [L + L', T], conditioned log-probabilities, shared draws first. What a context that is not valid
-                holds is never read, NaN included.
+            log_p: [L + L', T], conditioned log-probabilities, shared draws first. The values of a
+                context that is not valid are never read, NaN included.
             valid: [L + L'], which contexts are there.
             log_p_query: [T], verl's old log-probabilities.
             mask: [T], response mask.

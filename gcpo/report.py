@@ -24,7 +24,7 @@ REWARD_KEYS = ("critic/score/mean", "critic/rewards/mean")
 UPSILON = "gcpo/upsilon"
 CAUSAL_KL = "gcpo/reference/kl_mean"
 MISSING = {part: f"gcpo/missing/{part}_frac" for part in ("draws", "targets", "references")}
-"""Shares of what a step asked for and did not get."""
+"""Metrics of the shares that are missing of the parts that a step asked for."""
 LENGTH = "response_length/mean"
 GRAD_NORM = "actor/grad_norm"
 

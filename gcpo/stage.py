@@ -1,4 +1,4 @@
-"""From the hidden states of a batch to Upsilon and the metrics about it; torch alone.
+"""From the hidden states of a batch to Upsilon and the metrics about it, with torch only.
 
 The trainer fetches the fields of the batch, this module applies ``gcpo.algorithms`` group by group. The reference is in
 ``gcpo.reference_stage``, the counts of the rollout in ``gcpo.rollout_metrics``.
@@ -109,7 +109,7 @@ def filled(weights: Sequence[Tensor], has_target: Sequence[Tensor], missing: str
     cut, which are the long ones.
 
     Args:
-        weights: [n] of every group; what stands in a row without a target is not read.
+        weights: [n] of every group; the values in rows without a target are not read.
         has_target: [n] of every group.
         missing: ``mean``: the mean over all responses of the batch that have a target, 1 if none has; ``one``: 1.
     """
@@ -123,7 +123,7 @@ def filled(weights: Sequence[Tensor], has_target: Sequence[Tensor], missing: str
 def controlled(
     weights: Sequence[Tensor], has_target: Sequence[Tensor], advantages: Sequence[Tensor], control: str, seed: int
 ) -> list[Tensor]:
-    """Upsilon [n] of every group as ``weighting.control`` wants it.
+    """Upsilon [n] of every group under ``weighting.control``.
 
     ``mean`` is the mean of the responses whose advantage is not 0, since it scales a step as Upsilon does; those
     without a target enter with the weight that they have, that of ``weighting.missing``. ``shuffled`` permutes the
@@ -159,7 +159,7 @@ def batch_weights(
         groups: features of every group; one at a time is looked at, and none is kept.
         advantages: A_i [n] of every group.
         config: the resolved configuration.
-        mean: [d], the mean state of the batch's responses; used with ``features.center: batch`` alone.
+        mean: [d], the mean state of the batch's responses; used only with ``features.center: batch``.
         seed: of the permutation where ``weighting.control`` is ``shuffled``.
 
     Raises:

@@ -38,7 +38,7 @@ class CausalStage:
         config: the resolved configuration.
         batch: the batch, after ``score_contexts``.
         groups: rows of every group by uid; padding rows are in none.
-        entries: what the rollout said about every group (``gcpo_group``), by uid; empty without a rollout.
+        entries: the rollout's report about every group (``gcpo_group``), by uid; empty without collider draws.
         step: number of the step.
         norm_by_std: whether advantages are divided by the standard deviation of their group.
     """
@@ -116,7 +116,7 @@ class CausalStage:
     # ---- the parts ------------------------------------------------------------------------------------------------
 
     def _count(self, metrics: dict) -> None:
-        """What the rollout and the scoring took, and the draws that are missing."""
+        """Count the tokens of the rollout and the scoring, and the draws that are missing."""
         everything = list(range(len(self.batch)))
         tokens = self._fetch(everything, ["gcpo_scored_tokens"])["gcpo_scored_tokens"]
         scored, *by_kind = torch.stack(tokens).sum(0).tolist()

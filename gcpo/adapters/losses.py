@@ -37,8 +37,8 @@ def _aggregate(
     settings: dict[str, Any],
     num_tokens: int | None,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
-    # verl multiplies by the mask, and 0 * NaN is NaN, in the loss and in its gradient: what the mask leaves out is
-    # replaced before the divergence is taken.
+    # verl multiplies by the mask, and 0 * NaN is NaN, in the loss and in its gradient. Values outside the mask are
+    # therefore replaced before the divergence is taken.
     log_prob, log_ref = (torch.where(mask, values, 0) for values in (log_prob, log_ref))
     kl = weight * causal_kl(log_prob, log_ref, max_kl=settings["max_kl"])
     loss = agg_loss(

@@ -103,7 +103,7 @@ class GCPOTrainer(GroupTrainer):
         return batch
 
     def _check_rollout(self, batch: KVBatchMeta, groups: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
-        """What the rollout said about every group, by uid.
+        """The rollout's report about every group, by uid.
 
         TransferQueue leaves out a field that a row lacks.
 
