@@ -125,8 +125,9 @@ def test_target_weight_and_advantage_against_the_referee(group: dict[str, Any], 
         1.0 if t is None else 1.5 * referee_similarity(z, t, similarity, sigma)
         for z, t in zip(states, wanted, strict=True)
     ]
-    # A distance or length near 0 is all rounding.
-    if sigma == 0 or sigma > 1e-6:
+    # Near 0 a length or a distance is only rounding, and so are a direction and a ratio of distances.
+    lengths = [math.hypot(*t) for t in wanted if t is not None] if similarity == "cosine" else [sigma]
+    if all(length > 1e-6 for length in lengths):
         assert weight.tolist() == pytest.approx(expected, abs=1e-6)
 
     filled = torch.where(has_target, weight, group["filler"])
