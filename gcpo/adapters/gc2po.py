@@ -3,7 +3,7 @@ that asks for tags."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -42,6 +42,7 @@ from gcpo.counterfactual.stage import (
     group_answers,
     group_noise,
 )
+from gcpo.tokens import control_ids
 
 _COUNTS = ("path", "branches", "unshared", "tagged", "malformed")
 """What a row counts: this rank's tokens through the model, an equal part in every row, and its tags."""
@@ -103,16 +104,13 @@ class GC2POActorRolloutRefWorker(ActorRolloutRefWorker):
             max_tokens=int(self.gc2po.max_token_len_per_gpu or actor_config.ppo_max_token_len_per_gpu),
         )
         model_config = self.actor.model_config
-        end_ids = {
-            i for i in (model_config.tokenizer.eos_token_id, model_config.tokenizer.pad_token_id) if i is not None
-        }
         with engine.eval_mode():
             return score_rows(
                 data,
                 self.gc2po,
                 scorer,
                 self.reader,
-                end_ids=end_ids,
+                end_ids=control_ids(model_config.tokenizer),
                 size=model_config.hf_config.hidden_size,
                 gather=self._gather,
             )
@@ -144,7 +142,7 @@ def score_rows(
     scorer: Callable[[Sequence[EpisodeRequest]], list[EpisodeScore]],
     reader: TokenReader,
     *,
-    end_ids: set[int],
+    end_ids: Collection[int],
     size: int,
     gather: Callable[[list[Any]], list[Any]],
 ) -> TensorDict:
@@ -155,7 +153,7 @@ def score_rows(
         config: the checked configuration.
         scorer: an ``EpisodeScorer``, or what answers like one.
         reader: of the tokenizer.
-        end_ids: end and padding tokens.
+        end_ids: tokens that are no text at the end of a response: the control tokens.
         size: d, of a hidden state.
         gather: makes one list of the lists of all ranks.
     """
@@ -203,7 +201,7 @@ def _read(
     fields: tuple[torch.Tensor, ...],
     config: GC2POConfig,
     reader: TokenReader,
-    end_ids: set[int],
+    end_ids: Collection[int],
     step: int,
     probe: torch.Tensor,
 ) -> _Row:

@@ -15,6 +15,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from gcpo.adapters.fields import nested, split_rows
 from gcpo.adapters.losses import gcpo_loss
 from gcpo.adapters.scoring import Score, Scorer, ScoreRequest, make_scorer
+from gcpo.tokens import control_ids
 
 SCORED_KINDS = ("response", "context", "conditioned")
 """What is scored: y_i by itself, y_i or the state of the prompt under x_{i,l}, and O_{i,l,m}."""
@@ -70,7 +71,7 @@ class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
 
 def score_rows(data: TensorDict, wanted: SimpleNamespace, scorer: Scorer, tokenizer: Any) -> TensorDict:
     """Ask ``scorer`` for everything that the rows of ``data`` need, laid out as ``score_contexts`` says."""
-    end_ids = {i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None}
+    end_ids = control_ids(tokenizer)
 
     def last(ids: torch.Tensor) -> int:
         at = len(ids) - 1

@@ -9,16 +9,21 @@ is what lets prompts share prefixes.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from gcpo.collider.plan import LeaveOneOutPlan
+from gcpo.tokens import TextTokens, control_texts, last_occurrence
+
+logger = logging.getLogger(__name__)
 
 Truncation = Literal["keep_end", "keep_start", "answer"]
 
 _ANSWER = "\\boxed{"
+_THINK_END = "</think>"
 
 # Any text that no chat template and no question holds; it is cut out before anything is tokenised.
 _SPLIT = "\u241egcpo-blocks\u241e"
@@ -42,8 +47,10 @@ class BlockBudget:
         max_tokens: tokens of response text in a block (its label not counted).
         truncation: ``keep_end`` keeps the end, where the answer is; ``keep_start`` the beginning; ``answer`` what
             stands from the last ``\\boxed{`` on, also of a response that would fit.
-        drop_think: leave out ``<think>...</think>`` when the whole response does not fit. A response that opens a
-            thinking part and never closes it has no text outside it, so its end is kept instead.
+        drop_think: leave out what stands up to the last ``</think>`` when the whole response does not fit. A response
+            that never closes its thinking part, or has only white space behind it, is cut by ``truncation`` instead.
+            The tag is found in the text. A token that holds its end and more text (``>The``) stays, since a token
+            cannot be divided and no text of the answer may be lost; one that adds only white space (``>\\n\\n``) goes.
     """
 
     max_tokens: int = 1024
@@ -57,15 +64,6 @@ class Frame:
 
     head: tuple[int, ...]
     tail: tuple[int, ...]
-
-
-def _find_last(sequence: Sequence[int], pattern: Sequence[int]) -> int:
-    """Start of the last occurrence of ``pattern`` in ``sequence``, -1 if there is none."""
-    width = len(pattern)
-    for start in range(len(sequence) - width, -1, -1) if width else ():
-        if tuple(sequence[start : start + width]) == tuple(pattern):
-            return start
-    return -1
 
 
 class CandidatePrompts:
@@ -100,6 +98,9 @@ class CandidatePrompts:
         if self.budget.max_tokens < 1:
             raise ValueError(f"blocks.max_tokens is {self.budget.max_tokens}: a block must hold at least one token")
         self._encode = lru_cache(maxsize=1024)(self._encode_uncached)
+        self._text_tokens = TextTokens(tokenizer)
+        self._control_texts = control_texts(tokenizer)
+        self._warned = False
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -113,6 +114,9 @@ class CandidatePrompts:
     def frame(self, messages: Sequence[Mapping[str, Any]]) -> Frame:
         """The chat-templated question, split where the blocks go: at the end of the last user message.
 
+        The text of the messages is encoded as verl encodes it for the plain responses: where it spells a control token
+        (``<|im_end|>``), the prompt holds that token. The first such question is reported in the log.
+
         Raises:
             ValueError: there is no user message, its content is empty or not text.
         """
@@ -123,6 +127,7 @@ class CandidatePrompts:
         content = users[-1].get("content")
         if not isinstance(content, str) or not content.strip():
             raise ValueError("the last user message of the prompt is empty or is not plain text")
+        self._warn_of_control_texts(messages)
         users[-1]["content"] = content + self.template.intro + _SPLIT + self.template.outro
         text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
@@ -132,33 +137,47 @@ class CandidatePrompts:
             raise ValueError("the chat template drops the user's text, so candidates cannot be put into the prompt")
         return Frame(self._encode_uncached(head), self._encode_uncached(tail))
 
+    def _warn_of_control_texts(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+        spelled = next((control for control in self._control_texts if any(control in text for text in texts)), None)
+        if spelled is None or self._warned:
+            return
+        self._warned = True
+        logger.warning(
+            "gcpo: a question contains the text %r, which the tokenizer turns into a control token in every prompt of "
+            "that question, as verl does in the plain prompt; the message may end there. Remove it from the data. "
+            "(Reported once.)",
+            spelled,
+        )
+
+    def text_ids(self, response_ids: Sequence[int]) -> list[int]:
+        """The tokens of a response that are text of it: all but the control tokens of the tokenizer and of its chat
+        template, which would end the user's turn in the middle of the prompt (see `gcpo.tokens.control_ids`)."""
+        return self._text_tokens.keep(response_ids)
+
     def trim(self, response_ids: Sequence[int]) -> list[int]:
-        """The part of a response that goes into a block: no end tokens, at most ``budget.max_tokens`` tokens."""
-        end_ids = self.end_ids
-        ids = [int(token) for token in response_ids]
-        while ids and ids[-1] in end_ids:
-            ids.pop()
+        """The part of a response that goes into a block: no control tokens, at most ``budget.max_tokens`` tokens."""
+        ids = self.text_ids(response_ids)
         limit = self.budget.max_tokens
         if self.budget.truncation == "answer":
-            ids = ids[self._answer_start(ids) :]
+            found = last_occurrence(self._text_tokens.decode, ids, _ANSWER)
+            ids = ids[found[0] :] if found else ids
         if len(ids) > limit and self.budget.drop_think:
-            close = self._encode("</think>")
-            at = _find_last(ids, close)
-            if at >= 0 and at + len(close) < len(ids):
-                ids = ids[at + len(close) :]
+            ids = self._without_thinking(ids)
         if len(ids) > limit:
             ids = ids[:limit] if self.budget.truncation == "keep_start" else ids[-limit:]
         return ids
 
-    def _answer_start(self, ids: Sequence[int]) -> int:
-        r"""Place of the last token from which the text still holds ``\boxed{``; 0 where there is none."""
-        if _ANSWER not in self.tokenizer.decode(ids):
-            return 0
-        low, high = 0, len(ids)  # the text from `low` holds it, that from `high` does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if _ANSWER in self.tokenizer.decode(ids[middle:]) else (low, middle)
-        return low
+    def _without_thinking(self, ids: list[int]) -> list[int]:
+        """What follows the last ``</think>``; all of ``ids`` where that is nothing or only white space."""
+        decode = self._text_tokens.decode
+        found = last_occurrence(decode, ids, _THINK_END)
+        if found is None:
+            return ids
+        start, end = found
+        in_last_token = decode(ids[start:end]).rpartition(_THINK_END)[2].strip()
+        rest = ids[end - 1 :] if in_last_token else ids[end:]
+        return rest if in_last_token or decode(rest).strip() else ids
 
     def candidate_block(self, k: int, response_ids: Sequence[int]) -> list[int]:
         """The block of response ``k``; its label names the response, not the place where the block stands."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 
 from gcpo.counterfactual.config import BLANK_LINES
+from gcpo.tokens import TokenReader
 
 EPISODE_PROMPT = (
     "\n\nWrite every step of your reasoning between tags of its own, numbered from 1: "
@@ -21,8 +20,6 @@ EPISODE_PROMPT = (
 
 _TAG = re.compile(r"<(/?)episode_(\d+)>")
 _LOOKS_LIKE_A_TAG = re.compile(r"</?episode", re.IGNORECASE)
-_MOST_TOKENS_OF_A_CHARACTER = 8
-"""A character has at most four bytes; longer runs without text are no character."""
 
 
 @dataclass(frozen=True)
@@ -94,38 +91,6 @@ def _separated_spans(text: str, separator: str) -> list[tuple[int, int]]:
         if match.end() > match.start() and text[starts[-1] : match.end()].strip() and text[match.end() :].strip():
             starts.append(match.end())
     return [(start, end) for start, end in zip(starts, [*starts[1:], len(text)], strict=True) if end > start]
-
-
-class TokenReader:
-    """Which characters every token of a response stands for, under any tokenizer that can decode.
-
-    Token ids are decoded in a window that moves along, so the ids stay as they are and the time is linear.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        def decode(ids: tuple[int, ...]) -> str:
-            return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-        self._decode = lru_cache(maxsize=1 << 18)(decode)
-
-    def read(self, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the span [start, end) of characters of every token.
-
-        Tokens that make one character together all have the span of that character.
-        """
-        ids, text, spans = list(ids), [], []
-        at = prefix = read = 0
-        for end in range(1, len(ids) + 1):
-            before, after = self._decode(tuple(ids[prefix:read])), self._decode(tuple(ids[prefix:end]))
-            unfinished = after.endswith("\N{REPLACEMENT CHARACTER}") or len(after) <= len(before)
-            if unfinished and end < len(ids) and end - read < _MOST_TOKENS_OF_A_CHARACTER:
-                continue
-            piece = after[len(before) :]
-            text.append(piece)
-            spans += [(at, at + len(piece))] * (end - read)
-            at += len(piece)
-            prefix, read = read, end
-        return "".join(text), spans
 
 
 def token_spans(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -203,7 +203,7 @@ class FakeScorer:
         ]
 
 
-def layout(weight: float = 1.0, **changes: Any) -> dict[str, list[list[float]]]:
+def layout(weight: float = 1.0, control: bool = False, **changes: Any) -> dict[str, list[list[float]]]:
     wanted = dict(
         states=True,
         contexts=True,
@@ -224,7 +224,8 @@ def layout(weight: float = 1.0, **changes: Any) -> dict[str, list[list[float]]]:
         "gcpo_outputs": torch.tensor([50, 51, eos, 60]),
         "gcpo_output_lengths": torch.tensor([3, 0, 1]),
     }
-    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=0)
+    control = {21: SimpleNamespace(special=True)} if control else {}
+    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=0, added_tokens_decoder=control)
     batch = score_rows(pack([row]), SimpleNamespace(**{**wanted, **changes}), FakeScorer(), tokenizer)
     return {name: [value[0].tolist()] for name, value in batch.items()}
 
@@ -241,6 +242,7 @@ def test_row_layout() -> None:
 def test_row_options() -> None:
     """Last content token, prompt and response, and the state at the end of the prompt."""
     assert layout(token="last_content")["gcpo_z"] == [[21.0, 0.0]]
+    assert layout(token="last_content", control=True)["gcpo_z"] == [[20.0, 0.0]]
     fields = layout(context="prompt_response")
     assert fields["gcpo_z"] == [[2.0, 2.0]]
     assert fields["gcpo_z_conditioned"] == [[2.0, 3.0, 0.0, 0.0, 60.0, 1.0]]

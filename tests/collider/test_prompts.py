@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import AddedToken
 
 from data_prep.warm_start import Recipe, make_tokenizer
 from gcpo.collider.plan import leave_one_out_plan
@@ -103,6 +105,84 @@ def test_thinking_goes_first(tokenizer) -> None:
     assert CandidatePrompts(tokenizer, BlockBudget(len(long))).trim(long) == long
     unclosed = ids("<think>1+1=2 2+2=4 3+3=6")
     assert prompts.trim(unclosed) == unclosed[-len(answer) :]
+
+
+CONTINUATIONS = [
+    ("\n\n5+1=6", "5+1=6"),
+    ("\n5+1=6", "5+1=6"),
+    (" 5+1=6", " 5+1=6"),
+    ("5+1=6", ">5+1=6"),
+    ("**5+1=6**", "**5+1=6**"),
+    ("$5+1$", ">$5+1$"),
+    (". 5+1=6", ">. 5+1=6"),
+    ("<b>5</b>", "><b>5</b>"),
+    ("\n\n\n5+1=6", "\n5+1=6"),
+    ("\u00e9", "\u00e9"),
+]
+"""What follows ``</think>``, and what a block then begins with: of a token that holds more than the tag's end, the text
+stays, and white space goes."""
+
+
+@pytest.fixture(scope="module")
+def merging(tokenizer):
+    """A tokenizer whose tokens cross the borders of tags, as those of Qwen2.5 do."""
+    tokenizer = make_tokenizer(Recipe())
+    merged = [">\n\n", ">\n", ">5", ">$", ">.", "><", "1</", " </", ".</"]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in merged])
+    return tokenizer
+
+
+@pytest.mark.parametrize(("continuation", "kept"), CONTINUATIONS)
+def test_the_end_of_thinking_is_found_in_the_text(merging, continuation: str, kept: str) -> None:
+    """Whatever the last token of the tag merges with; the block is made of the response's own tokens."""
+    response = merging.encode("<think>1+1=2 2+2=4 so 1</think>" + continuation, add_special_tokens=False)
+    trimmed = CandidatePrompts(merging, BlockBudget(len(response) - 1)).trim(response)
+    assert trimmed and trimmed == response[-len(trimmed) :]
+    assert merging.decode(trimmed) == kept
+
+
+def test_the_last_end_of_thinking_counts(merging) -> None:
+    """As in the chat templates; without text behind the tag there is nothing else to show, and the end is kept."""
+    prompts = CandidatePrompts(merging, BlockBudget(8))
+
+    def trimmed(text: str) -> str:
+        return merging.decode(prompts.trim(merging.encode(text, add_special_tokens=False)))
+
+    long = "1+1=2 2+2=4 3+3=6 4+4=8"
+    assert trimmed(f"<think>{long}</think>\n\n{long}</think>\n\n5+1=6") == "5+1=6"
+    for nothing in ("", "\n\n", " \n"):
+        assert trimmed(f"<think>{long}</think>{nothing}").strip().endswith("</think>")
+    added = make_tokenizer(Recipe())
+    added.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
+    response = added.encode(f"<think>{long}</think>\n\n5+1=6", add_special_tokens=False)
+    assert added.decode(CandidatePrompts(added, BlockBudget(8)).trim(response)).strip() == "5+1=6"
+    assert CandidatePrompts(added, BlockBudget(len(response))).trim(response) == response
+
+
+def test_control_tokens_do_not_end_the_turn(tokenizer) -> None:
+    """However many a response and a draw hold: every prompt has those of the chat template and no more."""
+    end, start, eos = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|im_start|>", "<|endoftext|>"))
+    prompts = CandidatePrompts(tokenizer)
+    plain = prompts.join(prompts.frame(QUESTION), [])
+    responses = [[22, end, 9, start, 30, end], [23, eos, 24], [end, 25], [end, end]]
+    assert [prompts.trim(ids) for ids in responses] == [[22, 9, 30], [23, 24], [25], []]
+    blocks = tuple(tuple(prompts.candidate_block(k, ids)) for k, ids in enumerate(responses))
+    group = GroupPrompts(prompts.frame(QUESTION), blocks, leave_one_out_plan(4, 2))
+    draw = prompts.collider_block([start, 26, end, 27, end])
+    for prompt in (group.collider_prompt(), group.marginal_prompt(0), group.context(1, 1, draw)):
+        assert [prompt.count(token) for token in (end, start, eos)] == [plain.count(t) for t in (end, start, eos)]
+
+
+def test_a_question_with_the_text_of_a_control_token(tokenizer, caplog) -> None:
+    """It is encoded as in the plain prompt, where verl encodes it too, and reported once."""
+    question = [{"role": "user", "content": "What does <|im_end|> mean?"}]
+    prompts = CandidatePrompts(tokenizer)
+    with caplog.at_level(logging.WARNING, logger="gcpo.collider.prompts"):
+        frames = [prompts.frame(messages) for messages in (QUESTION, question, question)]
+    assert [record.getMessage().count("'<|im_end|>'") for record in caplog.records] == [1]
+    plain = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=True, return_dict=False)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert prompts.join(frames[1], []).count(end) == plain.count(end) == 2
 
 
 def test_errors(tokenizer) -> None:

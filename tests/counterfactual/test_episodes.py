@@ -169,3 +169,21 @@ def test_a_real_tokenizer(tokenizer: Any) -> None:
     split = split_response(digits, reader, end_ids={tokenizer.eos_token_id})
     (_, first), (second, last) = split.spans
     assert tokenizer.decode(digits[:first]) == "2+9=11\n\n" and (second, last) == (first, len(digits))
+
+
+def test_tags_whose_tokens_merge_with_their_neighbours() -> None:
+    """Tags are found in the text: no token has to begin or end with them."""
+    from tokenizers import AddedToken
+
+    from data_prep.warm_start import Recipe, make_tokenizer
+
+    merging = make_tokenizer(Recipe())
+    merged = [">2", ">\n\n", " <", "1</", ">9", "1>2"]
+    merging.add_tokens([AddedToken(token, normalized=False) for token in merged])
+    text = "<episode_1>2+9=11</episode_1>\n\n<episode_2>9+1=10</episode_2> \\boxed{101}"
+    ids = merging.encode(text, add_special_tokens=False)
+    pieces = [merging.decode([token]) for token in ids]
+    assert {"1>2", "1</", ">9", ">\n\n"} <= set(pieces)
+    split = split_response(ids, TokenReader(merging))
+    assert split.tagged and not split.malformed
+    assert ["".join(pieces[a:b]) for a, b in split.spans] == ["1>2+9=11</", ">9+1=10"]
