@@ -140,10 +140,11 @@ def _check_supported(config: DictConfig, gcpo: GCPOConfig, mode: str = "gcpo") -
     for key, why in refused.items():
         if _get(config, key):
             raise ConfigError(f"{key} is {_get(config, key)!r}: {why}, leave it out")
-    if _get(config, "trainer.device") == "cpu" and _get(config, "actor_rollout_ref.rollout.enable_chunked_prefill"):
+    chunked = _get(config, "actor_rollout_ref.rollout.enable_chunked_prefill")
+    if _get(config, "trainer.device") == "cpu" and chunked and gcpo.seed is not None:
         raise ConfigError(
             "actor_rollout_ref.rollout.enable_chunked_prefill is True: on the CPU vLLM cannot chunk the prompt of a "
-            "request that has a seed, set it to False"
+            "request that has a seed, set it to False, or set gcpo.seed=null"
         )
     sequence_parallel = _get(config, "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size") or 1
     if sequence_parallel > 1 and not gcpo.is_grpo:

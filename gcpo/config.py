@@ -180,8 +180,12 @@ class GCPOConfig:
     """Scale of Upsilon."""
     kappa: float = 0.06
     """Weight of the KL term to the causal reference; 0 turns it off."""
-    seed: int = 0
-    """Seed of the sampling requests, the block orders and the choice of the groups that are graded."""
+    seed: int | None = 0
+    """Seed of the sampling requests, validation included, and of the choices that are made here: the block orders, the
+    responses with a kappa term, the groups that are graded or dumped, ``weighting.control: shuffled``. ``null``: no
+    request has a seed. The choices then follow from the step and the question only. Turn the seed off where a server
+    samples many requests together on a GPU: for requests with seeds vLLM calls a generator for each of them in Python,
+    at every token."""
     collider: ColliderConfig = field(default_factory=ColliderConfig)
     conditioned: ConditionedConfig = field(default_factory=ConditionedConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)

@@ -61,11 +61,14 @@ class GroupTrainer(OwnFieldsTrainer):
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         """verl's balancing, of rows in an order that does not depend on which response came first."""
-        index = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["index", "raw_prompt"])
-        names = [
-            (str(i), str(prompt), int(key.rsplit("_", 2)[1]))
-            for i, prompt, key in zip(list(index["index"]), list(index["raw_prompt"]), batch.keys, strict=True)
-        ]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["index", "raw_prompt"])
+        # verl's own agent-loop manager does not number questions that are alike.
+        questions = getattr(getattr(self, "agent_loop_manager", None), "questions", None)
+        occurrence = questions.of_uid if questions is not None else {}
+        names = []
+        for i, prompt, key in zip(list(data["index"]), list(data["raw_prompt"]), batch.keys, strict=True):
+            uid, session, _ = key.rsplit("_", 2)
+            names.append((str(i), str(prompt), occurrence.get(uid, 0), int(session)))
         batch.reorder(sorted(range(len(names)), key=names.__getitem__))
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 

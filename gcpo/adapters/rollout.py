@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import math
 from dataclasses import dataclass, field
@@ -17,24 +15,20 @@ import numpy as np
 import ray
 import torch
 import transfer_queue as tq
+from tensordict import TensorDict
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters.fields import dump_fields, flat_field
+from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
 from gcpo.collider.admission import Admission
-from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult, request_seed
+from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult, request_seed, seeded
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.config import GCPOConfig
 
 logger = logging.getLogger(__name__)
-
-
-def question_key(kwargs: dict[str, Any]) -> str:
-    """Names a question the same way in every run: its index in the data set and its text."""
-    text = json.dumps([dict(message) for message in kwargs["raw_prompt"]], default=str, sort_keys=True)
-    return f"{kwargs.get('index')}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
 @dataclass
@@ -52,6 +46,8 @@ class Group:
     """The sessions of one question; it is complete when every session has arrived, in whatever way."""
 
     size: int
+    occurrence: int = 0
+    """How many earlier rows of the step ask the same question."""
     sessions: dict[int, Session] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
 
@@ -114,6 +110,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             self.config.get("gcpo"), n=rollout.n, response_length=rollout.response_length
         )
         self.groups: dict[str, Group] = {}
+        self.questions = QuestionCounter()
         self.admit = Admission(cache_share(self.gcpo.collider.cache_tokens, self.config))
         self.prompts = make_prompts(self.gcpo, self.tokenizer, self.config)
         generation = self.model_config.generation_config
@@ -121,13 +118,19 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         extra = eos if isinstance(eos, list | tuple) else [eos]
         self.end_ids = self.prompts.end_ids | {int(i) for i in extra if i is not None}
 
+    async def generate_sequences(self, batch: TensorDict) -> None:
+        """verl's dispatch; rows that are alike are numbered here where the manager did not do it."""
+        self.questions.number(batch)
+        await super().generate_sequences(batch)
+
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
-        """One session, with a seed of its own; a failure releases the group."""
+        """One session, with a seed of its own unless ``gcpo.seed`` is ``null``; a failure releases the group."""
         uid, session = kwargs["uid"], int(kwargs["session_id"])
         step = "val" if trajectory["validate"] else trajectory["step"]
-        seed = request_seed(self.gcpo.seed, "plain", step, question_key(kwargs), session)
+        question = question_key(kwargs, trajectory.get(OCCURRENCE, 0))
+        params = seeded(sampling_params, self.gcpo.seed, "plain", step, question, session)
         try:
-            return await super()._run_agent_loop({**sampling_params, "seed": seed}, trajectory, **kwargs)
+            return await super()._run_agent_loop(params, trajectory, **kwargs)
         finally:
             # A session that stored nothing, because it failed or gave no output, arrives here.
             group = self.groups.get(uid)
@@ -136,12 +139,14 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         """verl runs the sessions of one question; this opens their group."""
+        occurrence = prompt.pop(OCCURRENCE, 0)
+        trajectory = {**trajectory, OCCURRENCE: occurrence}
         if trajectory["validate"] or not self.gcpo.needs_rollout:
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
             return
         uid = prompt["uid"]
         size = int(prompt.get("__rollout_n__", self.config.actor_rollout_ref.rollout.n))
-        self.groups[uid] = Group(size)
+        self.groups[uid] = Group(size, occurrence)
         try:
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
         finally:
@@ -192,7 +197,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         ids = sorted(group.sessions)
         sessions = [group.sessions[i] for i in ids]
         rewards = [session.reward for session in sessions]
-        key = (kwargs["global_steps"], question_key(kwargs))
+        key = (kwargs["global_steps"], question_key(kwargs, group.occurrence))
         result = self._empty_result(len(ids))
         if len(ids) > 1:
             rollout, client = self.config.actor_rollout_ref.rollout, GroupClient(self.llm_client, f"{uid}-gcpo")
@@ -315,8 +320,14 @@ GCPOAgentLoopWorker = ray.remote(GCPOAgentLoopWorkerPlain)
 
 
 class GCPOAgentLoopManager(AgentLoopManagerTQ):
-    """verl's manager over our workers."""
+    """verl's manager over our workers; it numbers the rows of a step that are alike before they go to the workers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = GCPOAgentLoopWorker
+        self.questions = QuestionCounter()
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """verl's dispatch."""
+        self.questions.number(prompts)
+        super().generate_sequences(prompts)

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +30,21 @@ MAX_CAUSES = 3
 
 
 def request_seed(*parts: Any) -> int:
-    """A seed that depends on ``parts`` alone, so that a request can be repeated in another run."""
+    """A seed that depends only on ``parts``, so that a request or a choice can be repeated in another run."""
     digest = hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") & 0x7FFFFFFF
+
+
+def seeded(sampling_params: Mapping[str, Any], seed: int | None, *parts: Any) -> dict[str, Any]:
+    """The parameters of a sampling request, with the seed that follows from ``seed`` and ``parts``.
+
+    Args:
+        sampling_params: of the request; not changed.
+        seed: ``gcpo.seed``; ``None``: the request gets no seed, and the server samples from a generator of its own.
+        parts: what distinguishes the request from all others of the run.
+    """
+    unseeded = {name: value for name, value in sampling_params.items() if name != "seed"}
+    return unseeded if seed is None else {**unseeded, "seed": request_seed(seed, *parts)}
 
 
 @dataclass
@@ -105,8 +117,14 @@ class ColliderStage:
         self.end_ids = end_ids
         self.admit = admit
 
-    async def draw(self, kind: str, prompt_ids: list[int], seed: int) -> Draw:
-        """One generation; it never raises, and says how it ended."""
+    async def draw(self, kind: str, prompt_ids: list[int], seed_parts: Sequence[Any]) -> Draw:
+        """One generation; it never raises, and says how it ended.
+
+        Args:
+            kind: one of ``KINDS``.
+            prompt_ids: its prompt.
+            seed_parts: what distinguishes the request from all others of the run; see `seeded`.
+        """
         section = "conditioned" if kind == "conditioned" else "collider"
         max_tokens = getattr(self.config, section).max_tokens
         if self.max_model_len is not None:
@@ -114,7 +132,8 @@ class ColliderStage:
         if max_tokens < 1:
             cause = f"a prompt leaves no room for a {kind} generation in the context of {self.max_model_len} tokens"
             return Draw([], kind, "failed", prompt_tokens=len(prompt_ids), cause=cause)
-        params = {**self.sampling_params, "max_tokens": max_tokens, "seed": seed, "logprobs": False}
+        params = {**self.sampling_params, "max_tokens": max_tokens, "logprobs": False}
+        params = seeded(params, self.config.seed, *seed_parts)
         try:
             output = await self.generate(prompt_ids, params)
         except Exception as error:
@@ -126,7 +145,7 @@ class ColliderStage:
         outcome, cause = "ok", None
         if output.stop_reason == "aborted":
             outcome, cause = "failed", f"the server aborted a {kind} generation"
-        elif not [token for token in token_ids if token not in self.end_ids]:
+        elif not self.prompts.text_ids([token for token in token_ids if token not in self.end_ids]):
             outcome, cause = "empty", f"a {kind} generation is empty"
         elif len(token_ids) >= max_tokens and token_ids[-1] not in self.end_ids:
             outcome, cause = "cut", f"a {kind} generation was cut (gcpo.{section}.max_tokens and the context limit it)"
@@ -145,7 +164,7 @@ class ColliderStage:
         Args:
             messages: the question as chat messages.
             responses: token ids of the n responses, by identity.
-            seed_parts: what the seeds of this group depend on.
+            seed_parts: what distinguishes this group from all others of the run; its seeds depend on it.
             equal_rewards: whether all advantages are zero, so that Upsilon cannot matter.
         """
         config, n = self.config, len(responses)
@@ -154,10 +173,10 @@ class ColliderStage:
         sizes = [len(block) for block in blocks]
         slots = config.collider.num_draws + config.marginal_draws
 
-        def seed(*parts: Any) -> int:
-            return request_seed(config.seed, *seed_parts, *parts)
+        def parts(*place: Any) -> tuple[Any, ...]:
+            return (*seed_parts, *place)
 
-        kl_weight, wanted = self._needs(n, seed("kappa"), equal_rewards)
+        kl_weight, wanted = self._needs(n, request_seed(config.seed, *parts("kappa")), equal_rewards)
         plan = leave_one_out_plan(n, slots, lengths=sizes, permutation=order, leaves=wanted or None)
         chosen = plan.depth_first() if wanted else ()
         group = GroupPrompts(self.prompts.frame(messages), blocks, plan)
@@ -170,9 +189,9 @@ class ColliderStage:
         if chosen:
             async with self.admit(frame + int(sum(sizes) + plan.unique_tokens(sizes))):
                 started = time.monotonic()
-                draws = await self._draw_colliders(group, chosen, seed, contexts)
+                draws = await self._draw_colliders(group, chosen, parts, contexts)
                 if config.needs_generations and not equal_rewards:
-                    draws += await self._generate(chosen, seed, contexts, outputs)
+                    draws += await self._generate(chosen, parts, contexts, outputs)
         stats = _count(draws)
         stats["skipped"] = float(not draws)
         stats["equal_rewards"] = float(equal_rewards)
@@ -213,15 +232,15 @@ class ColliderStage:
         return kl_weight, [i for i in range(n) if weighted or kl_weight[i] > 0]
 
     async def _draw_colliders(
-        self, group: GroupPrompts, chosen: Sequence[int], seed: Callable[..., int], contexts: list[list[list[int]]]
+        self, group: GroupPrompts, chosen: Sequence[int], parts: Callable[..., tuple], contexts: list[list[list[int]]]
     ) -> list[Draw]:
         """The shared and the leave-one-out draws; the prompts over them are put into ``contexts``."""
         num_shared, num_marginal = self.config.collider.num_draws, self.config.marginal_draws
         prompt = group.collider_prompt()
         draws = await asyncio.gather(
-            *(self.draw("collider", prompt, seed("collider", slot)) for slot in range(num_shared)),
+            *(self.draw("collider", prompt, parts("collider", slot)) for slot in range(num_shared)),
             *(
-                self.draw("marginal", group.marginal_prompt(i), seed("marginal", i, slot))
+                self.draw("marginal", group.marginal_prompt(i), parts("marginal", i, slot))
                 for i in chosen
                 for slot in range(num_marginal)
             ),
@@ -237,7 +256,7 @@ class ColliderStage:
     async def _generate(
         self,
         chosen: Sequence[int],
-        seed: Callable[..., int],
+        parts: Callable[..., tuple],
         contexts: list[list[list[int]]],
         outputs: list[list[list[int]]],
     ) -> list[Draw]:
@@ -251,7 +270,7 @@ class ColliderStage:
             for m in range(generations)
         ]
         draws = await asyncio.gather(
-            *(self.draw("conditioned", contexts[i][slot], seed("conditioned", i, slot, m)) for i, slot, m in places)
+            *(self.draw("conditioned", contexts[i][slot], parts("conditioned", i, slot, m)) for i, slot, m in places)
         )
         for (i, slot, m), draw in zip(places, draws, strict=True):
             if draw.valid:

@@ -89,8 +89,9 @@ class GC2POConfig:
     layer: int | None = None
     """Whose states are h (0: embeddings, k: after layer k, -1: after the final norm). ``null``: two thirds of the depth
     with ``inject``, -1 with ``head``."""
-    seed: int = 0
-    """Seed of the perturbations and of the choice of episodes."""
+    seed: int | None = 0
+    """Seed of the perturbations and of the choice of episodes. ``null`` (the value of ``gcpo.seed=null``): they follow
+    from the step and the response's tokens only."""
     episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
     perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
     answers: AnswersConfig = field(default_factory=AnswersConfig)

@@ -104,12 +104,39 @@ def test_seeds_are_repeatable_and_all_different() -> None:
     assert not set(seeds) & {params["seed"] for _, params in other.asked}
 
 
+def test_seeds_of_another_step_are_others() -> None:
+    """The same question with the same responses at the next step: no request has a seed of the step before."""
+    steps = [Server(), Server()]
+    results = [run(server, preset="paper", key=(step, "q")) for step, server in enumerate(steps)]
+    first, second = ({params["seed"] for _, params in server.asked} for server in steps)
+    assert len(first) == len(second) == len(results[0].draws) and not first & second
+
+
+def test_without_a_seed() -> None:
+    """``gcpo.seed=null``: no request has a seed, and the choices made here still can be repeated."""
+    servers = [Server(lambda prompt, params: [60, END]) for _ in range(2)]
+    results = [run(server, **GENERATED, weighting="off", seed=None) for server in servers]
+    assert all("seed" not in params for server in servers for _, params in server.asked) and servers[0].asked
+    assert results[0].plan == results[1].plan and results[0].kl_weight == results[1].kl_weight
+    server = Server(lambda prompt, params: [60, END])
+    chosen = [run(server, preset="light", seed=None, key=(step, "q")) for step in range(12)]
+    assert len({tuple(result.kl_weight) for result in chosen}) > 1
+    assert len({str(result.plan["plan"]["permutation"]) for result in chosen}) > 1
+
+
 @pytest.mark.parametrize(
     ("reply", "outcome"),
-    [([END], "empty"), ([], "empty"), ([40] * 16, "cut"), (RuntimeError("server gone"), "failed")],
+    [
+        ([END], "empty"),
+        ([], "empty"),
+        ([0, 1, END], "empty"),
+        ([40] * 16, "cut"),
+        (RuntimeError("server gone"), "failed"),
+    ],
 )
 def test_draws_that_are_left_out(reply: Any, outcome: str) -> None:
-    """A failed, empty or cut draw leaves an empty context and is counted; nothing is zero-filled."""
+    """A failed, empty or cut draw leaves an empty context and is counted; nothing is zero-filled. A draw of control
+    tokens only is empty too."""
     result = run(Server(lambda prompt, params: reply), preset="paper")
     assert result.stats[f"collider/{outcome}"] == 4
     assert all(context == [] for row in result.contexts for context in row)
