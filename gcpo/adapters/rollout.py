@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters.fields import dump_fields, flat_field
 from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
+from gcpo.adapters.scores import checked_info, number, score_problem
 from gcpo.collider.admission import Admission
 from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult, request_seed, seeded
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
@@ -153,19 +153,27 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             self.groups.pop(uid, None)
 
     async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict) -> None:
-        """verl's grading; a reward function that raises or gives no finite number scores 0 and is counted."""
+        """verl's grading; a reward function that raises or returns no finite number scores 0 and is counted.
+
+        verl passes on what the function returned as it is. It becomes a float here, before the response is stored.
+        """
         final, problem = outputs[-1], None
         try:
             await super()._compute_score(outputs, kwargs=kwargs)
         except Exception as error:
             problem = f"raised {error!r}"
-        if problem is None and final.reward_score is not None and not math.isfinite(final.reward_score):
-            problem = f"returned {final.reward_score}"
+        # Without handles verl grades later, in the trainer.
+        graded_here = getattr(self, "reward_loop_worker_handles", ()) is not None
+        if problem is None and (graded_here or final.reward_score is not None):
+            problem = score_problem(final.reward_score)
         if problem is not None:
             logger.warning("gcpo: the reward function %s on question %s; scored 0", problem, kwargs.get("index"))
-            final.reward_score = 0.0
-        info = final.extra_fields.setdefault("reward_extra_info", {})
-        info["reward_error"] = float(problem is not None)
+        score = 0.0 if problem is not None else final.reward_score
+        final.reward_score = None if score is None else number(score)
+        info = checked_info(final.extra_fields.get("reward_extra_info"))
+        # A reward function that catches its own errors counts them under the same name.
+        info["reward_error"] = max(float(problem is not None), number(info.get("reward_error")) or 0.0)
+        final.extra_fields["reward_extra_info"] = info
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
         """verl stores and grades the session; then it arrives at its group."""
