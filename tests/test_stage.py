@@ -106,6 +106,34 @@ def test_centring_clamps_at_zero() -> None:
     assert found.metrics["gcpo/upsilon/min"] == 0.0
 
 
+def test_centring_moves_generated_states_too() -> None:
+    """z and Z are centred on the same mean: with Zbar' as the target, Z left where it was has another direction.
+
+    The mean of z is (.5, .5). z = (.5, -.5), (-.5, .5); Zbar' = (1, 0) becomes (.5, -.5): cosines 1 and -1.
+    """
+    weights, _ = batch_weights(
+        [group()],
+        [torch.tensor([1.0, -1.0])],
+        config(preset="balanced", weighting={"target": "conditioned"}, features={"center": "batch"}),
+    )
+    torch.testing.assert_close(weights[0], torch.tensor([2.0, 0.0]))
+
+
+def test_centring_is_over_the_batch() -> None:
+    """One mean for all groups: that of z only, not of each group and not of Z."""
+    other = GroupFeatures(group().z + 2.0, group().conditioned + 5.0, group().valid)
+    settings = config(preset="balanced", weighting={"target": "conditioned"}, features={"center": "batch"})
+    advantages = [torch.tensor([1.0, -1.0])] * 2
+    weights, _ = batch_weights([group(), other], advantages, settings)
+    # Less the mean of z, (1.5, 1.5): z = (-.5, -1.5), (-1.5, -.5) and (1.5, .5), (.5, 1.5),
+    # Zbar' = (-.5, -1.5) and (4.5, 3.5).
+    cosine = torch.nn.functional.cosine_similarity
+    first = cosine(torch.tensor([[-0.5, -1.5], [-1.5, -0.5]]), torch.tensor([[-0.5, -1.5]]))
+    second = cosine(torch.tensor([[1.5, 0.5], [0.5, 1.5]]), torch.tensor([[4.5, 3.5]]))
+    torch.testing.assert_close(weights[0], 2 * first)
+    torch.testing.assert_close(weights[1], 2 * second)
+
+
 def test_groups_do_not_mix() -> None:
     """Weights of a group do not depend on the other groups or on the order of its responses."""
     other = GroupFeatures(torch.randn(3, 2), torch.randn(3, 2, 1, 2), torch.ones(3, 2, 1, dtype=torch.bool))
