@@ -154,8 +154,9 @@ def test_last_occurrence_of_any_text(text: str, data: st.DataObject) -> None:
 
 
 def test_tokenizers_without_any_added_token() -> None:
-    """End and padding tokens are control tokens also of a stand-in that knows nothing else."""
+    """End, padding and special tokens are control tokens also where nothing else is known."""
     assert control_ids(SimpleNamespace(eos_token_id=2, pad_token_id=None)) == {2}
+    assert control_ids(SimpleNamespace(eos_token_id=2, pad_token_id=0, all_special_ids=[1, 2])) == {0, 1, 2}
 
 
 def real_tokenizer(name: str) -> Any:

@@ -145,7 +145,9 @@ def test_rollout_n_of_the_data(world: SimpleNamespace) -> None:
     assert world.stages == [([[10, 2], [11, 2]], False)]
 
 
-@pytest.mark.parametrize("score", [float("nan"), float("inf"), RuntimeError("broken reward")])
+@pytest.mark.parametrize(
+    "score", [float("nan"), float("inf"), RuntimeError("broken reward"), None, "1.0", [1.0], torch.tensor([1.0, 2.0])]
+)
 def test_a_reward_that_fails_scores_zero_and_is_counted(monkeypatch: pytest.MonkeyPatch, score: Any) -> None:
     """A reward function that raises or returns no finite number costs its response, not the run."""
 
