@@ -238,3 +238,53 @@ def test_generations_stand_beside_their_context() -> None:
         for slot, context in enumerate(contexts):
             for m in range(3):
                 assert outputs[slot * 3 + m][0] == sum(context) % 250 + 3
+
+
+def test_draws_stop_at_the_end_of_the_context() -> None:
+    """A prompt that leaves less room than ``max_tokens`` asks for what is left, and a draw that takes it all is cut."""
+    roomy = Server()
+    run(roomy, preset="light")
+    longest = max(len(prompt) for prompt, _ in roomy.asked)
+    server = Server(lambda prompt, params: [40] * params["max_tokens"])
+    result = run(server, preset="light", limit=longest + 5)
+    assert all(params["max_tokens"] == min(16, longest + 5 - len(prompt)) for prompt, params in server.asked)
+    assert min(params["max_tokens"] for _, params in server.asked) == 5
+    assert {draw.outcome for draw in result.draws} == {"cut"}
+
+
+def test_an_aborted_draw_has_failed() -> None:
+    """What the server gave up is no answer, however it looks."""
+
+    class Aborting(Server):
+        async def __call__(self, prompt: list[int], params: dict) -> Any:
+            output = await super().__call__(prompt, params)
+            return SimpleNamespace(**{**vars(output), "stop_reason": "aborted"})
+
+    result = run(Aborting(), preset="paper")
+    assert {draw.outcome for draw in result.draws} == {"failed"} and result.stats["collider/failed"] == 4
+    assert all(context == [] for row in result.contexts for context in row)
+
+
+def test_append_puts_a_draw_behind_the_first_one() -> None:
+    """y_{n,l} stands behind y_n in the contexts of the shared draws only, and by itself where y_n was lost."""
+    tokenizer = make_tokenizer(Recipe())
+    label = CandidatePrompts(tokenizer).collider_block([])
+
+    def labels(context: list[int]) -> int:
+        return sum(context[k : k + len(label)] == label for k in range(len(context)))
+
+    append = {**GENERATED, "weighting": "off", "reference": {"collider_context": "append", "fraction": 1.0}}
+    whole = run(Server(), **append)
+    assert [[labels(context) for context in row] for row in whole.contexts] == [[1, 2, 1]] * 4
+    lost = Server(lambda prompt, params: [END] if len(lost.asked) == 1 else [60, END])
+    first_lost = run(lost, **append)
+    assert [draw.outcome for draw in first_lost.draws[:2]] == ["empty", "ok"]
+    kept = [sorted(labels(context) for context in row if context) for row in first_lost.contexts]
+    assert kept == [[1, 1]] * 4
+
+
+def test_how_ragged_a_group_is() -> None:
+    """Mean and unbiased variance of the responses' lengths 3, 2, 4 and 2."""
+    stats = run(Server(), preset="light").stats
+    assert stats["responses"] == 4 and stats["response_tokens"] == 2.75
+    assert stats["response_variance"] == pytest.approx((0.25**2 + 0.75**2 + 1.25**2 + 0.75**2) / 3)
