@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from gcpo.stability import StabilityConfig
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message says which one, why, and what to change."""
@@ -195,6 +197,7 @@ class GCPOConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
 
     # ---- what the settings ask for -------------------------------------------------------------------------------
 
@@ -353,6 +356,8 @@ def _check(config: GCPOConfig, *, n: int) -> None:
             )
         if config.preset == "paper" and config.features.source != "response":
             refuse("features.source", "preset paper takes Z from conditioned generations; use another preset")
+    for name, why in config.stability.problems():
+        refuse(f"stability.{name}", why)
     if not config.reference.max_kl > 0:
         refuse("reference.max_kl", f"{config.reference.max_kl} must be greater than 0")
     if not 0 < config.reference.floor < 1:

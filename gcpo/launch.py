@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from gcpo import report
+from gcpo import report, stability
 
 LOG_FILE = "train.log"
 STATE_FILE = "run.json"
@@ -268,7 +268,7 @@ def step_line(step: int, metrics: Mapping[str, float], total: int | None = None)
             f"{stage} {seconds[stage]:.1f}" for stage in ("generate", "score", "update") if stage in seconds
         )
         parts.append(f"{whole:.1f} s" + (f" ({split})" if split else ""))
-    return "  ".join(parts)
+    return "  ".join([*parts, *stability.describe(metrics)])
 
 
 # ---- what a person sees --------------------------------------------------------------------------------------------

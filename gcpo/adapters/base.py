@@ -14,11 +14,13 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 from gcpo.adapters.fetching import OwnFieldsTrainer
+from gcpo.adapters.liveness import WatchedTrainer
+from gcpo.adapters.stability import StableTrainer
 
 _ACTOR_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
 
 
-class GroupTrainer(OwnFieldsTrainer):
+class GroupTrainer(StableTrainer, OwnFieldsTrainer, WatchedTrainer):
     """verl's synchronous trainer with our worker, rows in an order of their own, and reward errors counted."""
 
     mode: ClassVar[str]

@@ -23,12 +23,12 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.torch_functional import logprobs_from_logits
 from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from gcpo.adapters.conditioned import conditioned_batch, conditioned_packs
 from gcpo.adapters.losses import PARTS, causal_kl_loss, packed_causal_kl_loss
 from gcpo.adapters.packed import PackedRow, row_of
 from gcpo.adapters.perturbed import PerturbedRow
+from gcpo.adapters.stability import StableEngine
 from gcpo.packing.attention import tree_attention_on, tree_problem
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def _remove(hooks: list[RemovableHandle]) -> None:
         hook.remove()
 
 
-class GCPOFSDPEngine(FSDPEngineWithLMHead):
+class GCPOFSDPEngine(StableEngine):
     """FSDP engine of a language model, with states and the conditioned pass."""
 
     # ---- states and packs -----------------------------------------------------------------------------------------

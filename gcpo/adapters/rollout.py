@@ -21,12 +21,14 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters.fields import dump_fields, flat_field
+from gcpo.adapters.processes import is_death
 from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
 from gcpo.adapters.scores import checked_info, number, score_problem
 from gcpo.collider.admission import Admission
 from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult, request_seed, seeded
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.config import GCPOConfig
+from gcpo.faults import ServerLost
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +83,17 @@ class GroupClient(LLMServerClient):
         """Not before the group is over."""
 
     async def ask(self, prompt_ids: list[int], params: dict[str, Any]) -> Any:
-        """One request."""
-        return await self.generate(self.request_id, prompt_ids=prompt_ids, sampling_params=dict(params))
+        """One request.
+
+        Raises:
+            ServerLost: the server or its engine is dead.
+        """
+        try:
+            return await self.generate(self.request_id, prompt_ids=prompt_ids, sampling_params=dict(params))
+        except Exception as error:
+            if is_death(error):
+                raise ServerLost(f"the generation server is dead: {type(error).__name__}") from error
+            raise
 
     async def close(self) -> None:
         """Give the server back, if there is one."""
@@ -161,6 +172,8 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         try:
             await super()._compute_score(outputs, kwargs=kwargs)
         except Exception as error:
+            if is_death(error):
+                raise  # of the reward worker; the reward function has said nothing about this response
             problem = f"raised {error!r}"
         # Without handles verl grades later, in the trainer.
         graded_here = getattr(self, "reward_loop_worker_handles", ()) is not None
@@ -226,6 +239,8 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
                     seed_parts=key,
                     equal_rewards=equal,
                 )
+            except ServerLost:
+                raise
             except Exception as error:
                 logger.exception("gcpo: the collider stage of question %s failed and is left out", key[1])
                 result = stage.failed(len(ids), error, seed_parts=key, equal_rewards=equal)

@@ -19,6 +19,7 @@ import numpy as np
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.collider.prompts import CandidatePrompts, GroupPrompts
 from gcpo.config import GCPOConfig
+from gcpo.faults import ServerLost
 from gcpo.packing.tree import common_prefix
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ class ColliderStage:
     Args:
         config: the resolved ``gcpo:`` group.
         prompts: builds the prompts.
-        generate: ``(prompt_ids, sampling_params) -> TokenOutput``-like, awaitable.
+        generate: ``(prompt_ids, sampling_params) -> TokenOutput``-like, awaitable; raises ``ServerLost`` where
+            the server is gone.
         sampling_params: of the plain rollout (temperature, top-p, top-k); lengths and seeds are set here.
         max_model_len: longest sequence that the server takes.
         end_ids: tokens that end a response.
@@ -118,12 +120,15 @@ class ColliderStage:
         self.admit = admit
 
     async def draw(self, kind: str, prompt_ids: list[int], seed_parts: Sequence[Any]) -> Draw:
-        """One generation; it never raises, and says how it ended.
+        """One generation, which says how it ended.
 
         Args:
             kind: one of ``KINDS``.
             prompt_ids: its prompt.
             seed_parts: what distinguishes the request from all others of the run; see `seeded`.
+
+        Raises:
+            ServerLost: the server is gone; this is no failure of the draw.
         """
         section = "conditioned" if kind == "conditioned" else "collider"
         max_tokens = getattr(self.config, section).max_tokens
@@ -136,6 +141,8 @@ class ColliderStage:
         params = seeded(params, self.config.seed, *seed_parts)
         try:
             output = await self.generate(prompt_ids, params)
+        except ServerLost:
+            raise
         except Exception as error:
             logger.warning("gcpo: a %s generation failed and is left out: %s", kind, error)
             cause = f"a {kind} generation failed ({one_line(error)})"

@@ -14,6 +14,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 
+from gcpo.adapters.liveness import faults_in_a_sentence
 from gcpo.checks import check_gc2po_run, check_run, plugin_problem
 from gcpo.config import ConfigError
 
@@ -35,7 +36,8 @@ def main(config: DictConfig) -> None:
         use_reference_policy=need_reference_policy(config),
         use_critic=need_critic(config),
     )
-    run_ppo(config, task_runner_class=TaskRunnerV1)
+    with faults_in_a_sentence(config):
+        run_ppo(config, task_runner_class=TaskRunnerV1)
 
 
 if __name__ == "__main__":

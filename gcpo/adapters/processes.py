@@ -1,0 +1,197 @@
+"""The processes of a run, as Ray and the vLLM servers know them, and the one that has died."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+ROLES = {
+    "WorkerDict": "the FSDP worker",
+    "vLLMHttpServer": "the vLLM server",
+    "GCPOAgentLoopWorkerPlain": "the agent-loop worker",
+    "AgentLoopWorkerTQ": "the agent-loop worker",
+    "RewardLoopWorker": "the reward worker",
+    "GlobalRequestLoadBalancer": "the router of generation requests",
+    "TransferQueueController": "the TransferQueue controller",
+    "SimpleStorageUnit": "the TransferQueue storage",
+    "TaskRunnerV1": "the trainer",
+}
+"""Ray's class names of the actors of a run, in words."""
+
+_MEANT = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED")
+"""Ray's reasons for the end of an actor that was meant to end."""
+
+
+@dataclass(frozen=True)
+class ActorState:
+    """One actor of this run, as Ray's control store knows it."""
+
+    actor_id: str
+    class_name: str
+    name: str
+    pid: int
+    state: str
+    reason: str = ""
+    """Why it is dead: a constant of Ray's, ``OOM`` for its memory monitor."""
+    detail: str = ""
+    """What Ray says about the death."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether it died without being told to."""
+        return self.state == "DEAD" and self.reason not in _MEANT
+
+    def __str__(self) -> str:
+        # Ray names a colocated worker group's class WorkerDict, alone or after a prefix.
+        role = next((words for name, words in ROLES.items() if self.class_name.endswith(name)), None)
+        words = role or f"the Ray actor {self.class_name}"
+        return f"{words} (process {self.pid})" if self.pid else words
+
+
+def run_actors() -> list[ActorState]:
+    """All actors of this Ray job, the dead ones too.
+
+    They are read from Ray's control store, which knows unnamed actors and those of other processes of the job.
+    """
+    context = ray.get_runtime_context()
+    job = context.get_job_id()
+    table = ray._private.state.actors(job_id=ray.JobID.from_hex(job)) or {}
+    return [_actor_state(entry) for entry in table.values() if entry["JobID"] == job]
+
+
+def _actor_state(entry: dict[str, Any]) -> ActorState:
+    reason, detail = _death(entry["DeathCause"]) if entry["State"] == "DEAD" else ("", "")
+    return ActorState(
+        entry["ActorID"], entry["ActorClassName"], entry["Name"], entry["Pid"], entry["State"], reason, detail
+    )
+
+
+def _death(cause: Any) -> tuple[str, str]:
+    """Reason and first sentence of Ray's ``ActorDeathCause``."""
+    kind = cause.WhichOneof("context")
+    if kind is None:
+        return "UNSPECIFIED", ""
+    context = getattr(cause, kind)
+    message = getattr(context, "error_message", "") or getattr(context, "formatted_exception_string", "")
+    if kind == "oom_context":
+        return "OOM", "Ray's memory monitor ended it, since the machine was out of memory"
+    if kind == "actor_died_error_context":
+        return type(context).Reason.Name(context.reason), _first_sentence(message)
+    return kind.removesuffix("_context").upper(), _first_sentence(message)
+
+
+def _first_sentence(message: str) -> str:
+    text = " ".join(message.split())
+    if "SIGKILL" in text or "connection error code 2" in text:
+        return "it was killed or crashed; the kernel's out-of-memory killer does this too"
+    return text.split(". ")[0][:200].rstrip(".")
+
+
+def engine_state(server: Any) -> tuple[bool, list[int]]:
+    """Runs in a vLLM server's actor: whether its engine is dead, and the processes of the engine's cores.
+
+    A server that is still starting has no engine, and one on a further node of a replica never has.
+    """
+    engine = getattr(server, "engine", None)
+    core = getattr(engine, "engine_core", None)
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    pids = [process.pid for process in getattr(manager, "processes", [])]
+    return bool(getattr(engine, "errored", False)), pids
+
+
+class ServerProbe:
+    """Asks vLLM servers for ``engine_state`` without waiting for those that are busy."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
+        self._asked: dict[str, Any] = {}
+        self._pids: dict[str, list[int]] = {}
+
+    def __call__(self, actors: Sequence[ActorState], timeout: float = 0.0) -> str | None:
+        """In words which engine is dead, ``None`` while none is known to be.
+
+        Args:
+            actors: actors that live.
+            timeout: 0: take the answers to the questions of the last call, and ask those that have answered again;
+                else ask now, and wait as long for the answers.
+        """
+        questions = {} if timeout else self._asked
+        servers = [a for a in actors if a.class_name.endswith("vLLMHttpServer") and a.name]
+        for actor in servers:
+            if actor.actor_id not in questions:
+                question = self._ask(actor)
+                if question is not None:
+                    questions[actor.actor_id] = question
+        if not questions:
+            return None
+        ready, _ = ray.wait(list(questions.values()), num_returns=len(questions), timeout=timeout)
+        dead = None
+        for actor in servers:
+            if questions.get(actor.actor_id) in ready:
+                dead = self._read(actor, questions.pop(actor.actor_id)) or dead
+        return dead
+
+    def _ask(self, actor: ActorState) -> Any:
+        try:
+            if actor.actor_id not in self._handles:
+                self._handles[actor.actor_id] = ray.get_actor(actor.name)
+            return self._handles[actor.actor_id].__ray_call__.remote(engine_state)
+        except ValueError:  # it has ended since, and the next look sees that
+            return None
+
+    def _read(self, actor: ActorState, question: Any) -> str | None:
+        try:
+            dead, pids = ray.get(question)
+        except RayActorError:  # the server itself; the next look sees that
+            return None
+        if not dead:
+            self._pids[actor.actor_id] = pids
+            return None
+        pids = self._pids.get(actor.actor_id) or pids
+        return f"the engine core of {actor.name}" + (f" (process {', '.join(map(str, pids))})" if pids else "")
+
+
+@dataclass
+class Watch:
+    """Looks for a dead process of the run.
+
+    Args:
+        actors: lists the run's actors.
+        probe: says in words what is dead behind actors that live; see ``ServerProbe``.
+        ignore: ids of actors that are not watched.
+    """
+
+    actors: Callable[[], Iterable[ActorState]] = run_actors
+    probe: Callable[[Sequence[ActorState], float], str | None] = field(default_factory=ServerProbe)
+    ignore: frozenset[str] = frozenset()
+
+    def look(self, timeout: float = 0.0) -> str | None:
+        """In words which process died and why, ``None`` while all live.
+
+        Args:
+            timeout: how long to wait for the answers of the servers, in seconds.
+        """
+        actors = [actor for actor in self.actors() if actor.actor_id not in self.ignore]
+        for actor in actors:
+            if actor.lost:
+                return f"{actor} died" + (f" ({actor.detail})" if actor.detail else "")
+        dead = self.probe([actor for actor in actors if actor.state == "ALIVE"], timeout)
+        return f"{dead} died" if dead is not None else None
+
+
+def is_death(error: BaseException | None) -> bool:
+    """Whether ``error`` says that an actor or a vLLM engine is dead, itself or as the cause of another error."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError):
+            return True
+        # Of vLLM, which is not imported here: RayTaskError is a subclass of its cause's class.
+        if any(cls.__name__ == "EngineDeadError" for cls in type(error).__mro__):
+            return True
+        error = getattr(error, "cause", None) or error.__cause__
+    return False

@@ -1,0 +1,184 @@
+"""Checks of every optimizer step in the actor's engine, and signs of a collapse in the trainer's metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch.distributed.tensor import DTensor
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from gcpo.config import GCPOConfig
+from gcpo.faults import RunStopped
+from gcpo.stability import ENTROPY, SKIPPED_UPDATES, WEIGHT_CHANGE, StabilityConfig, StabilityMonitor, describe
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "gcpo_stability"
+"""Non-tensor entry of a training batch whose updates are checked: ``stability.non_finite``."""
+SAMPLED_WEIGHTS = 2**20
+"""Weights of a rank whose change is measured."""
+
+_ADVICE = (
+    "a smaller actor_rollout_ref.actor.optim.lr is the usual way out; gcpo.stability.non_finite=skip leaves out such "
+    "updates and goes on"
+)
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------------
+
+
+class StableEngine(FSDPEngineWithLMHead):
+    """verl's engine, which checks each optimizer step of a batch that has ``SETTINGS``."""
+
+    _losses: list[float] | None = None
+    """Of the micro-batches of the update that is being made; ``None`` outside of checked updates."""
+
+    def train_batch(self, data: TensorDict, loss_function: Callable) -> dict[str, Any]:
+        """verl's update with ``stability/...`` in its metrics.
+
+        Raises:
+            RunStopped: the loss, the gradient norm or a weight is not finite, and ``non_finite`` is ``stop``. The
+                weights are those before the update, except in the last case.
+        """
+        settings = tu.get_non_tensor_data(data, SETTINGS, None)
+        if not settings:
+            return super().train_batch(data, loss_function)
+        self._losses, self._update = [], {}
+        # fp16: a scaler tries scales that overflow, and skips those updates by design.
+        self._stop_on_non_finite = settings == "stop" and getattr(self, "scaler", None) is None
+        try:
+            output = super().train_batch(data, loss_function)
+        finally:
+            self._losses = None
+        output["metrics"].update({name: [value] for name, value in self._update.items()})
+        return output
+
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
+    ) -> dict[str, Any]:
+        """verl's passes; the losses of a checked update are kept."""
+        output = super().forward_backward_batch(data, loss_function, forward_only)
+        if self._losses is not None and not forward_only:
+            self._losses.extend(float(loss) for loss in output["loss"])
+        return output
+
+    def optimizer_step(self) -> float:
+        """verl's step, between a check of what goes in and one of what comes out."""
+        if self._losses is None:
+            return super().optimizer_step()
+        loss = sum(self._losses)
+        # Every rank learns of it, so that none waits for another that has stopped.
+        (bad_losses,) = self._over_ranks([float(not math.isfinite(loss))])
+        if bad_losses and self._stop_on_non_finite:
+            self._stop(f"the loss is {loss}" if not math.isfinite(loss) else "the loss of another rank is not finite")
+        before = self._weight_sample()
+        grad_norm = super().optimizer_step()
+        skipped = not math.isfinite(grad_norm)
+        if skipped and self._stop_on_non_finite:
+            self._stop(f"the gradient norm is {grad_norm}")
+        self._update = {SKIPPED_UPDATES: float(skipped), WEIGHT_CHANGE: self._weight_change(before)}
+        return grad_norm
+
+    def _stop(self, why: str) -> None:
+        self.optimizer.zero_grad()
+        raise RunStopped(f"{why}, so the weights were not updated and none were saved or sent to the server; {_ADVICE}")
+
+    def _shards(self) -> list[torch.Tensor]:
+        """This rank's part of every weight that is trained."""
+        weights = [weight for weight in self.module.parameters() if weight.requires_grad]
+        return [(w.to_local() if isinstance(w, DTensor) else w).detach() for w in weights]
+
+    def _weight_sample(self) -> torch.Tensor:
+        """At most about ``SAMPLED_WEIGHTS`` of this rank's weights, float32: a copy of all would cost a model."""
+        shards = [shard.reshape(-1) for shard in self._shards()]
+        # An odd stride does not meet the same columns of every row.
+        stride = max(1, sum(shard.numel() for shard in shards) // SAMPLED_WEIGHTS) | 1
+        return torch.cat([shard[::stride].float() for shard in shards]) if shards else torch.zeros(0)
+
+    def _weight_change(self, before: torch.Tensor) -> float:
+        """||after - before|| / ||before|| over the samples of all ranks.
+
+        Raises:
+            RunStopped: a weight is not finite.
+        """
+        after = self._weight_sample()
+        shards = [shard for shard in self._shards() if shard.numel()]
+        finite = all(bool(torch.isfinite(torch.linalg.vector_norm(shard, math.inf))) for shard in shards)
+        scale = float(before.abs().max()) if before.numel() else 0.0
+        scale = scale if math.isfinite(scale) and scale > 0 else 1.0
+        changed, whole = ((x.double() / scale).square().sum().item() for x in (after.double() - before, before))
+        bad, changed, whole = self._over_ranks([float(not finite), changed * scale**2, whole * scale**2])
+        if bad and self._stop_on_non_finite:
+            raise RunStopped(
+                f"weights are not finite after an update, and none were saved or sent to the server; {_ADVICE}"
+            )
+        return math.sqrt(changed / whole) if whole > 0 else math.inf if changed > 0 else 0.0
+
+    def _over_ranks(self, values: list[float]) -> list[float]:
+        """Sums over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=get_device_id())
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+
+# ---- the trainer -----------------------------------------------------------------------------------------------------
+
+
+class StableTrainer(PPOTrainerSync):
+    """verl's synchronous trainer, whose updates are checked and whose metrics name the signs of a collapse."""
+
+    @cached_property
+    def stability(self) -> StabilityConfig:
+        """``gcpo.stability``, which holds for every mode."""
+        rollout = self.config.actor_rollout_ref.rollout
+        config = GCPOConfig.from_config(self.config.get("gcpo"), n=rollout.n, response_length=rollout.response_length)
+        return config.stability
+
+    @cached_property
+    def stability_monitor(self) -> StabilityMonitor:
+        """What the steps of this start are compared with."""
+        actor, groups = self.config.actor_rollout_ref.actor, self.config.data.train_batch_size
+        return StabilityMonitor(
+            self.stability,
+            groups=groups,
+            vocabulary=len(self.tokenizer),
+            rows=groups * self.config.actor_rollout_ref.rollout.n,
+            loss_agg_mode=actor.loss_agg_mode,
+            loss_scale_factor=actor.loss_scale_factor,
+        )
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """verl's update; the engine checks each optimizer step."""
+        batch.extra_info[SETTINGS] = self.stability.non_finite
+        try:
+            batch = super()._update_actor(batch, metrics)
+        finally:
+            batch.extra_info.pop(SETTINGS, None)
+        for name in (SKIPPED_UPDATES, WEIGHT_CHANGE):
+            if f"actor/{name}" in metrics:
+                metrics[name] = metrics.pop(f"actor/{name}")
+        return batch
+
+    def _validate(self) -> dict[str, float]:
+        """verl's validation; the accuracy is what a later one is compared with."""
+        metrics = super()._validate()
+        self.stability_monitor.held_out(metrics)
+        return metrics
+
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
+        """verl's metrics, and the signs of a collapse in them."""
+        super()._compute_metrics(batch, metrics, *args, **kwargs)
+        found = self.stability_monitor.step(metrics)
+        metrics.update(found)
+        if found.keys() - {ENTROPY} or metrics.get(SKIPPED_UPDATES):
+            logger.warning("gcpo: step %s: %s", self.global_steps, "; ".join(describe(metrics)))
