@@ -1,0 +1,80 @@
+"""A server or a reward worker that dies is no failed draw and no failed reward: its error goes up to the trainer."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from verl.workers.rollout.llm_server import LLMServerClient
+
+from gcpo.adapters.rollout import GroupClient
+from gcpo.collider.draws import ColliderStage
+from gcpo.config import GCPOConfig
+from gcpo.faults import ServerLost
+from tests.adapters.test_rollout import PARENT, Worker, run, world  # noqa: F401  (world is a fixture)
+
+
+class EngineDeadError(Exception):
+    """Like vLLM's."""
+
+
+DEATHS = [
+    ActorDiedError(),
+    RayTaskError("generate", "traceback", EngineDeadError("EngineCore encountered an issue")).as_instanceof_cause(),
+]
+FAILURES = [
+    ActorUnavailableError("the network was away", None),
+    RayTaskError("generate", "traceback", ValueError("the prompt is too long")).as_instanceof_cause(),
+    TimeoutError("slow"),
+]
+
+
+def stage(generate: Any) -> ColliderStage:
+    config = GCPOConfig.from_config({"preset": "light"}, n=3, response_length=8)
+    return ColliderStage(config, None, generate, {}, 128, frozenset({2}))
+
+
+def client(error: Exception, monkeypatch: pytest.MonkeyPatch) -> GroupClient:
+    async def generate(self: Any, request_id: str, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(LLMServerClient, "generate", generate)
+    return GroupClient(LLMServerClient(None), "r")
+
+
+@pytest.mark.parametrize("error", DEATHS, ids=repr)
+def test_a_dead_server_fails_no_draw(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = stage(client(error, monkeypatch).ask)
+    with pytest.raises(ServerLost) as lost:
+        asyncio.run(draws.draw("collider", [5], 0))
+    assert lost.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+def test_a_request_that_fails_by_itself_is_a_failed_draw(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = stage(client(error, monkeypatch).ask)
+    assert asyncio.run(draws.draw("collider", [5], 0)).outcome == "failed"
+
+
+def test_a_group_whose_server_died_is_not_stored(world: SimpleNamespace) -> None:  # noqa: F811
+    """Not even as a group that trains as GRPO; verl marks it as failed, and the trainer does not use its batch."""
+    world.stage_error = ServerLost("the generation server is dead")
+    run(Worker())
+    assert world.stages and world.stored == []
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), RayTaskError("score", "traceback", ActorDiedError())], ids=repr)
+def test_a_dead_reward_worker_scores_nothing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker itself, and a reward model behind it; the response gets neither a score nor an error that counts."""
+
+    async def compute(self: Any, outputs: Any, kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(PARENT, "_compute_score", compute)
+    output = SimpleNamespace(reward_score=None, extra_fields={})
+    with pytest.raises(type(error)):
+        asyncio.run(Worker()._compute_score([output], {"index": 0}))
+    assert output.reward_score is None and output.extra_fields == {}
