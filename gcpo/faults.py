@@ -10,11 +10,11 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 """verl writes the step of a checkpoint into this file after the checkpoint itself."""
 
 
-class RunStopped(RuntimeError):
+class RunStoppedError(RuntimeError):
     """Ends the run on purpose; the message is one sentence for the user."""
 
 
-class ServerLost(RuntimeError):
+class ServerLostError(RuntimeError):
     """The server that a request went to is gone; the request did not fail by itself, and the run cannot go on."""
 
 

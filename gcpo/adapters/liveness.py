@@ -24,7 +24,7 @@ from ray.exceptions import RayTaskError
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from gcpo.adapters.processes import Watch, is_death
-from gcpo.faults import RunStopped, way_on
+from gcpo.faults import RunStoppedError, way_on
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,6 @@ class Watchdog:
         self.patience = patience
         self.death: str | None = None
         self._inside = False
-        self._stop = threading.Event()
         self._timer: threading.Timer | None = None
 
     @contextmanager
@@ -76,14 +75,15 @@ class Watchdog:
         """Within, a death raises KeyboardInterrupt in the main thread, whatever it waits for."""
         in_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(WAKE_SIGNAL, self._wake) if in_main else None
-        self._stop.clear()
         self._inside = in_main
-        threading.Thread(target=self._run, name="gcpo-watchdog", daemon=True).start()
+        # Of its own for every block: the thread of the block before may still be looking.
+        over = threading.Event()
+        threading.Thread(target=self._run, args=(over,), name="gcpo-watchdog", daemon=True).start()
         try:
             yield
         finally:
             self._inside = False
-            self._stop.set()
+            over.set()
             if in_main:
                 signal.signal(WAKE_SIGNAL, signal.SIG_IGN if before is None else before)
 
@@ -92,9 +92,9 @@ class Watchdog:
         if self._inside:
             raise KeyboardInterrupt
 
-    def _run(self) -> None:
+    def _run(self, over: threading.Event) -> None:
         told = False
-        while not self._stop.wait(self.interval):
+        while not over.wait(self.interval):
             try:
                 death = self.watch.look()
             except Exception as error:  # Ray's control store does not answer: this is no verdict about an actor.
@@ -102,7 +102,7 @@ class Watchdog:
                     logger.warning("gcpo: Ray cannot be asked for the states of the run's processes: %s", error)
                 told = True
                 continue
-            if death is not None:
+            if death is not None and not over.is_set():
                 self.end(death)
                 return
 
@@ -174,11 +174,11 @@ class WatchedTrainer(PPOTrainerSync):
         """Look now.
 
         Raises:
-            RunStopped: a process is dead.
+            RunStoppedError: a process is dead.
         """
         death = self.watchdog.verdict()
         if death is not None:
-            raise RunStopped(death)
+            raise RunStoppedError(death)
 
     @contextmanager
     def _in_a_sentence(self, when: str | None) -> Iterator[None]:
@@ -195,7 +195,7 @@ class WatchedTrainer(PPOTrainerSync):
                 self.watchdog.arm(self.watchdog.death)
             sentence = self._sentence(stopped or death, when or f"step {self.global_steps}")
             logger.error("gcpo: %s", sentence, exc_info=error)
-            raise RunStopped(sentence) from error
+            raise RunStoppedError(sentence) from error
 
     def _sentence(self, death: str, when: str) -> str:
         return f"the run ended in {when}: {death}; {way_on(self.config.trainer)}"
@@ -210,10 +210,10 @@ class WatchedTrainer(PPOTrainerSync):
 
 
 def stop_of(error: BaseException) -> str | None:
-    """The sentence of a ``RunStopped`` that was raised here or in an actor, ``None`` for any other error."""
+    """The sentence of a ``RunStoppedError`` that was raised here or in an actor, ``None`` for any other error."""
     if isinstance(error, RayTaskError):
         error = error.cause
-    return str(error) if isinstance(error, RunStopped) else None
+    return str(error) if isinstance(error, RunStoppedError) else None
 
 
 # ---- the driver ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from gcpo.collider.admission import Admission
 from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult, request_seed, seeded
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.config import GCPOConfig
-from gcpo.faults import ServerLost
+from gcpo.faults import ServerLostError
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +86,13 @@ class GroupClient(LLMServerClient):
         """One request.
 
         Raises:
-            ServerLost: the server or its engine is dead.
+            ServerLostError: the server or its engine is dead.
         """
         try:
             return await self.generate(self.request_id, prompt_ids=prompt_ids, sampling_params=dict(params))
         except Exception as error:
             if is_death(error):
-                raise ServerLost(f"the generation server is dead: {type(error).__name__}") from error
+                raise ServerLostError(f"the generation server is dead: {type(error).__name__}") from error
             raise
 
     async def close(self) -> None:
@@ -239,7 +239,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
                     seed_parts=key,
                     equal_rewards=equal,
                 )
-            except ServerLost:
+            except ServerLostError:
                 raise
             except Exception as error:
                 logger.exception("gcpo: the collider stage of question %s failed and is left out", key[1])

@@ -18,7 +18,7 @@ from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from gcpo.config import GCPOConfig
-from gcpo.faults import RunStopped
+from gcpo.faults import RunStoppedError
 from gcpo.stability import ENTROPY, SKIPPED_UPDATES, WEIGHT_CHANGE, StabilityConfig, StabilityMonitor, describe
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class StableEngine(FSDPEngineWithLMHead):
         """verl's update with ``stability/...`` in its metrics.
 
         Raises:
-            RunStopped: the loss, the gradient norm or a weight is not finite, and ``non_finite`` is ``stop``. The
+            RunStoppedError: the loss, the gradient norm or a weight is not finite, and ``non_finite`` is ``stop``. The
                 weights are those before the update, except in the last case.
         """
         settings = tu.get_non_tensor_data(data, SETTINGS, None)
@@ -91,7 +91,9 @@ class StableEngine(FSDPEngineWithLMHead):
 
     def _stop(self, why: str) -> None:
         self.optimizer.zero_grad()
-        raise RunStopped(f"{why}, so the weights were not updated and none were saved or sent to the server; {_ADVICE}")
+        raise RunStoppedError(
+            f"{why}, so the weights were not updated and none were saved or sent to the server; {_ADVICE}"
+        )
 
     def _shards(self) -> list[torch.Tensor]:
         """This rank's part of every weight that is trained."""
@@ -109,17 +111,18 @@ class StableEngine(FSDPEngineWithLMHead):
         """||after - before|| / ||before|| over the samples of all ranks.
 
         Raises:
-            RunStopped: a weight is not finite.
+            RunStoppedError: a weight is not finite.
         """
         after = self._weight_sample()
-        shards = [shard for shard in self._shards() if shard.numel()]
-        finite = all(bool(torch.isfinite(torch.linalg.vector_norm(shard, math.inf))) for shard in shards)
+        # All weights, by their largest; on a GPU the host waits once.
+        largest = [torch.linalg.vector_norm(shard, math.inf).float() for shard in self._shards() if shard.numel()]
+        finite = not largest or bool(torch.isfinite(torch.stack(largest)).all())
         scale = float(before.abs().max()) if before.numel() else 0.0
         scale = scale if math.isfinite(scale) and scale > 0 else 1.0
         changed, whole = ((x.double() / scale).square().sum().item() for x in (after.double() - before, before))
         bad, changed, whole = self._over_ranks([float(not finite), changed * scale**2, whole * scale**2])
         if bad and self._stop_on_non_finite:
-            raise RunStopped(
+            raise RunStoppedError(
                 f"weights are not finite after an update, and none were saved or sent to the server; {_ADVICE}"
             )
         return math.sqrt(changed / whole) if whole > 0 else math.inf if changed > 0 else 0.0

@@ -19,7 +19,7 @@ import numpy as np
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.collider.prompts import CandidatePrompts, GroupPrompts
 from gcpo.config import GCPOConfig
-from gcpo.faults import ServerLost
+from gcpo.faults import ServerLostError
 from gcpo.packing.tree import common_prefix
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class ColliderStage:
     Args:
         config: the resolved ``gcpo:`` group.
         prompts: builds the prompts.
-        generate: ``(prompt_ids, sampling_params) -> TokenOutput``-like, awaitable; raises ``ServerLost`` where
+        generate: ``(prompt_ids, sampling_params) -> TokenOutput``-like, awaitable; raises ``ServerLostError`` where
             the server is gone.
         sampling_params: of the plain rollout (temperature, top-p, top-k); lengths and seeds are set here.
         max_model_len: longest sequence that the server takes.
@@ -128,7 +128,7 @@ class ColliderStage:
             seed_parts: what distinguishes the request from all others of the run; see `seeded`.
 
         Raises:
-            ServerLost: the server is gone; this is no failure of the draw.
+            ServerLostError: the server is gone; this is no failure of the draw.
         """
         section = "conditioned" if kind == "conditioned" else "collider"
         max_tokens = getattr(self.config, section).max_tokens
@@ -141,7 +141,7 @@ class ColliderStage:
         params = seeded(params, self.config.seed, *seed_parts)
         try:
             output = await self.generate(prompt_ids, params)
-        except ServerLost:
+        except ServerLostError:
             raise
         except Exception as error:
             logger.warning("gcpo: a %s generation failed and is left out: %s", kind, error)

@@ -20,7 +20,7 @@ from gcpo.adapters import liveness
 from gcpo.adapters.base import GroupTrainer
 from gcpo.adapters.liveness import WAKE_SIGNAL, Watchdog, driver_sentence, faults_in_a_sentence
 from gcpo.adapters.processes import Watch
-from gcpo.faults import TRACKER_FILE, RunStopped
+from gcpo.faults import TRACKER_FILE, RunStoppedError
 
 DEATH = "the engine core of vllm_server_0_0 (process 11) died"
 LIMIT = 20.0
@@ -187,7 +187,7 @@ def test_a_wait_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch, folder: Path
     """Who died, where, what is saved, how to go on."""
     verl_does(monkeypatch, sleep_until_ended)
     trainer = Trainer(folder, Looks(DEATH))
-    with pytest.raises(RunStopped) as stopped:
+    with pytest.raises(RunStoppedError) as stopped:
         trainer.fit(None)
     assert str(stopped.value) == (
         f"the run ended in step 3: {DEATH}; the last whole checkpoint is {folder}/global_step_2 (step 2); the same "
@@ -199,7 +199,7 @@ def test_a_wait_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch, folder: Path
 def test_the_start_up_is_watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     verl_does(monkeypatch, sleep_until_ended)
     trainer = Trainer(tmp_path, Looks(DEATH))
-    with pytest.raises(RunStopped, match=r"^the run ended in the start-up: .*no checkpoint had been saved"):
+    with pytest.raises(RunStoppedError, match=r"^the run ended in the start-up: .*no checkpoint had been saved"):
         trainer.init()
     trainer.watchdog._timer.cancel()
 
@@ -209,7 +209,7 @@ def test_an_error_of_ray_is_said_as_the_death_behind_it(monkeypatch: pytest.Monk
     looks = Looks()
     verl_does(monkeypatch, raises(ActorDiedError()))
     threading.Timer(0.5, lambda: setattr(looks, "death", "the FSDP worker (process 9) died")).start()
-    with pytest.raises(RunStopped, match=r"step 3: the FSDP worker \(process 9\) died; the last whole"):
+    with pytest.raises(RunStoppedError, match=r"step 3: the FSDP worker \(process 9\) died; the last whole"):
         Trainer(folder, looks).fit(None)
 
 
@@ -224,15 +224,15 @@ def test_other_errors_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch, fold
 def test_an_error_that_follows_a_death_is_said_as_the_death(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """verl finds no responses in a batch whose server died."""
     verl_does(monkeypatch, raises(RuntimeError("no materializable trajectories")))
-    with pytest.raises(RunStopped, match=r"engine core"):
+    with pytest.raises(RunStoppedError, match=r"engine core"):
         Trainer(folder, Looks(DEATH)).fit(None)
 
 
 def test_a_worker_that_stops_the_run_is_quoted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """A gradient that is not finite, found in an FSDP worker."""
-    error = RayTaskError("update", "traceback", RunStopped("the gradient norm is nan")).as_instanceof_cause()
+    error = RayTaskError("update", "traceback", RunStoppedError("the gradient norm is nan")).as_instanceof_cause()
     verl_does(monkeypatch, raises(error))
-    with pytest.raises(RunStopped, match=r"^the run ended in step 3: the gradient norm is nan; the last whole"):
+    with pytest.raises(RunStoppedError, match=r"^the run ended in step 3: the gradient norm is nan; the last whole"):
         Trainer(folder, Looks()).fit(None)
 
 
@@ -240,7 +240,7 @@ def test_a_worker_that_stops_the_run_is_quoted(monkeypatch: pytest.MonkeyPatch, 
 def test_what_a_dead_server_left_is_not_used(folder: Path, hook: str) -> None:
     """Neither a batch with groups that failed with it, nor an accuracy over the answers that are there."""
     getattr(Trainer(folder, Looks()), hook)()
-    with pytest.raises(RunStopped, match="engine core"):
+    with pytest.raises(RunStoppedError, match="engine core"):
         getattr(Trainer(folder, Looks(DEATH)), hook)()
 
 
@@ -259,7 +259,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
 
 def test_the_driver_ends_with_the_sentence(driver: SimpleNamespace) -> None:
     """As its last line, and with an exit code that is not 0."""
-    error = RayTaskError("run", "traceback", RunStopped("the run ended in step 3: why")).as_instanceof_cause()
+    error = RayTaskError("run", "traceback", RunStoppedError("the run ended in step 3: why")).as_instanceof_cause()
     with pytest.raises(SystemExit) as ended, faults_in_a_sentence(driver.config):
         raise error
     assert ended.value.code == "gcpo: the run ended in step 3: why" and driver.shut_down

@@ -13,7 +13,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from gcpo.adapters.rollout import GroupClient
 from gcpo.collider.draws import ColliderStage
 from gcpo.config import GCPOConfig
-from gcpo.faults import ServerLost
+from gcpo.faults import ServerLostError
 from tests.adapters.test_rollout import PARENT, Worker, run, world  # noqa: F401  (world is a fixture)
 
 
@@ -48,7 +48,7 @@ def client(error: Exception, monkeypatch: pytest.MonkeyPatch) -> GroupClient:
 @pytest.mark.parametrize("error", DEATHS, ids=repr)
 def test_a_dead_server_fails_no_draw(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     draws = stage(client(error, monkeypatch).ask)
-    with pytest.raises(ServerLost) as lost:
+    with pytest.raises(ServerLostError) as lost:
         asyncio.run(draws.draw("collider", [5], 0))
     assert lost.value.__cause__ is error
 
@@ -61,7 +61,7 @@ def test_a_request_that_fails_by_itself_is_a_failed_draw(error: Exception, monke
 
 def test_a_group_whose_server_died_is_not_stored(world: SimpleNamespace) -> None:  # noqa: F811
     """Not even as a group that trains as GRPO; verl marks it as failed, and the trainer does not use its batch."""
-    world.stage_error = ServerLost("the generation server is dead")
+    world.stage_error = ServerLostError("the generation server is dead")
     run(Worker())
     assert world.stages and world.stored == []
 

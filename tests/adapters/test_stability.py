@@ -21,7 +21,7 @@ from gcpo.adapters import stability
 from gcpo.adapters.gc2po import GC2POTrainer
 from gcpo.adapters.stability import SETTINGS, StableTrainer
 from gcpo.adapters.trainer import GCPOTrainer
-from gcpo.faults import RunStopped
+from gcpo.faults import RunStoppedError
 from gcpo.stability import (
     HELD_OUT_COLLAPSE,
     REWARD_COLLAPSE,
@@ -59,7 +59,7 @@ def attempt(
     found: dict[str, Any] = {"stopped": None}
     try:
         found |= update(config, worker, rank, world, fields, minis=minis)
-    except RunStopped as stopped:
+    except RunStoppedError as stopped:
         found["stopped"] = str(stopped)
     after = weights(engine)
     found["unchanged"] = all(torch.equal(before[name], after[name]) for name in before)
