@@ -22,7 +22,8 @@ ROLES = {
 }
 """Ray's class names of the actors of a run, in words."""
 
-_MEANT = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED")
+_EXIT_ACTOR = "EXIT_ACTOR"
+_MEANT = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED", _EXIT_ACTOR)
 """Ray's reasons for the end of an actor that was meant to end."""
 
 
@@ -36,7 +37,7 @@ class ActorState:
     pid: int
     state: str
     reason: str = ""
-    """Why it is dead: a constant of Ray's, ``OOM`` for its memory monitor."""
+    """Why it is dead: a constant of Ray's, ``OOM`` for its memory monitor, ``EXIT_ACTOR`` after ``exit_actor()``."""
     detail: str = ""
     """What Ray says about the death."""
 
@@ -80,6 +81,8 @@ def _death(cause: Any) -> tuple[str, str]:
     if kind == "oom_context":
         return "OOM", "Ray's memory monitor ended it, since the machine was out of memory"
     if kind == "actor_died_error_context":
+        if "exit_actor() is called" in message:  # for Ray this is WORKER_DIED too
+            return _EXIT_ACTOR, ""
         return type(context).Reason.Name(context.reason), _first_sentence(message)
     return kind.removesuffix("_context").upper(), _first_sentence(message)
 
@@ -88,6 +91,7 @@ def _first_sentence(message: str) -> str:
     text = " ".join(message.split())
     if "SIGKILL" in text or "connection error code 2" in text:
         return "it was killed or crashed; the kernel's out-of-memory killer does this too"
+    text = text.rpartition("Worker exit detail: ")[2]
     return text.split(". ")[0][:200].rstrip(".")
 
 
@@ -176,9 +180,10 @@ class Watch:
             timeout: how long to wait for the answers of the servers, in seconds.
         """
         actors = [actor for actor in self.actors() if actor.actor_id not in self.ignore]
-        for actor in actors:
-            if actor.lost:
-                return f"{actor} died" + (f" ({actor.detail})" if actor.detail else "")
+        # What dies because its owner did is not the cause.
+        lost = min((a for a in actors if a.lost), key=lambda a: a.reason == "OWNER_DIED", default=None)
+        if lost is not None:
+            return f"{lost} died" + (f" ({lost.detail})" if lost.detail else "")
         dead = self.probe([actor for actor in actors if actor.state == "ALIVE"], timeout)
         return f"{dead} died" if dead is not None else None
 

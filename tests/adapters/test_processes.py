@@ -82,6 +82,19 @@ def test_what_is_said_about_a_kill_and_about_memory() -> None:
     assert state.lost and state.reason == "CREATION_TASK_FAILURE" and state.detail == "ValueError: no model"
 
 
+def test_an_actor_that_leaves_by_itself() -> None:
+    """``exit_actor()`` is meant; an exit code 0 by another way is not, whatever Ray calls it (texts of Ray 2.60)."""
+    died = "The actor is dead because its worker process has died. Worker exit type: INTENDED_USER_EXIT "
+    died += "Worker exit detail: Worker exits by an user request. Worker exits with an exit code 0."
+
+    def state(message: str) -> ActorState:
+        cause = {"reason": reason("WORKER_DIED"), "error_message": message}
+        return processes._actor_state(entry("DEAD", actor_died_error_context=cause))
+
+    assert not state(f"{died} exit_actor() is called.").lost
+    assert state(died).lost and state(died).detail == "Worker exits by an user request"
+
+
 @pytest.mark.parametrize("state", ["ALIVE", "PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING"])
 def test_other_states_are_no_death(state: str) -> None:
     assert not processes._actor_state(entry(state)).lost
@@ -110,6 +123,12 @@ def test_a_look_says_who_died_and_why() -> None:
     assert watch.look() == "the reward worker (process 7) died (it was killed)"
     assert Watch(lambda: actors, no_probe, ignore=frozenset(["RewardLoopWorker"])).look() is None
     assert Watch(lambda: actors[:1], no_probe).look() is None
+
+
+def test_the_owner_is_named_before_what_it_owned() -> None:
+    actors = [actor("RewardLoopWorker", "DEAD", reason="OWNER_DIED"), actor("WorkerDict", "DEAD", reason="WORKER_DIED")]
+    assert Watch(lambda: actors, no_probe).look() == "the FSDP worker (process 7) died"
+    assert Watch(lambda: actors[:1], no_probe).look() == "the reward worker (process 7) died"
 
 
 def test_actors_that_live_are_probed() -> None:
