@@ -6,6 +6,7 @@ for each of them stands in docs/reliability.md.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -47,6 +48,13 @@ def wait_for(condition: Callable[[], object], launcher: subprocess.Popen, what: 
     return found
 
 
+def title_of(process: psutil.Process) -> str:
+    """The command line; empty for a process that has ended meanwhile."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
 def start_and_kill(inputs: Path, folder: Path, title: str, after: str) -> Ended:  # noqa: F811
     """Start the run, or go on with it; when ``after`` is printed, kill the process with this title.
 
@@ -83,13 +91,18 @@ def start_and_kill(inputs: Path, folder: Path, title: str, after: str) -> Ended:
     try:
         wait_for(lambda: re.search(after, screen.read_text()), launcher, after, screen.read_text)
         processes = psutil.Process(launcher.pid).children(recursive=True)
-        (victim,) = [process for process in processes if " ".join(process.cmdline()).startswith(title)]
+        (victim,) = [process for process in processes if title_of(process).startswith(title)]
         victim.kill()
         killed = time.monotonic()
         launcher.wait(timeout=END_SECONDS + 30)
         seconds = time.monotonic() - killed
     finally:
+        # Of a run that has not ended.
+        for process in [*psutil.Process(launcher.pid).children(recursive=True)] if launcher.poll() is None else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         launcher.kill()
+        launcher.wait()
     _, left = psutil.wait_procs(processes, timeout=5)
     log = (folder / "run" / "train.log").read_text(errors="replace")
     return Ended(screen.read_text(), seconds, launcher.returncode, left, victim.pid, log)
@@ -123,5 +136,5 @@ def check(ended: Ended, death: str) -> int:
     assert folder.name == f"global_step_{step}" and (folder / "actor").is_dir()
     assert ended.code not in (0, None) and ended.seconds < END_SECONDS
     assert "Traceback" not in ended.output
-    assert not ended.left, [" ".join(process.cmdline())[:80] for process in ended.left]
+    assert not ended.left, [title_of(process)[:80] for process in ended.left]
     return step
