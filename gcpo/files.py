@@ -1,0 +1,173 @@
+"""Files and folders that are written whole or not at all, and locks for folders that several processes may make."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|Errno (?:28|122)\]")
+# torch's own writer reports a full disk without an errno.
+_WRITER_TEXT = re.compile(r"PytorchStreamWriter failed|inline_container\.cc|unexpected pos \d+ vs \d+|iostream error")
+_ALMOST_NOTHING = 2**20
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path`` such that a reader finds the old file or the new file, never a part of one.
+
+    The content reaches the disk before the name does (``fsync``), so the file is also whole after a power failure.
+
+    Raises:
+        OSError: the file cannot be written; the old file is then unchanged and no temporary file is left.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp gives 0600; these files have no secrets.
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in ``folder`` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Rename the folder ``made`` to ``target``, which may exist and is then replaced.
+
+    A folder cannot be renamed onto one that has files, so the old one is first renamed to a hidden name beside it, and
+    removed last. Call it while holding `lock` for ``target``.
+
+    Raises:
+        OSError: the rename fails; the old folder is then back in its place.
+    """
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    replaced = target.exists()
+    if replaced:
+        os.replace(target, old)
+    try:
+        os.replace(made, target)
+    except OSError:
+        if replaced:
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(target: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock of ``target``, a file or folder that is about to be made; other processes wait.
+
+    The lock file is ``.NAME.lock`` beside ``target`` and stays there, since removing it would let two processes hold
+    two different files. The operating system releases the lock when the process ends, however it ends.
+
+    Args:
+        target: what is made.
+        waiting: called once if another process holds the lock.
+
+    Raises:
+        OSError: the lock file cannot be made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        if waiting is not None:
+            waiting()
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Hold ``folder``, which must exist, until the end of the block.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the lock file ``.lock`` cannot be made in it.
+    """
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        raise BlockingIOError(errno.EAGAIN, "another process holds it", str(folder)) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+# ---- full disks -----------------------------------------------------------------------------------------------------
+
+
+def is_disk_full(error: BaseException, folder: Path | None = None) -> bool:
+    """Whether ``error``, or an error that caused it, says that no space is left.
+
+    Args:
+        error: also one of another process, of which only the text has come here.
+        folder: where was written; torch's writer gives no reason, so its errors count only if this disk is full.
+    """
+    for one in _chain(error):
+        if isinstance(one, OSError) and one.errno in _FULL:
+            return True
+        if _FULL_TEXT.search(str(one)):
+            return True
+        if folder is not None and _WRITER_TEXT.search(str(one)) and free_bytes(folder) < _ALMOST_NOTHING:
+            return True
+    return False
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    rest: list[BaseException | None] = [error]
+    while rest:
+        one = rest.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        rest += [one.__cause__, one.__context__, getattr(one, "cause", None)]
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user can still write into ``folder``, or into its nearest parent that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def why(error: OSError) -> str:
+    """The reason of a failed write, in the words of the operating system."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def megabytes(count: int) -> str:
+    """``count`` bytes for people."""
+    return f"{count / 2**20:,.1f} MB" if count < 2**30 else f"{count / 2**30:,.1f} GB"
