@@ -13,6 +13,7 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
+from gcpo.adapters.checkpoints import WholeCheckpoints
 from gcpo.adapters.fetching import OwnFieldsTrainer
 from gcpo.adapters.liveness import WatchedTrainer
 from gcpo.adapters.stability import StableTrainer
@@ -20,8 +21,9 @@ from gcpo.adapters.stability import StableTrainer
 _ACTOR_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
 
 
-class GroupTrainer(StableTrainer, OwnFieldsTrainer, WatchedTrainer):
-    """verl's synchronous trainer with our worker, rows in an order of their own, and reward errors counted."""
+class GroupTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTrainer):
+    """verl's synchronous trainer with our worker, rows in an order of their own, reward errors counted, and whole
+    checkpoints."""
 
     mode: ClassVar[str]
     """Name of the trainer mode, and what its metrics begin with."""

@@ -1,0 +1,353 @@
+"""Which checkpoints of a run are whole.
+
+A checkpoint is the folder ``global_step_N`` that verl writes: one shard per rank for the model, the optimizer and the
+rest (``actor/``), and the state of the data loader (``data.pt``). The manifest ``gcpo_manifest.json`` is written last.
+It names every file with its size, so a folder without it was not finished, and one that differs from it was damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gcpo.files import sync_folder, write_atomically
+
+MANIFEST = "gcpo_manifest.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""verl's file with the number of the last saved step."""
+DATA_STATE = "data.pt"
+
+_STEP = re.compile(r"global_step_(\d+)")
+_SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
+"""verl's names for the contents of a checkpoint, and how the files of each begin."""
+_NOT_SAVED = ("merged", "actor-merged")
+"""Made later, by an evaluation."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or used; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it is found.
+
+    Attributes:
+        size: in bytes.
+        problem: why it cannot be read, None where its directory of contents is readable.
+    """
+
+    size: int
+    problem: str | None = None
+
+
+Survey = Callable[[Path], Mapping[str, FileState]]
+"""Given a checkpoint's folder, its files by their path in it; over several machines the union of what each sees."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run must find in a checkpoint.
+
+    Attributes:
+        ranks: of the actor; every rank reads a shard of its own. None: whatever is there.
+        contents: of verl's ``load_contents``.
+        critic: whether there is a critic.
+    """
+
+    ranks: int | None = None
+    contents: tuple[str, ...] = ("model", "optimizer", "extra")
+    critic: bool = False
+
+    def files(self) -> list[str]:
+        """The shards that the run reads."""
+        roles = ["actor", "critic"] if self.critic else ["actor"]
+        kinds = [_SHARDS[name] for name in self.contents if name in _SHARDS]
+        return [
+            f"{role}/{kind}_world_size_{self.ranks}_rank_{rank}.pt"
+            for role in roles
+            for kind in kinds
+            for rank in range(self.ranks or 0)
+        ]
+
+
+@dataclass
+class Choice:
+    """What a run goes on from.
+
+    Attributes:
+        path: the newest whole checkpoint, None where there is none.
+        rejected: newer ones, each with the reason.
+        notes: sentences about what was found besides.
+    """
+
+    path: Path | None = None
+    rejected: list[tuple[Path, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+# ---- looking --------------------------------------------------------------------------------------------------------
+
+
+def step_of(folder: Path) -> int | None:
+    """N of ``global_step_N``."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """The folders of checkpoints in ``root``, newest step first."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+
+
+def survey(folder: Path) -> dict[str, FileState]:
+    """The saved files of a checkpoint on this machine."""
+    found = {}
+    for directory, names, files in os.walk(folder):
+        inside = Path(directory)
+        if inside == folder:
+            names[:] = [name for name in names if name not in _NOT_SAVED]
+        names[:] = [name for name in names if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and name != MANIFEST:
+                path = inside / name
+                found[path.relative_to(folder).as_posix()] = FileState(path.stat().st_size, unreadable(path))
+    return found
+
+
+def unreadable(path: Path) -> str | None:
+    """Why the directory of contents of a ``.pt`` or ``.safetensors`` file cannot be read; None where it can."""
+    try:
+        if path.suffix == ".pt":
+            with zipfile.ZipFile(path):  # reads the directory, which stands at the end
+                return None
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                with safe_open(path, framework="np"):  # compares the header with the size of the file
+                    return None
+            except SafetensorError as error:
+                return f"is no whole safetensors file ({error})"
+    except (zipfile.BadZipFile, ValueError):
+        return "is cut off or overwritten: torch's archive has no readable directory"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def read_tracker(root: Path) -> tuple[int | None, str | None]:
+    """The step that verl's tracker file names, and what is wrong with the file."""
+    path = root / TRACKER
+    try:
+        text = path.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None, None
+    except OSError as error:
+        return None, f"{path} cannot be read ({error.strerror})"
+    if not text:
+        return None, f"{path} is empty"
+    if not text.isascii() or not text.isdigit():
+        return None, f"{path} holds {text[:20]!r}, which is no step"
+    if not (root / f"global_step_{int(text)}").is_dir():
+        return int(text), f"{path} names step {int(text)}, and there is no folder global_step_{int(text)}"
+    return int(text), None
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, int] | None, str | None]:
+    """Sizes by file of the manifest in ``folder``, None where there is none; and why it cannot be used."""
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_bytes())
+        files = {str(name): int(size) for name, size in data["files"].items()}
+        step = int(data["step"])
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{MANIFEST} cannot be read ({error!r})"
+    if step != step_of(folder):
+        return None, f"{MANIFEST} is of step {step}"
+    return files, None
+
+
+def examine(folder: Path, needs: Needs, look: Survey = survey) -> tuple[str | None, list[str]]:
+    """Why a checkpoint is not whole, None where it is; and what is worth saying about one that is."""
+    if not folder.is_dir():
+        return "there is no such folder", []
+    manifest, problem = read_manifest(folder)
+    if problem:
+        return problem, []
+    found = look(folder)
+    problem = _differs(manifest or {}, found) or _lacks(needs, found) or _damaged(found)
+    if problem:
+        return problem, []
+    notes = []
+    if manifest is None:
+        notes.append(f"{folder} has no {MANIFEST}, as it was saved by an earlier version: only its files were checked")
+    if DATA_STATE not in found:
+        notes.append(
+            f"{folder} has no state of the data loader ({DATA_STATE}): the run goes on with its weights and reads the "
+            "training data from the beginning"
+        )
+    return None, notes
+
+
+def _differs(manifest: Mapping[str, int], found: Mapping[str, FileState]) -> str | None:
+    for name, size in manifest.items():
+        if name not in found and name != DATA_STATE:
+            return f"{name} is missing"
+        if name in found and found[name].size != size:
+            return f"{name} has {found[name].size:,} bytes instead of {size:,}"
+    return None
+
+
+def _lacks(needs: Needs, found: Mapping[str, FileState]) -> str | None:
+    missing = [name for name in needs.files() if name not in found]
+    if not missing:
+        return None
+    saved = {int(match[1]) for name in found if (match := re.search(r"/model_world_size_(\d+)_rank_", name))}
+    if saved and needs.ranks not in saved:
+        return f"it was saved by {max(saved)} ranks and this run has {needs.ranks}"
+    return f"{missing[0]} is missing"
+
+
+def _damaged(found: Mapping[str, FileState]) -> str | None:
+    return next((f"{name} {state.problem}" for name, state in found.items() if state.problem), None)
+
+
+# ---- choosing -------------------------------------------------------------------------------------------------------
+
+
+def choose(root: Path, needs: Needs, look: Survey = survey) -> Choice:
+    """The newest whole checkpoint in ``root``.
+
+    A step that is newer than the one that verl's tracker file names is left out: its saving was not finished, or the
+    file was changed to go back.
+
+    Raises:
+        CheckpointError: checkpoints were saved here, and none of them can be used.
+    """
+    choice = Choice()
+    named, problem = read_tracker(root)
+    limit = named if problem is None else None
+    finished = named is not None
+    if problem:
+        choice.notes.append(problem)
+    for folder in checkpoints_in(root):
+        finished |= (folder / MANIFEST).exists()
+        if limit is not None and (step_of(folder) or 0) > limit:
+            choice.rejected.append((folder, f"it is newer than step {limit}, which {TRACKER} names"))
+            continue
+        reason, notes = examine(folder, needs, look)
+        if reason is None:
+            choice.path = folder
+            choice.notes += notes
+            return choice
+        choice.rejected.append((folder, reason))
+    if finished:
+        reasons = "; ".join([f"{path.name}: {reason}" for path, reason in choice.rejected[:3]] or choice.notes)
+        raise CheckpointError(
+            f"no checkpoint in {root} can be used ({reasons}); put one back, or start from the beginning with "
+            "trainer.resume_mode=disable"
+        )
+    return choice
+
+
+def check_named(folder: Path, needs: Needs, look: Survey = survey) -> list[str]:
+    """Notes about the checkpoint that the user named.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    reason, notes = examine(folder, needs, look)
+    if reason is not None:
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be used: {reason}; name another one in trainer.resume_from_path, or let "
+            "trainer.resume_mode=auto choose"
+        )
+    return notes
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+def begin(folder: Path) -> None:
+    """Mark ``folder`` as not whole before files are written into it."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def finish(folder: Path, needs: Needs, look: Survey = survey) -> None:
+    """Write the manifest of a checkpoint whose files are all there, and then verl's tracker file.
+
+    Every file of this machine is brought to the disk first, so that a manifest never outlives what it names.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read.
+        OSError: the manifest cannot be written.
+    """
+    found = look(folder)
+    problem = _lacks(needs, found) or _damaged(found)
+    if problem:
+        raise CheckpointError(f"the checkpoint {folder} was saved and is not whole: {problem}")
+    for name in found:
+        with contextlib.suppress(FileNotFoundError):  # on another machine
+            descriptor = os.open(folder / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    sync_folder(folder)
+    step = step_of(folder)
+    files = {name: state.size for name, state in sorted(found.items())}
+    write_atomically(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=1) + "\n")
+    write_atomically(folder.parent / TRACKER, str(step))
+
+
+def abandon(folder: Path) -> Path | None:
+    """Remove a checkpoint whose saving failed, and let verl's tracker file name the newest finished one.
+
+    Returns:
+        The newest checkpoint that has a manifest, None where there is none.
+    """
+    remove(folder)
+    last = next((path for path in checkpoints_in(folder.parent) if (path / MANIFEST).exists()), None)
+    tracker = folder.parent / TRACKER
+    with contextlib.suppress(OSError):  # a disk that is still full; an empty file is understood by `choose`
+        if last is not None:
+            write_atomically(tracker, str(step_of(last)))
+        elif tracker.exists() and read_tracker(folder.parent)[0] == step_of(folder):
+            tracker.unlink()
+    return last
+
+
+def remove(folder: Path) -> None:
+    """Remove the saved files of a checkpoint, the manifest first; merged weights in the same folder stay."""
+    begin(folder)
+    for name in ("actor", "critic", "transfer_queue"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / DATA_STATE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or not there
+        folder.rmdir()
+
+
+def retire(root: Path, step: int, keep: int) -> list[Path]:
+    """Remove finished checkpoints of earlier steps so that ``keep`` are left, that of ``step`` included.
+
+    Returns:
+        The folders whose files were removed.
+    """
+    earlier = [path for path in checkpoints_in(root) if (step_of(path) or 0) < step and (path / MANIFEST).exists()]
+    removed = earlier[max(0, keep - 1) :]
+    for folder in removed:
+        remove(folder)
+    return removed
