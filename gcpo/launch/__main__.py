@@ -1,0 +1,7 @@
+"""``python -m gcpo.launch``."""
+
+import sys
+
+from gcpo.launch.command import main
+
+sys.exit(main())
