@@ -7,6 +7,7 @@ line) of one run or of several, which are then drawn over each other.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import re
@@ -15,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gcpo.files import why, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 EARLIER_METRICS_FILE = "metrics.earlier.jsonl"
@@ -202,9 +205,14 @@ def plot(runs: Sequence[Run], path: Path) -> list[str]:
             axis.set_ylim(bottom=0)
         if len(curves) > 1:
             axis.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130, format="png")
     pyplot.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, image.getvalue())
+    except OSError as error:
+        raise ReportError(f"{path} can't be written: {why(error)}") from error
     return [title for title, _ in panels]
 
 
@@ -331,17 +339,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         runs = load_runs(options.runs)
-        path = options.plot or options.runs[0] / "curves.png"
-        plot(runs, path)
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    path, code = options.plot or options.runs[0] / "curves.png", 0
     print_table(runs)
-    print(f"curves:     {path}")
+    try:
+        plot(runs, path)
+        print(f"curves:     {path}")
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
     for run in runs:
         checkpoint = checkpoint_of(run.directory)
         print(f"checkpoint: {checkpoint or f'none under {run.directory}/checkpoints'}")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_a_failed_run_says_why_and_goes_on_later(fake, capfd):
     assert list(report.read_metrics(output)) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stop_ends_what_was_started_and_nothing_else(fake, number, code):
     output, command = fake
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
