@@ -14,12 +14,15 @@ The carry (``+1``) or borrow (``-1``) written into a column is where pupils slip
 from __future__ import annotations
 
 import argparse
+import io
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from gcpo.files import lock, write_atomically
 
 DATA_SOURCE = "gcpo/arithmetic"
 LEVELS = (1, 2, 3)
@@ -214,12 +217,14 @@ def prepare(output: Path, train_size: int = TRAIN_SIZE, test_size: int = TEST_SI
     taken = {question.key for question in test}
     train = list(questions(random.Random(seed + 1), train_size, taken))
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        for split, rows in (("train", train), ("test", test)):
-            table = pa.Table.from_pylist([row(question, i, split) for i, question in enumerate(rows)])
-            unfinished = output / f".{split}.parquet.part"
-            pq.write_table(table, unfinished)
-            unfinished.replace(output / f"{split}.parquet")
+        # Two quick starts of one checkout make the same files.
+        with lock(output):
+            output.mkdir(parents=True, exist_ok=True)
+            for split, rows in (("train", train), ("test", test)):
+                table = pa.Table.from_pylist([row(question, i, split) for i, question in enumerate(rows)])
+                content = io.BytesIO()
+                pq.write_table(table, content)
+                write_atomically(output / f"{split}.parquet", content.getvalue())
     except OSError as error:
         raise PrepError(f"cannot write into {output}: {error}") from error
     print(f"{output}: {len(train)} training and {len(test)} held-out questions")

@@ -10,6 +10,7 @@ can take any of them together.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from data_prep.files import SUFFIXES, files_of, first_line, read_files, sha256_o
 from data_prep.hub import read_hub
 from data_prep.overlap import EvaluationSets, key_of
 from data_prep.schema import PROVENANCE, DataError, DataSet, Drop, Row, Schema, Source
+from gcpo.files import lock
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -284,13 +286,24 @@ def _write(output: Path, parts: Mapping[str, list[dict[str, Any]]], provenance: 
     Returns:
         The parquet files that were there before, with other bytes.
     """
+    made = next((parent for parent in (*reversed(output.parents), output) if not parent.exists()), None)
+    with contextlib.ExitStack() as stack:
+        try:
+            # Two runs of one checkout prepare the same set.
+            stack.enter_context(lock(output))
+        except OSError as error:
+            raise DataError(f"{output} can't be written: {first_line(error)}") from error
+        return _write_locked(output, parts, provenance, made)
+
+
+def _write_locked(
+    output: Path, parts: Mapping[str, list[dict[str, Any]]], provenance: dict[str, Any], made: Path | None
+) -> list[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     staged: Path | None = None
-    made: Path | None = None
     try:
-        made = next((parent for parent in (*reversed(output.parents), output) if not parent.exists()), None)
         output.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output))
         files = {}

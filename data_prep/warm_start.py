@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import random
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 from data_prep.arithmetic import LEVELS, OPERATIONS, PrepError, Pupil, Question, draw_question, parse_question, work_out
 from gcpo.collider.prompts import CandidatePrompts, PromptTemplate
+from gcpo.files import lock, put_in_place
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -306,25 +306,31 @@ def warm_start(data: Path, output: Path, recipe: Recipe | None = None) -> None:
         print(f"{output}: made by this recipe already")
         return
     excluded = excluded_questions(data)
+    try:
+        with lock(output, lambda: print(f"{output}: another process is making it; waiting", flush=True)):
+            if made_by(output) == recipe.hash:
+                print(f"{output}: made by this recipe meanwhile")
+                return
+            _make(excluded, output, recipe)
+    except OSError as error:
+        raise PrepError(f"cannot write {output}: {error}") from error
+
+
+def _make(excluded: set[tuple[str, int, int]], output: Path, recipe: Recipe) -> None:
     import torch
 
     # Results do not depend on the machine's cores, and matrices this small gain nothing from them.
     torch.set_num_threads(1)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".warm-start-") as name:
-            folder = Path(name) / "model"
-            tokenizer = make_tokenizer(recipe)
-            model = make_model(recipe, tokenizer)
-            print(f"{output}: training {model.num_parameters():,} parameters", flush=True)
-            train(recipe, tokenizer, model, excluded, Path(name) / "trainer")
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            (folder / "recipe.json").write_text(json.dumps({"hash": recipe.hash, **asdict(recipe)}, indent=2) + "\n")
-            shutil.rmtree(output, ignore_errors=True)
-            folder.replace(output)
-    except OSError as error:
-        raise PrepError(f"cannot write {output}: {error}") from error
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".warm-start-") as name:
+        folder = Path(name) / "model"
+        tokenizer = make_tokenizer(recipe)
+        model = make_model(recipe, tokenizer)
+        print(f"{output}: training {model.num_parameters():,} parameters", flush=True)
+        train(recipe, tokenizer, model, excluded, Path(name) / "trainer")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "recipe.json").write_text(json.dumps({"hash": recipe.hash, **asdict(recipe)}, indent=2) + "\n")
+        put_in_place(folder, output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

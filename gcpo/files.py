@@ -13,6 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+LOCK_FILE = ".lock"
+"""In a folder that has one user."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|Errno (?:28|122)\]")
 # torch's own writer reports a full disk without an errno.
@@ -81,8 +84,8 @@ def put_in_place(made: Path, target: Path) -> None:
 def lock(target: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock of ``target``, a file or folder that is about to be made; other processes wait.
 
-    The lock file is ``.NAME.lock`` beside ``target`` and stays there, since removing it would let two processes hold
-    two different files. The operating system releases the lock when the process ends, however it ends.
+    The lock file is ``.NAME.lock`` beside ``target`` while the lock is held. The operating system releases the lock
+    when the process ends, however it ends.
 
     Args:
         target: what is made.
@@ -99,10 +102,7 @@ def lock(target: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
         if waiting is not None:
             waiting()
         held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
+    yield from _holding(held)
 
 
 @contextlib.contextmanager
@@ -111,16 +111,24 @@ def sole_user(folder: Path) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it.
-        OSError: the lock file ``.lock`` cannot be made in it.
+        OSError: the lock file cannot be made in it.
     """
-    held = FileLock(folder / ".lock")
+    held = FileLock(folder / LOCK_FILE)
     try:
         held.acquire(timeout=0)
     except Timeout as error:
         raise BlockingIOError(errno.EAGAIN, "another process holds it", str(folder)) from error
+    yield from _holding(held)
+
+
+def _holding(held: FileLock) -> Iterator[None]:
     try:
         yield
     finally:
+        # Removed while it is held: filelock does not take a file that has lost its name, so that no two processes can
+        # hold two files of one name.
+        with contextlib.suppress(OSError):
+            os.unlink(held.lock_file)
         held.release()
 
 

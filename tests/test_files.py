@@ -153,3 +153,4 @@ def test_a_folder_has_one_user(tmp_path):
         assert done.returncode == 1 and "BlockingIOError" in done.stderr
     with files.sole_user(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
+    assert os.listdir(tmp_path) == []

@@ -7,10 +7,8 @@ whole. verl's merger writes bfloat16, which is also what vLLM samples with on a 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gcpo.evaluation import EvaluationError
+from gcpo.files import lock, put_in_place
 
 MERGED = "merged"
 _SHARDS_FILE = "gcpo_shards.json"
@@ -132,7 +131,9 @@ def merge(actor: Path, say: Callable[[str], None] = print) -> Path:
     """
     shards = _shards(actor)
     target = actor.parent / MERGED if actor.name == "actor" else actor.with_name(f"{actor.name}-{MERGED}")
-    with _alone_in(actor.parent):
+    if _made_of(target) == shards:
+        return target  # also where nothing may be written
+    with _locked(target, say):
         if _made_of(target) == shards:
             return target
         if target.exists() and _made_of(target) is None:
@@ -144,9 +145,7 @@ def merge(actor: Path, say: Callable[[str], None] = print) -> Path:
             unfinished.mkdir()
             _run_merger(actor, unfinished)
             (unfinished / _SHARDS_FILE).write_text(json.dumps(shards, indent=1) + "\n")
-            if target.exists():
-                shutil.rmtree(target)
-            unfinished.replace(target)
+            put_in_place(unfinished, target)
         except OSError as error:
             raise EvaluationError(f"{target} can't be written: {error.strerror or error}") from error
         finally:
@@ -155,14 +154,14 @@ def merge(actor: Path, say: Callable[[str], None] = print) -> Path:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _locked(target: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Evaluations of one checkpoint that are started together: the second waits for the first one's merge."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(target, lambda: say(f"another process makes {target}; waiting")))
+        except OSError as error:
+            raise EvaluationError(f"{target} can't be written: {error.strerror or error}") from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _shards(actor: Path) -> dict[str, list[int]]:

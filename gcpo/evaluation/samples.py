@@ -7,7 +7,6 @@ was stopped, in whatever way, goes on with the samples that are missing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from gcpo.evaluation import EvaluationError
 from gcpo.evaluation.metrics import Sample
+from gcpo.files import LOCK_FILE, sole_user
 
 SETTINGS_FILE = "settings.json"
 LOG_FILE = "vllm.log"
@@ -136,7 +136,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         raise EvaluationError(f"{output} is a file; give another --output")
     path = output / SETTINGS_FILE
     if not path.is_file():
-        if any(file.name != LOG_FILE for file in output.iterdir()):
+        if any(file.name not in (LOG_FILE, LOCK_FILE) for file in output.iterdir()):
             raise EvaluationError(f"{output} holds something else than an evaluation; give another --output")
         return dict(settings)
     before = read_json(path)
@@ -173,20 +173,20 @@ def alone_in(output: Path) -> Iterator[None]:
         EvaluationError: another one holds it, or it can't be made.
     """
     made = [folder for folder in (output, *output.parents) if not folder.exists()]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output, os.O_RDONLY)
-    except OSError as error:
-        raise EvaluationError(f"{output} can't be made: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise EvaluationError(
-            f"an evaluation is writing into {output}; wait for it or give another --output"
-        ) from error
-    finally:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):  # not empty
-            for folder in made:
-                folder.rmdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sole_user(output))
+        except BlockingIOError as error:
+            raise EvaluationError(
+                f"an evaluation is writing into {output}; wait for it or give another --output"
+            ) from error
+        except OSError as error:
+            raise EvaluationError(f"{output} can't be made: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            stack.close()
+            with contextlib.suppress(OSError):  # not empty
+                for folder in made:
+                    folder.rmdir()

@@ -11,7 +11,7 @@ _EXCEPTION = re.compile(
 )
 _RAY_WRAPPER = re.compile(r"^ray\.exceptions\.RayTaskError")
 _WORKER_DIED = re.compile(r"^ray\.exceptions\.\w*(?:Died|Crashed|Actor|OutOfMemory)")
-_OWN_ERROR = re.compile(r"^gcpo\.[\w.]+Error: (.+)")
+_OWN_ERROR = re.compile(r"^gcpo\.[\w.]+: (.+)")
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 _FRAME = re.compile(r'^\s*File "([^"]+)", line \d+')
 
