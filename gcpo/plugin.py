@@ -24,6 +24,9 @@ def register() -> None:
 
             platform.activate()
             patches.apply_in_verl()
+        from gcpo.weight_socket import cluster_token
+
+        cluster_token()  # in a Ray process this leaves the token to the vLLM processes that it starts
         from gcpo.adapters import engine, gc2po, registry, trainer  # noqa: F401  (importing them registers)
 
         if is_cpu_profile():

@@ -21,12 +21,12 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.debug import marked_timer
-from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from gcpo.adapters.base import GroupTrainer
 from gcpo.adapters.engine import backbone
 from gcpo.adapters.fields import flat_field, nested, split_rows
 from gcpo.adapters.perturbed import EpisodeScore, EpisodeScorer
+from gcpo.adapters.weight_socket import OwnSocketWorker
 from gcpo.checks import check_gc2po_run
 from gcpo.collider.draws import request_seed
 from gcpo.counterfactual.config import GC2POConfig
@@ -51,7 +51,7 @@ _COUNTS = ("path", "branches", "unshared", "tagged", "malformed")
 # ---- the worker ------------------------------------------------------------------------------------------------------
 
 
-class GC2POActorRolloutRefWorker(ActorRolloutRefWorker):
+class GC2POActorRolloutRefWorker(OwnSocketWorker):
     """Actor, rollout and reference in one worker, for GC2PO.
 
     ``config.gc2po`` holds the checked ``gc2po:`` group, which the trainer puts there.

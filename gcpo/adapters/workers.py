@@ -10,18 +10,18 @@ import torch
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
-from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from gcpo.adapters.fields import nested, split_rows
 from gcpo.adapters.losses import gcpo_loss
 from gcpo.adapters.scoring import Score, Scorer, ScoreRequest, make_scorer
+from gcpo.adapters.weight_socket import OwnSocketWorker
 from gcpo.tokens import control_ids
 
 SCORED_KINDS = ("response", "context", "conditioned")
 """What is scored: y_i by itself, y_i or the state of the prompt under x_{i,l}, and O_{i,l,m}."""
 
 
-class GCPOActorRolloutRefWorker(ActorRolloutRefWorker):
+class GCPOActorRolloutRefWorker(OwnSocketWorker):
     """Actor, rollout and reference in one worker, for GCPO.
 
     ``config.gcpo`` holds the resolved ``gcpo:`` group, which the trainer puts there.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -114,7 +115,11 @@ def apply_in_worker() -> None:
 
 
 def apply_in_vllm() -> None:
-    """Entry point in group ``vllm.general_plugins``: patches for vLLM's own processes."""
+    """Entry point in group ``vllm.general_plugins``: for vLLM's own processes, also on a GPU where a run is verl's."""
+    if os.environ.get("VERL_RAY_JOB_ID"):
+        from gcpo.weight_socket import receive_on_own_socket
+
+        receive_on_own_socket()
     from gcpo.cpu import is_cpu_profile
 
     if not is_cpu_profile():
