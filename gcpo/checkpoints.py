@@ -93,9 +93,6 @@ class Choice:
     notes: list[str] = field(default_factory=list)
 
 
-# ---- looking --------------------------------------------------------------------------------------------------------
-
-
 def step_of(folder: Path) -> int | None:
     """N of ``global_step_N``."""
     match = _STEP.fullmatch(folder.name)
@@ -225,9 +222,6 @@ def _damaged(found: Mapping[str, FileState]) -> str | None:
     return next((f"{name} {state.problem}" for name, state in found.items() if state.problem), None)
 
 
-# ---- choosing -------------------------------------------------------------------------------------------------------
-
-
 def choose(root: Path, needs: Needs, look: Survey = survey) -> Choice:
     """The newest whole checkpoint in ``root``.
 
@@ -276,9 +270,6 @@ def check_named(folder: Path, needs: Needs, look: Survey = survey) -> list[str]:
             "trainer.resume_mode=auto choose"
         )
     return notes
-
-
-# ---- saving ---------------------------------------------------------------------------------------------------------
 
 
 def begin(folder: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from data_prep.arithmetic import prepare
 from data_prep.warm_start import Recipe, warm_start
+from gcpo.checkpoints import MANIFEST, TRACKER
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -164,9 +166,21 @@ def test_the_checkpoint_is_evaluated(first_run: tuple[Path, list[dict]], inputs:
     assert re.search(r"^\| trained \| \d+\.\d .*\|$", table, re.MULTILINE)
 
 
+def add_damaged_checkpoint(root: Path) -> str:
+    """A newer checkpoint with a truncated shard, whose name is returned, and an empty tracker file."""
+    shard, folder = "actor/model_world_size_1_rank_0.pt", root / "global_step_3"
+    shutil.copytree(root / "global_step_2", folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "step": 3}))
+    (folder / shard).write_bytes((folder / shard).read_bytes()[:100])
+    (root / TRACKER).write_text("")
+    return shard
+
+
 def test_resume_through_verls_entry_point(first_run: tuple[Path, list[dict]], inputs: Path) -> None:
-    """`verl.trainer.main_ppo` with `+gcpo.` overrides goes on from the checkpoint with step 3, on two ranks' data."""
+    """`verl.trainer.main_ppo` with `+gcpo.` overrides goes on from the whole checkpoint and names a damaged one."""
     output, _ = first_run
+    damaged = add_damaged_checkpoint(output / "checkpoints")
     steps, log = train(
         "verl.trainer.main_ppo",
         inputs,
@@ -179,6 +193,8 @@ def test_resume_through_verls_entry_point(first_run: tuple[Path, list[dict]], in
     )
     assert [step["step"] for step in steps] == [3]
     assert re.search(r"Resuming from .*global_step_2", log)
+    assert re.search(rf"gcpo notice: checkpoint .*global_step_3 is rejected: {damaged} has 100 bytes instead of", log)
+    assert re.search(r"gcpo notice: .*latest_checkpointed_iteration.txt is empty", log)
     assert steps[0]["gcpo/tokens/generated/conditioned"] == 0
     assert steps[0]["gcpo/tokens/generated/marginal"] > 0
 
