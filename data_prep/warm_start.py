@@ -305,13 +305,13 @@ def warm_start(data: Path, output: Path, recipe: Recipe | None = None) -> None:
     if made_by(output) == recipe.hash:
         print(f"{output}: made by this recipe already")
         return
-    excluded = excluded_questions(data)
     try:
+        excluded = excluded_questions(data)
         with lock(output, lambda: print(f"{output}: another process is making it; waiting", flush=True)):
             if made_by(output) == recipe.hash:
                 print(f"{output}: made by this recipe meanwhile")
-                return
-            _make(excluded, output, recipe)
+            else:
+                _make(excluded, output, recipe)
     except OSError as error:
         raise PrepError(f"cannot write {output}: {error}") from error
 
@@ -319,8 +319,7 @@ def warm_start(data: Path, output: Path, recipe: Recipe | None = None) -> None:
 def _make(excluded: set[tuple[str, int, int]], output: Path, recipe: Recipe) -> None:
     import torch
 
-    # Results do not depend on the machine's cores, and matrices this small gain nothing from them.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # results do not depend on the machine, and matrices this small gain nothing from cores
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".warm-start-") as name:
         folder = Path(name) / "model"
         tokenizer = make_tokenizer(recipe)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gcpo.checkpoints import read_tracker
 from gcpo.files import why, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -165,12 +166,8 @@ def missing_shares(metrics: Mapping[str, float]) -> dict[str, float]:
 def checkpoint_of(directory: Path) -> Path | None:
     """The newest checkpoint under ``directory/checkpoints``, None where there is none."""
     root = directory / "checkpoints"
-    try:
-        step = int((root / "latest_checkpointed_iteration.txt").read_text().strip())
-    except (OSError, ValueError):
-        return None
-    path = root / f"global_step_{step}"
-    return path if path.is_dir() else None
+    step, problem = read_tracker(root)
+    return None if step is None or problem else root / f"global_step_{step}"
 
 
 def plot(runs: Sequence[Run], path: Path) -> list[str]:

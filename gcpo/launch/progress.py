@@ -27,36 +27,42 @@ class Progress:
 
     def read(self, line: str) -> None:
         """Take in one line of the log."""
-        _, is_notice, sentence = line.partition(MARK)
-        if is_notice:
-            if sentence not in self.notices:
-                self.notices.append(sentence)
-        elif match := re.search(r"'val_before_train': (True|False)", line):
-            self.validates_first = match[1] == "True"
-        elif match := re.search(r"Total training steps: (\d+)", line):
-            self.total = int(match[1])
-            self.phase = "starting the workers"
-        elif match := re.search(r"Resuming from (\S+), setting global step to (\d+)", line):
-            self.start_step = self.step = int(match[2])
-        elif match := re.search(r"Training Progress:.*?(\d+)/(\d+)", line):
-            self.training = True
-            self.step = max(self.step, int(match[1]))
-            self.total = int(match[2])
-        elif match := re.search(r"Saving checkpoint to (\S+)", line):
-            self.checkpoint = match[1]
-        elif "Initial validation metrics" in line:
-            self.training = True
-        elif "Final validation metrics" in line:
-            self.training = False
+        for pattern, take_in in _PATTERNS:
+            if match := pattern.search(line):
+                take_in(self, match)
+                return
+        self.phase = next((phase for marker, phase in _MARKERS if marker in line), self.phase)
+
+    def _notice(self, match: re.Match[str]) -> None:
+        if match[1] not in self.notices:
+            self.notices.append(match[1])
+
+    def _validation_setting(self, match: re.Match[str]) -> None:
+        self.validates_first = match[1] == "True"
+
+    def _total_steps(self, match: re.Match[str]) -> None:
+        self.total = int(match[1])
+        self.phase = "starting the workers"
+
+    def _resumed(self, match: re.Match[str]) -> None:
+        self.start_step = self.step = int(match[2])
+
+    def _bar(self, match: re.Match[str]) -> None:
+        self.training = True
+        self.step = max(self.step, int(match[1]))
+        self.total = int(match[2])
+
+    def _saving(self, match: re.Match[str]) -> None:
+        self.checkpoint = match[1]
+
+    def _validated(self, match: re.Match[str]) -> None:
+        self.training = match[1] == "Initial"
+        if not self.training:
             self.phase = "finishing"
-        elif "Creating file logger at" in line:
-            self.training = not self.validates_first
-            self.phase = "validating before the first step"
-        else:
-            for marker, phase in _MARKERS:
-                if marker in line:
-                    self.phase = phase
-                    break
+
+    def _ready(self, _: re.Match[str]) -> None:
+        self.training = not self.validates_first
+        self.phase = "validating before the first step"
 
     def finished_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take in the metrics of one step."""
@@ -71,6 +77,18 @@ class Progress:
             return f"step {self.step + 1}" if self.total is None or self.step < self.total else "finishing"
         return self.phase
 
+
+_PATTERNS = (
+    (re.compile(f"{MARK}(.+)"), Progress._notice),
+    (re.compile(r"'val_before_train': (True|False)"), Progress._validation_setting),
+    (re.compile(r"Total training steps: (\d+)"), Progress._total_steps),
+    (re.compile(r"Resuming from (\S+), setting global step to (\d+)"), Progress._resumed),
+    (re.compile(r"Training Progress:.*?(\d+)/(\d+)"), Progress._bar),
+    (re.compile(r"Saving checkpoint to (\S+)"), Progress._saving),
+    (re.compile(r"(Initial|Final) validation metrics"), Progress._validated),
+    (re.compile(r"Creating file logger at"), Progress._ready),
+)
+"""What is read from the log, the first that matches."""
 
 _MARKERS = (
     ("ray init kwargs", "starting Ray"),
