@@ -191,5 +191,7 @@ if command -v flock >/dev/null 2>&1; then
     # Two scripts started together: the second waits for the first instead of installing into the same place.
     exec 9> "$VENV.lock"
     flock --nonblock 9 || { say "another installation is running: waiting for it"; flock 9; }
+else
+    say "no flock here (util-linux): do not start two installations at once"
 fi
 main

@@ -16,9 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PROGRAMS = {
     "data": """
-        from data_prep.arithmetic import prepare
-        for _ in range(8):
-            prepare(folder / "arithmetic", train_size=60, test_size=12)
+        from data_prep import arithmetic
+        write = arithmetic.write_atomically
+        def write_alone(path, content):
+            (folder / "writing").mkdir()  # fails where another process is writing
+            time.sleep(0.2)
+            write(path, content)
+            (folder / "writing").rmdir()
+        arithmetic.write_atomically = write_alone
+        arithmetic.prepare(folder / "arithmetic", train_size=60, test_size=12)
     """,
     "model": """
         from data_prep.arithmetic import prepare
@@ -30,8 +36,15 @@ PROGRAMS = {
     "set": """
         from data_prep import core
         from data_prep.sets import SETS
-        for _ in range(8):
-            core.prepare(SETS["aime"], folder / "sets" / "aime", [str(folder / "rows.json")])
+        write = core._write_locked
+        def write_alone(*arguments):
+            (folder / "writing").mkdir()
+            time.sleep(0.2)
+            changed = write(*arguments)
+            (folder / "writing").rmdir()
+            return changed
+        core._write_locked = write_alone
+        core.prepare(SETS["aime"], folder / "sets" / "aime", [str(folder / "rows.json")])
     """,
     "merged": """
         from gcpo.evaluation import models
