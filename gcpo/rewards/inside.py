@@ -1,7 +1,7 @@
 """What runs inside the sandbox: the judge, and the child in which the program runs.
 
-This file is sent to the sandbox as a whole, so it uses the standard library alone and nothing of this package. It is
-written for Python 3.10 and later, because a SandboxFusion service has an interpreter of its own.
+This file is sent to the sandbox as text, after ``comparison.py``, so it uses the standard library only and nothing else
+of this package. It is written for Python 3.10 and later, because a SandboxFusion service has an interpreter of its own.
 
 The judge reads a job (the program and its limits) and starts the child *before* it reads the tests: the child's memory
 and its open files never hold an expected result, the tests, or the way back to whoever asked. What the child may do
@@ -23,6 +23,9 @@ import resource
 import select
 import sys
 import time
+
+if __name__ != "__main__":  # in the sandbox, comparison.py stands above this file
+    from gcpo.rewards.comparison import same_output, same_value
 
 MESSAGE_LIMIT = 8 * 2**20
 """Bytes that the child may send at once."""
@@ -328,7 +331,11 @@ def assemble(prompt, code, entry):
         defined = []
     if entry not in defined:
         return "", prompt + code
-    heads = [node.lineno for node in ast.parse(prompt).body if getattr(node, "name", None) == entry]
+    try:
+        tree = ast.parse(prompt)
+    except SyntaxError:  # a head without a docstring below it is no whole function
+        tree = ast.parse(prompt + "\n    pass\n")
+    heads = [node.lineno for node in tree.body if getattr(node, "name", None) == entry]
     lines = prompt.splitlines(True)
     return "".join(lines[: heads[-1] - 1] if heads else lines), code
 
@@ -647,34 +654,8 @@ def shown(value):
         return "a " + type(value).__name__
 
 
-def same_output(printed, expected):
-    """Whether the lines are the same, but for space around words, empty lines, and the last digits of decimals."""
-    lines, wanted = ([line.split() for line in text.splitlines() if line.strip()] for text in (printed, expected))
-    if lines == wanted:
-        return True
-    return len(lines) == len(wanted) and all(
-        len(a) == len(b) and all(x == y or close_words(x, y) for x, y in zip(a, b, strict=True))
-        for a, b in zip(lines, wanted, strict=True)
-    )
-
-
-def close_words(a, b):
-    """Whether two words are nearly the same number, and not two integers."""
-    if len(a) > 400 or len(b) > 400 or (a.lstrip("+-").isdigit() and b.lstrip("+-").isdigit()):
-        return False
-    try:
-        return close(float(a), float(b))
-    except ValueError:
-        return False
-
-
-def close(a, b):
-    """Whether two floats differ by no more than rounding."""
-    return a == b or abs(a - b) <= 1e-8 + 1e-5 * abs(b)
-
-
-def judge_call(server, entry, read, clock):
-    """One test of a function. Raises Failed."""
+def judge_call(server, entry, unwrap, read, clock):
+    """One test of a function; ``unwrap``: the expected result may stand in a list of its own. Raises Failed."""
     clock.next_case()
     try:
         value = server.ask(do="call", name=entry, arguments=[plain(one) for one in read()], keywords={})
@@ -682,7 +663,7 @@ def judge_call(server, entry, read, clock):
         raise Failed(str(error) if isinstance(error, Gone) else describe(error)) from None
     expected = unpack(plain(read()), None)
     value = without_tuples(value)
-    alternatives = [expected, expected[0]] if isinstance(expected, list) and expected else [expected]
+    alternatives = [expected, expected[0]] if unwrap else [expected]
     if not any(same_value(value, one) for one in alternatives):
         raise Failed("wrong result: " + shown(value))
 
@@ -693,7 +674,7 @@ def plain(value):
         return [plain(item) for item in value]
     if not isinstance(value, dict):
         return pack(value)
-    numbers = bool(value) and all(key.lstrip("-").isdecimal() and len(key) < 20 for key in value)
+    numbers = bool(value) and all(key.removeprefix("-").isdecimal() and len(key) < 20 for key in value)
     return {"dict": [[int(key) if numbers else key, plain(item)] for key, item in value.items()]}
 
 
@@ -704,15 +685,6 @@ def without_tuples(value):
     if isinstance(value, dict):
         return {key: without_tuples(item) for key, item in value.items()}
     return value
-
-
-def same_value(value, expected):
-    """Equal, where floats may differ by rounding."""
-    if isinstance(value, list) and isinstance(expected, list):
-        return len(value) == len(expected) and all(map(same_value, value, expected))
-    if {type(value), type(expected)} in ({float}, {float, int}):
-        return close(value, expected)
-    return value == expected
 
 
 def judge_assert(server, namespace, read, clock):
@@ -742,13 +714,16 @@ def judge(job, read, clock):
             import random
 
             random.seed(0)  # the same verdict every time
-            exec(compile(tests["setup"], "<setup>", "exec"), namespace)
+            try:
+                exec(compile(tests["setup"], "<setup>", "exec"), namespace)
+            except Exception as error:  # the data set is wrong, and no program can pass
+                raise OSError("the code before the tests fails: " + describe(error)) from None
             namespace.update({name: Remote(server, name) for name in tests["names"]})
         for _ in range(tests["cases"]):
             if mode == "stdin":
                 judge_stdin(job, read, clock)
             elif mode == "call":
-                judge_call(server, job["entry"], read, clock)
+                judge_call(server, job["entry"], tests["unwrap"], read, clock)
             else:
                 judge_assert(server, namespace, read, clock)
             passed += 1

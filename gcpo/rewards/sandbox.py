@@ -45,7 +45,7 @@ START_SECONDS = 60.0
 """A sandbox starts in less than 0.1 s; on a busy machine it may take longer."""
 
 _ANSWER = re.compile(r"[0-9a-f]{16}\{")
-_SOURCES = [Path(__file__).with_name(name) for name in ("namespaces.py", "inside.py")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("namespaces.py", "comparison.py", "inside.py")]
 
 
 class SandboxError(GraderError):
@@ -103,6 +103,7 @@ class Program:
         setup: source that is run before the test code, beside it: out of the program's reach.
         names: what the test code takes from the program.
         recursion: Python's recursion limit.
+        unwrap: for ``call``, every expected result is a list of one item, and the item itself is right as well.
     """
 
     code: str
@@ -114,6 +115,7 @@ class Program:
     setup: str = ""
     names: Sequence[str] = ()
     recursion: int = 1000
+    unwrap: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,12 @@ class Sandbox:
             "probe": probe,
             **self._job(),
         }
-        tests = {"setup": program.setup, "names": list(program.names), "cases": len(program.cases)}
+        tests = {
+            "setup": program.setup,
+            "names": list(program.names),
+            "cases": len(program.cases),
+            "unwrap": program.unwrap,
+        }
         parts = [part for case in program.cases for part in case]
         data = b"".join(map(_message, (job, tests, *parts, {"secret": secret})))
         answers, trouble = self._exchange(data, limits)
@@ -279,7 +286,7 @@ def _compiled() -> str:
 
 @functools.cache
 def _marshalled(last: str) -> bytes:
-    """The code of ``namespaces.py`` and ``inside.py``, and what to do with it."""
+    """The code of `_SOURCES`, and the last lines to run in it."""
     data = marshal.dumps(compile(_compiled() + last, "<sandbox>", "exec"))
     return b"%016x" % len(data) + data
 
@@ -380,7 +387,7 @@ class Fusion(Sandbox):
 
         response, error = call_sandbox_api(
             sandbox_fusion_url=self.url,
-            code=_SOURCES[-1].read_text() + "\nmain()\n",
+            code="\n".join(source.read_text() for source in _SOURCES[1:]) + "\nmain()\n",
             stdin=data.decode(),
             compile_timeout=int(START_SECONDS),
             run_timeout=int(limits.wall + START_SECONDS),

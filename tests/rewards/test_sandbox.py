@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from gcpo.rewards import inside, pool, sandbox
+from gcpo.rewards import pool, sandbox
 from gcpo.rewards.sandbox import Limits, Program, SandboxError, Verdict, open_sandbox
 
 SHORT = Limits(time=0.5, memory_mb=256)
@@ -377,49 +377,6 @@ def test_what_a_program_raises_reaches_the_test(any_box):
     assert not run(any_box, gone, "try: add(1, 2)\nexcept Exception: pass").passed
 
 
-@pytest.mark.parametrize(
-    ("printed", "expected", "same"),
-    [
-        ("1 2\n3\n", "1 2\n3", True),
-        (" 1  2 \r\n\n3", "1 2\n3\n", True),
-        ("1\n2 3", "1 2\n3", False),
-        ("1 2", "1 2 3", False),
-        ("0.3333333", "0.33333334", True),
-        ("0.33", "0.34", False),
-        ("1e3", "1000.0", True),
-        ("3.0", "3", True),
-        ("100000001", "100000002", False),
-        ("YES", "yes", False),
-        ("nan", "nan", True),
-        ("nan", "1.5", False),
-        ("inf", "1.5", False),
-        ("", "", True),
-        ("", "1", False),
-        ("0_1.5", "01.5", True),
-    ],
-)
-def test_same_output(printed, expected, same):
-    assert inside.same_output(printed, expected) is same
-
-
-@pytest.mark.parametrize(
-    ("value", "expected", "same"),
-    [
-        ([1, 2], [1, 2], True),
-        ([1, 2], [1], False),
-        (0.1 + 0.2, 0.3, True),
-        ([1.0], [1], True),
-        (1.1, 1, False),
-        ("1", 1, False),
-        ({1: 2}, {1: 2}, True),
-        (None, 0, False),
-        ({1}, [1], False),
-    ],
-)
-def test_same_value(value, expected, same):
-    assert inside.same_value(value, expected) is same
-
-
 def test_standard_input(any_box):
     cases = [("3\n1 2 3\n", "6"), ("1\n5\n", "5\n"), ("0\n\n", "0")]
 
@@ -463,7 +420,10 @@ def test_functions(any_box):
         entry="count",
     ).passed
     assert of("def f(x): return (x, (x,))", ([1], [1, [1]])).passed
-    assert of("def f(x): return x", ([1], [1])).passed, "an expected result may stand in a list"
+    assert of("def f(x): return [x]", ([1], [1])).passed
+    assert not of("def f(x): return x", ([1], [1])).passed, "an element is not the list"
+    wrapped = Program("def f(x): return x", "call", [([1], [1]), ([2], [2])], "f", unwrap=True)
+    assert any_box.run(wrapped, Limits()).passed, "every expected result stands in a list of its own"
     assert of("def f(x): return x[1]", ([{"1": "a"}], "a")).passed, "JSON has no integer keys"
     assert of("def f(x): return x['a']", ([{"a": {"b": 1}}], {"b": 1})).passed
     assert of("def f(x): return x + 1", ([1], 2), ([1], 3)) == Verdict(
