@@ -30,7 +30,8 @@ from typing import Any
 from data_prep.answers import text_of
 from data_prep.core import read_source
 from data_prep.schema import DataError, DataSet, Drop, Hub, Row, Schema
-from gcpo.rewards.code import SOURCES, load_tests, program_of
+from gcpo.rewards.code import load_tests, program_of
+from gcpo.rewards.sources import VERL_CODE
 
 Raw = Mapping[str, Any]
 
@@ -209,7 +210,7 @@ def _without_examples(row: Raw) -> Row:
 def eurus_row(row: Raw) -> Row:
     """A row of Eurus-2-RL-Data, which is in verl's schema already; its system message is left out."""
     origin = row["data_source"]
-    if origin not in SOURCES:
+    if origin not in VERL_CODE:
         raise Drop("no problem of a programming contest")
     asked = [message["content"] for message in row["prompt"] if message["role"] == "user"]
     if len(asked) != 1:

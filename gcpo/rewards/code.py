@@ -1,14 +1,16 @@
 """The reward of a program: does it pass all its tests.
 
-``compute_score`` is what ``gcpo.rewards`` calls for the data sets of `is_code`; `grade` also says why a program failed.
+``compute_score`` grades the rows that `gcpo.rewards.grader_of` calls code; `grade` also says why a program failed.
 
-What is run is the last fenced code block of the answer, see `extract`. The tests are a JSON object in
-``reward_model.ground_truth``, in the forms that verl's own code reward reads, and one for HumanEval:
+The program is a fenced code block of the answer, see `gcpo.rewards.blocks`. The tests are JSON in
+``reward_model.ground_truth``, in the forms that verl's own code reward reads, and two more:
 
 * ``{"inputs": [...], "outputs": [...]}``: a program that reads standard input and prints (verl's form; codecontests,
   taco, and most of apps and codeforces);
 * the same with ``"fn_name"``: a function, or a method of a class ``Solution``; an input is one JSON value per line or a
   list of arguments (verl's form);
+* ``[{"input": ..., "output": ...}, ...]``: either of the two above, case by case; a function is named by ``"fn_name"``
+  or by ``"metadata": {"func_name": ...}`` of every case (LiveCodeBench, PrimeIntellect, DeepCoder);
 * ``{"assert_case": [...]}``: test code that uses the program's functions (verl's form for SandboxFusion; MBPP). With
   ``"names"``, only these names are taken from the program; without, all that are neither built in nor defined by the
   tests or ``"setup"``;
@@ -23,25 +25,20 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from gcpo.rewards.blocks import answer_of, code_blocks, program_blocks
 from gcpo.rewards.pool import size
-from gcpo.rewards.sandbox import Limits, Program, Sandbox, Verdict, open_sandbox
+from gcpo.rewards.sandbox import Limits, Program, Sandbox, open_sandbox
 
-__all__ = ["Grade", "compute_score", "extract", "grade", "grade_many", "is_code"]
+__all__ = ["Grade", "compute_score", "extract", "grade", "grade_many", "load_tests", "program_of"]
 
-SOURCES = frozenset({"codecontests", "apps", "codeforces", "taco"})
-"""What verl's own code reward is for."""
-OWN_SOURCES = ("gcpo/mbpp", "gcpo/humaneval", "gcpo/eurus_code")
-"""Beginnings of the names that ``data_prep`` gives."""
 MAX_PROGRAM_CHARS = 100_000
 """A longer program is wrong."""
 RECURSION = 600_000
 """Recursion limit of programs for the sets of programming contests, which recurse deeply."""
 
-_FENCES = ("```", "~~~")
-_LANGUAGES = frozenset({"python", "py", "python3"})
 _STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n@", "\n```")
 """Where a plain continuation ends (the stop words of HumanEval's authors, and the usual additions)."""
 
@@ -60,41 +57,19 @@ class Grade:
     """Processor time of the program."""
 
 
-def is_code(data_source: Any) -> bool:
-    """Whether a data set's answers are programs."""
-    return isinstance(data_source, str) and (data_source in SOURCES or data_source.startswith(OWN_SOURCES))
+def extract(response: str, names: Sequence[str] = (), *, reads: bool = False) -> str | None:
+    """The program of a response; None where it has no code block that may be Python.
 
+    Args:
+        response: the text; its thinking part, closed or not, does not count.
+        names: what the tests take from the program.
+        reads: whether the tests give standard input.
 
-def answer_of(response: str) -> str:
-    """What follows the thinking part; empty where that is never closed."""
-    answer = response.rpartition("</think>")[2]
-    return "" if "<think>" in answer else answer
-
-
-def extract(response: str) -> str | None:
-    """The last closed code block of the answer that is marked as Python, else the last without a mark, else None.
-
-    A block is what stands between a line that begins with three or more backticks (or tildes), perhaps indented, and
-    the next line of nothing but as many of them. A thinking part, closed or not, does not count.
+    Returns:
+        The last of `gcpo.rewards.blocks.program_blocks`.
     """
-    marked = unmarked = None
-    fence, language, lines = "", "", []
-    for line in answer_of(response).split("\n"):
-        bare = line.strip()
-        if fence:
-            if bare.startswith(fence) and not bare.strip(fence[0]):
-                block = "\n".join(lines)
-                if language in _LANGUAGES:
-                    marked = block
-                elif not language:
-                    unmarked = block
-                fence = ""
-            else:
-                lines.append(line)
-        elif bare.startswith(_FENCES):
-            fence = bare[: len(bare) - len(bare.lstrip(bare[0]))]
-            language, lines = bare[len(fence) :].strip().lower(), []
-    return marked if marked is not None else unmarked
+    blocks = program_blocks(code_blocks(answer_of(response)), names, reads=reads)
+    return blocks[-1] if blocks else None
 
 
 def continuation(response: str) -> str | None:
@@ -112,14 +87,16 @@ def load_tests(ground_truth: Any) -> dict[str, Any]:
     """The tests of a row.
 
     Raises:
-        ValueError: they are no JSON object in one of the known forms.
+        ValueError: they are not JSON in one of the known forms.
     """
     tests = ground_truth
     if isinstance(tests, str):
         try:
             tests = json.loads(tests)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the tests of a program are no JSON: {error}") from None
+    if isinstance(tests, list) and tests and all(isinstance(case, Mapping) for case in tests):
+        tests = _of_cases(tests)
     if not isinstance(tests, Mapping):
         raise ValueError(f"the tests of a program must be a JSON object, not {type(tests).__name__}")
     for needed, kind in (
@@ -130,7 +107,7 @@ def load_tests(ground_truth: Any) -> dict[str, Any]:
         if all(isinstance(tests.get(name), kind) for name in needed):
             break
     else:
-        raise ValueError(f"the tests of a program have the keys {sorted(tests)}; see gcpo.rewards.code for the forms")
+        raise ValueError(f"the tests of a program have the keys {sorted(tests)}; docs/sandbox.md has the known forms")
     if not tests.get("assert_case", True) or not tests.get("inputs", True):
         raise ValueError("the tests of a program are empty: everything would pass")
     if "inputs" in tests and "outputs" in tests and len(tests["inputs"]) != len(tests["outputs"]):
@@ -138,16 +115,37 @@ def load_tests(ground_truth: Any) -> dict[str, Any]:
     return dict(tests)
 
 
+def _of_cases(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Tests that are listed case by case, in the form with ``inputs`` and ``outputs``."""
+    names = set()
+    for number, case in enumerate(cases):
+        if "input" not in case or "output" not in case:
+            raise ValueError(f"test {number} of a program has the keys {sorted(case)}; it needs input and output")
+        metadata = case.get("metadata")
+        name = case.get("fn_name") or (metadata.get("func_name") if isinstance(metadata, Mapping) else None)
+        kind = str(case.get("testtype") or case.get("type") or "")
+        if not name and kind.startswith("function"):
+            raise ValueError(f"test {number} of a program calls a function and does not name it (fn_name)")
+        names.add(name or None)
+    if len(names) > 1:
+        raise ValueError(f"the tests of a program call different functions: {sorted(map(str, names))}")
+    tests: dict[str, Any] = {name + "s": [case[name] for case in cases] for name in ("input", "output")}
+    return {**tests, "fn_name": names.pop()}
+
+
 def program_of(code: str, tests: Mapping[str, Any]) -> Program:
     """The program with its tests, as the sandbox takes them."""
     if "entry_point" in tests:
         entry = tests["entry_point"]
         case = f"{tests['test']}\n\ncheck({entry})\n"
-        setup, names = tests["prompt"], (entry,)
+        setup, names = whole_function(tests["prompt"]), (entry,)
+        check_python(case)
         return Program(code, "assert", [(case,)], entry, prompt=tests["prompt"], setup=setup, names=names)
     if "assert_case" in tests:
         cases, setup = [str(case) for case in tests["assert_case"]], str(tests.get("setup") or "")
         names = tests.get("names")
+        for source in (setup, *cases):
+            check_python(source)
         if names is None:
             names = free_names((setup, *cases))
         return Program(code, "assert", [(case,) for case in cases], setup=setup, names=names)
@@ -156,9 +154,29 @@ def program_of(code: str, tests: Mapping[str, Any]) -> Program:
             (arguments(given), value(expected))
             for given, expected in zip(tests["inputs"], tests["outputs"], strict=True)
         ]
-        return Program(code, "call", pairs, tests["fn_name"], stars=True, recursion=RECURSION)
+        # Some sets put every expected result into a list of its own, as in verl's; others do not.
+        unwrap = all(isinstance(expected, list) and len(expected) == 1 for _, expected in pairs)
+        name = tests["fn_name"]
+        return Program(code, "call", pairs, name, stars=True, recursion=RECURSION, unwrap=unwrap)
     pairs = [(text(given), text(expected)) for given, expected in zip(tests["inputs"], tests["outputs"], strict=True)]
     return Program(code, "stdin", pairs, stars=True, recursion=RECURSION)
+
+
+@functools.lru_cache(maxsize=4096)
+def check_python(source: str) -> None:
+    """Raise SyntaxError or ValueError where test code is not Python: no program could pass it."""
+    ast.parse(source)
+
+
+@functools.lru_cache(maxsize=4096)
+def whole_function(prompt: str) -> str:
+    """HumanEval's prompt as Python: a head without a docstring below it is given a body."""
+    try:
+        check_python(prompt)
+    except SyntaxError:
+        prompt += "\n    pass\n"
+        check_python(prompt)
+    return prompt
 
 
 def text(lines: Any) -> str:
@@ -224,21 +242,38 @@ def grade(
     limits = Limits(float(time_limit), int(memory_limit_mb))
     runner: Sandbox = open_sandbox(sandbox, sandbox_fusion_url)
     tests = load_tests(ground_truth)
-    code = extract(response) if isinstance(response, str) else None
-    has_block = code is not None
-    if code is None and isinstance(response, str) and "entry_point" in tests:
-        code = continuation(response)
-    if code is None:
-        return Grade(False, False, "no code block")
-    if len(code) > MAX_PROGRAM_CHARS:
-        return Grade(False, has_block, f"a program of more than {MAX_PROGRAM_CHARS} characters")
     try:
-        program = program_of(code, tests)
+        program = program_of("", tests)
     except (SyntaxError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the tests of a program can't be read: {error}") from error
+    codes, has_block = _programs(response, program)
+    if not codes:
+        return Grade(False, False, "no code block")
+    if len(codes[-1]) > MAX_PROGRAM_CHARS:
+        return Grade(False, has_block, f"a program of more than {MAX_PROGRAM_CHARS} characters")
     longest = max((len(case[-1]) for case in program.cases), default=0) if program.mode == "stdin" else 0
-    verdict: Verdict = runner.run(program, Limits(limits.time, limits.memory_mb, 2 * longest))
-    return Grade(verdict.passed, has_block, verdict.reason, verdict.seconds)
+    limits = replace(limits, output=2 * longest)
+    verdict = runner.run(replace(program, code=codes[-1]), limits)
+    seconds = verdict.seconds
+    together = "\n\n".join(codes)
+    if verdict.reason.startswith("NameError") and len(codes) > 1 and len(together) <= MAX_PROGRAM_CHARS:
+        # The program is spread over several blocks: the last one uses what those before it define.
+        verdict = runner.run(replace(program, code=together), limits)
+        seconds += verdict.seconds
+    return Grade(verdict.passed, has_block, verdict.reason, seconds)
+
+
+def _programs(response: Any, program: Program) -> tuple[list[str], bool]:
+    """The code blocks of a response that may be needed, the program last, and whether one of its blocks is closed."""
+    if not isinstance(response, str):
+        return [], False
+    blocks = code_blocks(answer_of(response))
+    names = [program.entry] if program.entry else list(program.names)
+    codes = program_blocks(blocks, names, reads=program.mode == "stdin")
+    if not codes and program.prompt is not None:
+        rest = continuation(response)
+        codes = [] if rest is None else [rest]
+    return codes, any(block.closed and block.python is not False for block in blocks)
 
 
 def compute_score(

@@ -11,9 +11,10 @@ from data_prep.code_sets import EXAMPLES, mbpp_tests
 from data_prep.core import convert_rows, prepare, read_source
 from data_prep.schema import DataError, Drop
 from data_prep.sets import SETS
-from gcpo.rewards.code import extract, grade, is_code, load_tests
+from gcpo.rewards.code import extract, grade, load_tests
 from gcpo.rewards.sandbox import SandboxError
 from gcpo.rewards.sandbox import check as check_sandbox
+from gcpo.rewards.sources import is_code
 from tests.data_prep.made import provenance, real, run, table, write
 
 

@@ -12,8 +12,9 @@ import pytest
 from benchmarks.code_grading import mutants
 from data_prep.code_sets import mbpp_tests
 from gcpo.rewards import code
-from gcpo.rewards.code import Grade, compute_score, continuation, extract, free_names, grade, grade_many, is_code
+from gcpo.rewards.code import Grade, compute_score, continuation, extract, free_names, grade, grade_many
 from gcpo.rewards.sandbox import SandboxError, check
+from gcpo.rewards.sources import is_code
 from tests.data_prep.made import real
 
 ADD = {"assert_case": ["assert add(2, 3) == 5", "assert add(-1, 1) == 0"], "names": ["add"]}
@@ -68,11 +69,14 @@ def test_is_code(source, expected):
         ("```python\nx\n```\n```\ny\n```", "x"),
         ("```\nx\n```\n```\ny\n```\n```output\nz\n```", "y"),
         ("```Python3 \r\nx\n```", "x"),
-        ("  ```python\n  x\n  ```", "  x"),
+        ("  ```python\n  x\n  ```", "x"),
         ("~~~python\nx\n```\n~~~", "x\n```"),
         ("````python\nx = '''\n```\n'''\n````", "x = '''\n```\n'''"),
         ("```python\n\n```", ""),
-        ("```python\nx", None),
+        ("```python\nx", "x"),
+        ("```\nx\n", "x\n"),
+        ("```\n", None),
+        ("```cpp\nx", None),
         ("```python\nx\n```\n```python\ny", "x"),
         ("`x`", None),
         ("x", None),
@@ -176,7 +180,7 @@ def test_programs_that_read_and_print():
 
 
 def test_functions_that_are_called():
-    tests = {"fn_name": "add", "inputs": ["1\n2", '"a"\n"b"', "[1]\n[2]"], "outputs": ["3", '"ab"', "[[1, 2]]"]}
+    tests = {"fn_name": "add", "inputs": ["1\n2", '"a"\n"b"', "[1]\n[2]"], "outputs": ["3", '"ab"', "[1, 2]"]}
     assert grade(fenced(RIGHT), tests).passed
     method = "class Solution:\n    def add(self, a: List[int], b: Optional[int] = None):\n        return a + b"
     assert grade(fenced(method), tests).passed
