@@ -164,8 +164,9 @@ def _sample_set(
 
 
 def _line(question: Question, completion: Completion, seed: int, scores: Mapping[str, Any]) -> dict[str, Any]:
-    from gcpo.rewards import boxed_answer
+    from gcpo.rewards import extracted_answer
 
+    answer = extracted_answer(question.data_source, completion.text, question.ground_truth)
     return {
         "question": question.id,
         "row": question.row,
@@ -174,21 +175,22 @@ def _line(question: Question, completion: Completion, seed: int, scores: Mapping
         "text": completion.text,
         "tokens": completion.tokens,
         "finish_reason": completion.finish_reason,
-        "answer": boxed_answer(completion.text) if question.has_answer else None,
+        "answer": answer if question.has_answer else None,
         "scores": dict(scores),
     }
 
 
 def _check_sandbox(sets: Sequence[QuestionSet], sandbox: Mapping[str, Any]) -> None:
     """Before anything is generated: programs can be graded, if there are any."""
-    from gcpo.rewards import code
+    from gcpo.rewards import grader_of
     from gcpo.rewards.sandbox import SandboxError, check
 
-    if any(code.is_code(question.data_source) for found in sets for question in found.questions):
-        try:
+    questions = [question for found in sets for question in found.questions]
+    try:
+        if any(grader_of(question.data_source, question.ground_truth) == "code" for question in questions):
             print(f"programs run in the sandbox {check(**sandbox)}", flush=True)
-        except (SandboxError, ValueError) as error:
-            raise EvaluationError(str(error)) from error
+    except (SandboxError, ValueError) as error:
+        raise EvaluationError(str(error)) from error
 
 
 def grade(

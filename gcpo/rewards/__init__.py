@@ -1,7 +1,7 @@
 """The outcome rewards, the same code in training and in evaluation.
 
 ``compute_score`` has the signature of verl's custom reward functions (``reward.custom_reward_function``). Answers are
-graded by ``gcpo.rewards.math``, programs by ``gcpo.rewards.code``; the name of the data set tells which.
+graded by ``gcpo.rewards.math``, programs by ``gcpo.rewards.code``; `grader_of` tells which.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from typing import Any
 from gcpo.rewards.math import boxed_answer, is_decided, normalize, same_answer
 from gcpo.rewards.math import grade as _grade_math
 from gcpo.rewards.pool import GraderError, size
+from gcpo.rewards.sources import grader_of, marked_answer, problem_of
 
 __all__ = [
     "GraderError",
     "boxed_answer",
     "compute_score",
+    "extracted_answer",
     "grade_many",
+    "grader_of",
     "guarded",
     "normalize",
+    "problem_of",
     "same_answer",
     "thinks",
 ]
@@ -49,7 +53,7 @@ def compute_score(
     The options come from ``reward.custom_reward_function.reward_kwargs``.
 
     Args:
-        data_source: name of the data set; it tells programs from mathematics.
+        data_source: name of the data set; with the ground truth it says which grader is asked, see `grader_of`.
         solution_str: the response; one that is no text scores 0.
         ground_truth: the right answer, or a list of answers that are all right; for programs the tests.
         extra_info: of the row; mathematics needs none.
@@ -60,19 +64,22 @@ def compute_score(
 
     Returns:
         ``acc``: 1 if the response is right, else 0. ``format``: 1 if it has the required form, else 0: a boxed answer,
-        or for programs a code block, behind the thinking part if there is one. ``score``, what is optimised:
-        ``(1 - format_weight) * acc + format_weight * format``.
+        an answer after the mark that the data set asks for, or for programs a code block, behind the thinking part if
+        there is one. ``score``, what is optimised: ``(1 - format_weight) * acc + format_weight * format``.
 
     Raises:
-        ValueError: an option that is out of range, or tests that cannot be read.
+        ValueError: an option that is out of range, tests that cannot be read, or a row that no grader understands.
         GraderError: nothing can be graded, because the grader itself does not start.
     """
     from gcpo.rewards import code
 
     _check_options(format_weight, require_think, require_boxed)
-    if code.is_code(data_source):
+    grader = grader_of(data_source, ground_truth)
+    if grader == "code":
         result = code.compute_score(solution_str, ground_truth, extra_info, **kwargs)
         right, formatted = result["acc"], bool(result["format"])
+    elif (marked := marked_answer(solution_str, grader)) is not None:
+        right, formatted = same_answer(marked, ground_truth), True
     else:
         right, formatted = _grade_math(solution_str, ground_truth, require_boxed=require_boxed)
     formatted = formatted and (thinks(solution_str) or not require_think)
@@ -86,6 +93,19 @@ def _check_options(format_weight: Any, require_think: Any, require_boxed: Any) -
     for name, value in (("require_think", require_think), ("require_boxed", require_boxed)):
         if not isinstance(value, bool):
             raise ValueError(f"reward option {name} is {value!r}; set it to true or false")
+
+
+def extracted_answer(data_source: Any, solution_str: Any, ground_truth: Any = None) -> str | None:
+    """The part of a response that `compute_score` compares: an answer or a program; None where there is none."""
+    from gcpo.rewards import code
+
+    if not isinstance(solution_str, str):
+        return None
+    grader = grader_of(data_source, ground_truth)
+    if grader == "code":
+        return code.extract(solution_str)
+    marked = marked_answer(solution_str, grader)
+    return boxed_answer(solution_str) if marked is None else marked
 
 
 def thinks(response: str) -> bool:
@@ -118,8 +138,6 @@ def grade_many(
         ValueError: the lengths differ, or an option is out of range.
         GraderError: as for `compute_score`.
     """
-    from gcpo.rewards import code
-
     sources = [data_sources] * len(responses) if isinstance(data_sources, str) else data_sources
     extras = [None] * len(responses) if extra_infos is None else extra_infos
     rows = list(zip(sources, responses, truths, extras, strict=True))
@@ -128,7 +146,7 @@ def grade_many(
         slow = {
             at: threads.submit(compute_score, *row, **kwargs)
             for at, row in enumerate(rows)
-            if code.is_code(row[0]) or not is_decided(row[1], row[2])
+            if grader_of(row[0], row[2]) != "boxed" or not is_decided(row[1], row[2])
         }
         return [slow[at].result() if at in slow else compute_score(*row, **kwargs) for at, row in enumerate(rows)]
 

@@ -298,7 +298,7 @@ def test_programs_need_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "check", refuse)
 
     def of(source: str) -> list:
-        return [SimpleNamespace(questions=[SimpleNamespace(data_source=source)])]
+        return [SimpleNamespace(questions=[SimpleNamespace(data_source=source, ground_truth="1")])]
 
     _check_sandbox(of("gcpo/math500"), {"sandbox": "auto"})
     assert not asked

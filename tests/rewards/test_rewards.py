@@ -97,9 +97,8 @@ def test_programs_go_to_their_own_grader(monkeypatch):
         assert (ground_truth, extra_info, kwargs) == ("tests", {"index": 4}, {"time_limit": 3})
         return {"score": 1.0, "acc": 1.0, "format": 1.0}
 
-    monkeypatch.setattr(code, "is_code", lambda source: source == "programs")
     monkeypatch.setattr(code, "compute_score", grade)
-    result = compute_score("programs", "x", "tests", {"index": 4}, time_limit=3, require_think=True, format_weight=0.5)
+    result = compute_score("gcpo/mbpp", "x", "tests", {"index": 4}, time_limit=3, require_think=True, format_weight=0.5)
     assert result == {"score": 0.5, "acc": 1.0, "format": 0.0}
 
 
