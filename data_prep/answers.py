@@ -5,15 +5,31 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any
 
 from data_prep.schema import Drop
-from gcpo.rewards import boxed_answer, normalize
+from gcpo.rewards import normalize, same_answer
 
-NO_ANSWER = ("proof", "notfound", "not found", "n/a")
-"""What stands in the answer column of a problem that has none."""
+NO_ANSWER = (
+    # proofs
+    "proof", "the proof", "see proof", "see the proof", "see above", "proof above", "proof complete",
+    "proof is complete", "proof omitted", "proved", "proven", "hence proved", "as shown", "shown above",
+    "qed", "q.e.d", r"\qed", r"\blacksquare", r"\square", r"\box", "\u25a0", "\u25a1", "\u220e",
+    # references to a text that is not there
+    "see solution", "see the solution", "see explanation", "see the explanation", "omitted",
+    # empty columns of other programs
+    "notfound", "not found", "answer not found", "no answer", "no answer found", "not available", "not provided",
+    "not given", "n/a", "n.a", "nan", "none", "null", "unknown", "unanswered", "tbd", "todo",
+)  # fmt: skip
+"""Words that stand in the answer column of a problem that has no answer, in small letters, without fonts, dollar signs
+and punctuation at their ends. Add a word here to drop its rows."""
 
+_FONTS = re.compile(r"\\(?:text|math|operatorname)(?:bf|it|rm|sf|tt|normal)?\s*\{([^{}]*)\}|\\mbox\s*\{([^{}]*)\}")
+_ENDS = " .,:;!?$-\u2010\u2011\u2012\u2013\u2014\u2212_\u2026"
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
 _ACCEPTED = re.compile(r"(\d+(?: or \d+)+)(?: \(.*\))?")
 
@@ -27,6 +43,8 @@ def answers_of(value: Any) -> list[str]:
     if isinstance(value, str) and (both := _ACCEPTED.fullmatch(value.strip())):
         value = both[1].split(" or ")
     forms = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(form is None or isinstance(form, str | int | float | Decimal) for form in forms):
+        raise Drop("an answer that is neither a text nor a number")
     found: dict[str, str] = {}
     for form in forms:
         answer = canonical(form)
@@ -34,9 +52,16 @@ def answers_of(value: Any) -> list[str]:
             found.setdefault(normalize(answer) or answer, answer)
     if not found:
         raise Drop("no answer")
-    if any(answer.lower().strip(" .") in NO_ANSWER for answer in found.values()):
+    if any(map(is_no_answer, found.values())):
         raise Drop("the answer is a word for none, such as proof")
     return list(found.values())
+
+
+def is_no_answer(answer: str) -> bool:
+    """Whether an answer is one of `NO_ANSWER`, or has no sign except punctuation and dashes."""
+    bare = _FONTS.sub(lambda match: match[1] or match[2] or "", answer)
+    bare = re.sub(r"\s+", " ", bare).strip(_ENDS).lower()
+    return not bare or bare in NO_ANSWER
 
 
 def canonical(value: Any) -> str:
@@ -58,15 +83,42 @@ def encode(answers: Sequence[str]) -> str:
 
 
 def boxed(solution: Any) -> str:
-    r"""What the last ``\boxed{}`` of a solution holds.
+    r"""The answer in the ``\boxed{}`` of a solution.
 
     Raises:
-        Drop: there is none.
+        Drop: there is none, or there are several with different answers: nobody can tell the parts of an answer from
+            steps on the way to it.
     """
-    answer = boxed_answer(solution) if isinstance(solution, str) else None
-    if answer is None or not answer.strip():
+    found = [answer for answer in boxes_of(solution) if answer.strip()] if isinstance(solution, str) else []
+    if not found:
         raise Drop("no boxed answer in the solution")
-    return answer
+    if any(not same_answer(answer, found[-1]) for answer in dict.fromkeys(found[:-1])):
+        raise Drop("several boxes with different answers in the solution")
+    return found[-1]
+
+
+def boxes_of(text: str) -> Iterator[str]:
+    """The contents of all boxes that are closed, in order; of nested boxes only the outermost is a box of its own."""
+    at = 0
+    while box := _BOX.search(text, at):
+        at, depth = box.end(), 1
+        for token in _BRACE.finditer(text, box.end()):
+            depth += {"{": 1, "}": -1}.get(token[0], 0)
+            if depth == 0:
+                yield text[box.end() : token.start()]
+                at = token.end()
+                break
+
+
+def string_of(value: Any, what: str) -> str:
+    """A text as it stands.
+
+    Raises:
+        Drop: it is no text.
+    """
+    if not isinstance(value, str):
+        raise Drop(f"its {what} is no text")
+    return value
 
 
 def text_of(value: Any, what: str = "question") -> str:

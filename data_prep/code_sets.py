@@ -27,7 +27,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.answers import text_of
+from data_prep.answers import string_of, text_of
 from data_prep.core import read_source
 from data_prep.schema import DataError, DataSet, Drop, Hub, Row, Schema
 from gcpo.rewards.code import load_tests, program_of
@@ -49,9 +49,13 @@ HUMANEVAL_QUESTION = (
 )
 
 
-def lines(text: str) -> str:
-    """Text whose lines end alike; MBPP was written on more than one system."""
-    return text.replace("\r\n", "\n")
+def lines(text: Any, what: str) -> str:
+    """Text whose lines end alike; MBPP was written on more than one system.
+
+    Raises:
+        Drop: it is no text.
+    """
+    return string_of(text, what).replace("\r\n", "\n")
 
 
 # ---- MBPP ------------------------------------------------------------------------------------------------------------
@@ -66,12 +70,13 @@ def mbpp_tests(row: Raw) -> dict[str, Any]:
     Raises:
         Drop: a test is no Python, or nothing of the program is tested.
     """
-    setup = lines(row.get("test_setup_code") or "")
-    cases = [lines(test) for test in row["test_list"]]
+    setup = lines(row.get("test_setup_code") or "", "setup of the tests")
+    cases = tests_of(row)
+    code = lines(row["code"], "reference solution")
     try:
         used = names_of(ast.parse("\n".join((setup, *cases))), ast.Load)
-        defined = top_level_names(ast.parse(lines(row["code"])))
-    except (SyntaxError, ValueError) as error:
+        defined = top_level_names(ast.parse(code))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Drop("a test or the reference solution is no Python") from error
     names = [name for name in defined if name in used]
     if not names:
@@ -81,6 +86,17 @@ def mbpp_tests(row: Raw) -> dict[str, Any]:
     imports = "".join(f"import {name}\n" for name in modules if name not in names)
     before = imports + (setup and setup.rstrip() + "\n")
     return {"assert_case": [before + case for case in cases], "names": names}
+
+
+def tests_of(row: Raw) -> list[str]:
+    """The tests of a row of MBPP.
+
+    Raises:
+        Drop: they are no list of texts.
+    """
+    if not isinstance(row["test_list"], list):
+        raise Drop("its tests are no list")
+    return [lines(test, "test") for test in row["test_list"]]
 
 
 def names_of(tree: ast.AST, context: type[ast.expr_context]) -> set[str]:
@@ -102,9 +118,9 @@ def top_level_names(tree: ast.Module) -> list[str]:
 def mbpp_row(row: Raw, *, held_out: bool = False) -> Row:
     """A row of MBPP."""
     task, tests = text_of(row["text"]), mbpp_tests(row)
-    shown = "\n".join(lines(test).strip() for test in row["test_list"])
+    shown = "\n".join(test.strip() for test in tests_of(row))
     prompt = MBPP_QUESTION.format(task=task, tests=shown)
-    details = {"task_id": row["task_id"], "solution": lines(row["code"])}
+    details = {"task_id": row["task_id"], "solution": lines(row["code"], "reference solution")}
     return Row(task, json.dumps(tests, sort_keys=True), prompt, details, held_out=held_out)
 
 
@@ -112,7 +128,7 @@ def task_id(row: Raw) -> int:
     """Its number, which tells its split."""
     try:
         return int(row["task_id"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Drop("no task id") from None
 
 
@@ -138,11 +154,16 @@ def mbpp_test(row: Raw) -> Row:
 
 def humaneval_row(row: Raw, examples: Sequence[Mapping[str, str]] = ()) -> Row:
     """A row of HumanEval, after the turns of the examples."""
-    prompt = lines(row["prompt"])
-    tests = {"prompt": prompt, "test": lines(row["test"]), "entry_point": row["entry_point"]}
+    prompt = lines(row["prompt"], "prompt")
+    entry_point = text_of(row["entry_point"], "entry point")
+    tests = {"prompt": prompt, "test": lines(row["test"], "test"), "entry_point": entry_point}
+    try:
+        program_of("", load_tests(tests))
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise Drop("its prompt or its test is no Python") from error
     question = {"role": "user", "content": HUMANEVAL_QUESTION.format(prompt=prompt.strip())}
-    details = {"task_id": row["task_id"], "solution": lines(row.get("canonical_solution") or "")}
-    return Row(prompt.strip(), json.dumps(tests, sort_keys=True), [*examples, question], details)
+    details = {"task_id": row["task_id"], "solution": lines(row.get("canonical_solution") or "", "reference solution")}
+    return Row(text_of(prompt, "prompt"), json.dumps(tests, sort_keys=True), [*examples, question], details)
 
 
 def example_of(row: Raw) -> tuple[str, str]:
@@ -150,12 +171,15 @@ def example_of(row: Raw) -> tuple[str, str]:
 
     The task and the tests become the docstring of the function that is tested, the tests as in a console.
     """
-    tree = ast.parse(lines(row["code"]))
     entry = mbpp_tests(row)["names"][-1]
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == entry)
+    tree = ast.parse(lines(row["code"], "reference solution"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == entry]
+    if not functions:
+        raise Drop(f"its reference solution defines no function {entry}")
+    function = functions[-1]
     shown = [text_of(row["text"])]
-    for test in row["test_list"]:
-        check = ast.parse(lines(test).strip()).body[0]
+    for test in tests_of(row):
+        check = ast.parse(test.strip()).body[0]
         if not isinstance(check, ast.Assert) or not isinstance(check.test, ast.Compare):
             raise DataError(f"MBPP's problem {row['task_id']} can't be an example: its tests are no comparisons")
         shown += [f">>> {ast.unparse(check.test.left)}", ast.unparse(check.test.comparators[0])]
@@ -183,13 +207,19 @@ def five_shot(sources: Sequence[str]) -> DataSet:
     missing = set(MBPP_COLUMNS) - source.records.columns
     if missing:
         raise DataError(f"{source.label} can't give the examples: it lacks the columns {', '.join(sorted(missing))}")
-    found = {row["task_id"]: row for row in source.records.read(range(len(source.records)))}
+    found = {}
+    for row in source.records.read(range(len(source.records))):
+        if row.keys() >= set(MBPP_COLUMNS) and isinstance(row["task_id"], int):
+            found[row["task_id"]] = row
     if not found.keys() >= set(EXAMPLES):
         wanted = ", ".join(map(str, EXAMPLES))
         raise DataError(f"{source.label} can't give the examples: it lacks task ids of {wanted}; give all of MBPP")
     turns: list[dict[str, str]] = []
     for number in EXAMPLES:
-        asked, answer = example_of(found[number])
+        try:
+            asked, answer = example_of(found[number])
+        except Drop as reason:
+            raise DataError(f"MBPP's problem {number} of {source.label} can't be an example: {reason}") from reason
         turns.append({"role": "user", "content": HUMANEVAL_QUESTION.format(prompt=asked)})
         turns.append({"role": "assistant", "content": f"```python\n{answer}\n```"})
     return dataclasses.replace(
@@ -209,18 +239,20 @@ def _without_examples(row: Raw) -> Row:
 
 def eurus_row(row: Raw) -> Row:
     """A row of Eurus-2-RL-Data, which is in verl's schema already; its system message is left out."""
-    origin = row["data_source"]
+    origin = string_of(row["data_source"], "data source")
     if origin not in VERL_CODE:
         raise Drop("no problem of a programming contest")
-    asked = [message["content"] for message in row["prompt"] if message["role"] == "user"]
+    messages = row["prompt"] if isinstance(row["prompt"], list) else []
+    asked = [one.get("content") for one in messages if isinstance(one, Mapping) and one.get("role") == "user"]
     if len(asked) != 1:
         raise Drop("not one question")
-    truth = (row["reward_model"] or {}).get("ground_truth")
+    truth = row["reward_model"].get("ground_truth") if isinstance(row["reward_model"], Mapping) else None
     try:
         program_of("", load_tests(truth))
-    except (SyntaxError, TypeError, ValueError) as error:
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise Drop("its tests can't be read") from error
     question = text_of(asked[0])
+    truth = truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True)
     return Row(question.partition("\n\nWrite Python code to solve the problem.")[0], truth, question, {"set": origin})
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.files import SUFFIXES, files_of, first_line, read_files, sha256_of
+from data_prep.gradable import TEXT_ONLY, checked, compared_as_text
 from data_prep.hub import read_hub
 from data_prep.overlap import EvaluationSets, key_of
 from data_prep.schema import PROVENANCE, DataError, DataSet, Drop, Row, Schema, Source
@@ -131,7 +132,7 @@ def convert_rows(
             prepared.not_drawn = len(order) - looked_at
             break
         try:
-            row = schema.convert(raw)
+            row = _convert(dataset, schema, raw)
             if not is_unicode(row.question) or not is_unicode(row.ground_truth):
                 raise Drop("half a character, which is no text")
             trained = dataset.kind == "train" and not row.held_out
@@ -150,7 +151,21 @@ def convert_rows(
             prepared.noted.setdefault(row.note, []).append(index)
         part, split = (prepared.train, "train") if trained else (prepared.test, "test")
         part.append(_verl_row(dataset, row, len(part), split, index))
+    if dataset.ability == "math" and (as_text := compared_as_text([*prepared.train, *prepared.test])):
+        prepared.noted[TEXT_ONLY] = as_text
     return prepared
+
+
+def _convert(dataset: DataSet, schema: Schema, raw: Mapping[str, Any]) -> Row:
+    """A row of the set.
+
+    Raises:
+        Drop: a column is missing, or the row cannot be used.
+    """
+    missing = [column for column in schema.columns if column not in raw]
+    if missing:
+        raise Drop(f"it lacks {', '.join(missing)}")
+    return checked(dataset, schema.convert(raw))
 
 
 def is_unicode(text: str) -> bool:
@@ -178,7 +193,7 @@ def _verl_row(dataset: DataSet, row: Row, index: int, split: str, source_row: in
             "split": split,
             "source_row": source_row,
             "question": row.question,
-            "details": json.dumps(dict(row.details), sort_keys=True),
+            "details": json.dumps(dict(row.details), sort_keys=True, default=str),
         },
     }
 

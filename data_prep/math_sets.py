@@ -51,7 +51,7 @@ def aime(question: str, answer: str, year: str, *details: str) -> Schema:
     def convert(row: Raw) -> Row:
         try:
             when = int(row[year])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise Drop("no year") from None
         return problem(row[question], row[answer], {**kept(row, details), "year": when}, held_out=when > LAST_YEAR)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.answers import answers_of, boxed, canonical, encode, text_of
+from data_prep.answers import NO_ANSWER, answers_of, boxed, canonical, encode, text_of
 from data_prep.schema import Drop
 from gcpo.rewards import same_answer
 
@@ -72,6 +72,14 @@ def test_several_forms():
         ("proof", "a word for none"),
         ("Proof.", "a word for none"),
         ("notfound", "a word for none"),
+        *((word, "a word for none") for word in NO_ANSWER),
+        *((word, "a word for none") for word in ("see the proof", "null", "None", "-", "unknown", "QED", "Q.E.D.")),
+        *((word, "a word for none") for word in (r"\text{proof}", r"\textbf{Proof.}", r"$\blacksquare$", "?", "...")),
+        *((word, "a word for none") for word in ("N/A", "--", "  See   Solution. ", r"\mathrm{None}", r"\mbox{n/a}")),
+        (["7", "None"], "a word for none"),
+        ({"a": 1}, "neither a text nor a number"),
+        ([["7"]], "neither a text nor a number"),
+        (b"7", "neither a text nor a number"),
     ],
 )
 def test_no_usable_answer(value, reason):
@@ -79,13 +87,54 @@ def test_no_usable_answer(value, reason):
         answers_of(value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [*("no solution", "No", "yes", "0", "-1", "does not exist", r"\text{DNE}", r"\emptyset", r"\infty", "na", "x", "+"),
+     *("A", r"\text{none of these}", "undefined", "-x", "*", "unknown x = 3", r"\square ABC", "proof by 3")],
+)  # fmt: skip
+def test_answers_that_only_look_like_none(value):
+    assert answers_of(value) == [value]
+
+
 def test_several_answers_are_a_json_list():
     assert encode(["80"]) == "80"
     assert encode([r"\frac{1}{2}", "é"]) == '["\\\\frac{1}{2}", "é"]'
 
 
-def test_the_last_box():
-    assert boxed(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{0.5}, which is \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{7}. Again: \fbox{7}", "7"),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{} \boxed{7}", "7"),
+        (r"\boxed{7} and \boxed{8", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\boxed{7}}", r"\boxed{7}"),
+    ],
+)
+def test_the_box(solution, answer):
+    assert boxed(solution) == answer
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [
+        r"(1) $a=\boxed{3}$. (2) $b=\boxed{5}$.",
+        r"so \boxed{x=1} or \boxed{x=2}",
+        r"\boxed{1} so \boxed{\frac{1}{2}}.",
+        r"\boxed{1}\boxed{2}\boxed{1}",
+        r"\fbox{A} or \boxed{B}",
+        r"\boxed{3} and \boxed{5}, together \boxed{3, 5}",
+    ],
+)
+def test_several_boxes_with_different_answers_are_no_answer(solution):
+    with pytest.raises(Drop, match="several boxes with different answers"):
+        boxed(solution)
+
+
+def test_no_box():
     for solution in ("no box", r"\boxed{}", r"\boxed{1", None, 3):
         with pytest.raises(Drop, match="no boxed answer"):
             boxed(solution)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from data_prep.core import convert_rows, read_source
+from data_prep.gradable import TEXT_ONLY
 from data_prep.sets import SETS
 from gcpo.rewards import GraderError, compute_score
 from tests.data_prep.made import AIME_ROWS, provenance, real, run, table, truths, write
@@ -81,15 +82,21 @@ def test_years_after_2023_are_never_trained_on(tmp_path):
 
 def test_numinamath_cot(tmp_path):
     rows = [
-        {"source": "s", "problem": "p0", "solution": r"\boxed{1} and \boxed{\frac{2}{3}}", "messages": []},
+        {"source": "s", "problem": "p0", "solution": r"\boxed{\frac{2}{3}}", "messages": []},
         {"source": "s", "problem": "p1", "solution": "It is 5.", "messages": []},
         {"source": "s", "problem": "p2", "solution": rf"\boxed{{\text{{{'long ' * 50}}}}}", "messages": []},
         {"source": "s", "problem": "p3", "solution": r"\boxed{1,\!234}", "messages": []},
         {"source": "s", "problem": "p4", "solution": r"\boxed{\text{proof}}", "messages": []},
+        {"source": "s", "problem": "p5", "solution": r"(1) \boxed{3}. (2) \boxed{5}.", "messages": []},
     ]
     found = prepared(tmp_path, "numinamath", rows)
-    assert set(answers(found)) == {r"\frac{2}{3}", "1234", r"\text{proof}"}
-    assert found.dropped == {"no boxed answer in the solution": [1], "an answer of more than 200 characters": [2]}
+    assert set(answers(found)) == {r"\frac{2}{3}", "1234"}
+    assert found.dropped == {
+        "no boxed answer in the solution": [1],
+        "an answer of more than 200 characters": [2],
+        "the answer is a word for none, such as proof": [4],
+        "several boxes with different answers in the solution": [5],
+    }
     assert details(found)[0] == {"source": "s"}
 
 
@@ -240,7 +247,7 @@ def test_minerva_s_two_schemas_agree():
     for row in boxes.test:
         truth, form = row["reward_model"]["ground_truth"], forms[row["extra_info"]["question"]]
         assert truth == (json.loads(form)[0] if form.startswith("[") else form)
-    assert not boxes.noted
+    assert not set(boxes.noted) - {TEXT_ONLY}
     assert len(lists.noted["the answer column differs from the box of the solution, which counts"]) == 40
 
 

@@ -1,0 +1,122 @@
+"""Whether the grader can grade the right answers of a set.
+
+An answer that the grader does not take for right even when a response has exactly this answer in its box is of no use.
+An answer that math-verify cannot read as mathematics is compared as text only; such rows are counted.
+
+The answers are read by a program of its own, ``python -m data_prep.gradable``: sympy evaluates while it reads, which
+takes for ever for some answers, in code that no exception interrupts. The system ends the program at such an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.schema import DataSet, Drop, Row
+from gcpo.rewards import GraderError, boxed_answer, grader_of, same_answer
+
+UNGRADABLE = "an answer that the grader cannot take for right, such as unclosed braces"
+TEXT_ONLY = "an answer that math-verify cannot read, which is compared as text only"
+SECONDS = 5.0
+"""Processor time for one answer."""
+MEMORY = 2**30
+"""Bytes of address space."""
+_PLAIN = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
+
+
+def checked(dataset: DataSet, row: Row) -> Row:
+    """The row; in an evaluation set, which keeps all rows, with a note where it cannot be graded.
+
+    Raises:
+        Drop: it cannot be graded, and the set is one to train on.
+    """
+    if dataset.ability != "math" or is_gradable(row.ground_truth):
+        return row
+    if dataset.kind == "train":
+        raise Drop(UNGRADABLE)
+    return replace(row, note=f"{row.note}; {UNGRADABLE}" if row.note else UNGRADABLE)
+
+
+def is_gradable(ground_truth: str) -> bool:
+    """Whether the grader takes each of the right answers for right when a response has it in a box."""
+    try:
+        if grader_of("", ground_truth) != "boxed":
+            return False
+    except ValueError:  # it looks like the tests of a program
+        return False
+    boxes = [boxed_answer(rf"\boxed{{{answer}}}") for answer in forms_of(ground_truth)]
+    return all(box is not None and same_answer(box, ground_truth) for box in boxes)
+
+
+def forms_of(ground_truth: str) -> list[str]:
+    """All right answers in a ``ground_truth`` that ``data_prep.answers.encode`` wrote."""
+    return json.loads(ground_truth) if ground_truth.startswith('["') else [ground_truth]
+
+
+def compared_as_text(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The numbers (in the source) of prepared rows with a right answer that math-verify cannot read."""
+    answers = {row["extra_info"]["source_row"]: forms_of(row["reward_model"]["ground_truth"]) for row in rows}
+    not_read = unreadable(answer for forms in answers.values() for answer in forms)
+    return [number for number, forms in answers.items() if not_read.intersection(forms)]
+
+
+def unreadable(answers: Iterable[str]) -> set[str]:
+    """The answers that math-verify cannot read within the limits. Plain numbers are readable and cost nothing."""
+    left = [answer for answer in dict.fromkeys(answers) if not _PLAIN.fullmatch(answer)]
+    found: set[str] = set()
+    while left:
+        replies = _read(left)
+        found |= {answer for answer, reply in zip(left, replies, strict=False) if reply == "0"}
+        if len(replies) < len(left):  # it ended at an answer that takes too long
+            found.add(left[len(replies)])
+        left = left[len(replies) + 1 :]
+    return found
+
+
+def _read(answers: list[str]) -> str:
+    """One digit an answer, as far as the program came."""
+    folder = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "data_prep.gradable"]
+    done = subprocess.run(command, input=json.dumps(answers).encode(), stdout=subprocess.PIPE, env=environment)
+    replies = done.stdout.decode()
+    if not replies.startswith("r"):
+        raise GraderError("math-verify does not start (its error is above), so answers cannot be checked")
+    return replies[1:]
+
+
+def main() -> None:
+    """Read a JSON list of answers; write ``r`` and then ``1`` or ``0`` for every answer."""
+    answers = json.load(sys.stdin)
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # output of a library must not look like a reply
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    import logging
+
+    from math_verify import LatexExtractionConfig, parse
+
+    logging.disable(logging.CRITICAL)  # math-verify warns that it has no time limit
+    config = LatexExtractionConfig(boxed_match_priority=0)
+    replies.write(b"r")
+    for answer in answers:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signal ends this process
+        try:
+            read = parse(f"\\boxed{{{answer}}}", [config], fallback_mode="no_fallback", parsing_timeout=None)
+        except Exception:  # sympy raises many kinds of errors on what it cannot read
+            read = []
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(b"1" if read else b"0")
+
+
+if __name__ == "__main__":
+    main()
