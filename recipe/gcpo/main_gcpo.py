@@ -1,43 +1,153 @@
 """Train: ``python -m recipe.gcpo.main_gcpo [--config-name gc2po_trainer] [device=cpu] [key=value ...]``.
 
-verl's own entry point with our yaml and our checks, which run before Ray starts.
+verl's own entry point with our yaml and our checks, which run before Ray starts. What is wrong is said in one line on
+the standard error, and the exit status is then 2. verl itself takes many seconds to import, so that it is imported
+when the checks are done.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
+import os
 import sys
+from pathlib import Path
+from typing import Any, NoReturn
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
-from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl.utils.config import validate_config
-from verl.utils.device import auto_set_device
+from omegaconf.errors import OmegaConfBaseException
 
-from gcpo.adapters.liveness import faults_in_a_sentence
 from gcpo.checks import check_gc2po_run, check_run, plugin_problem
+from gcpo.checks.overrides import override_problem
+from gcpo.checks.reading import first_line
 from gcpo.config import ConfigError
 
+CONFIG = Path(__file__).parent / "config"
+_SEARCH_PATH = "hydra.searchpath"
+_FULL_ERROR = "HYDRA_FULL_ERROR"
 
-@hydra.main(config_path="config", config_name="gcpo_trainer", version_base=None)
-def main(config: DictConfig) -> None:
-    """Check the configuration, then run verl's trainer."""
-    problem = plugin_problem()
-    if problem:
-        sys.exit(f"gcpo: {problem}")
-    auto_set_device(config)
+
+def main() -> None:
+    """The command: compose the configuration, check it, train."""
+    environment = os.environ.get(_FULL_ERROR)
+    composed: list[DictConfig] = []
+
+    @hydra.main(config_path="config", config_name="gcpo_trainer", version_base=None)
+    def run(config: DictConfig) -> None:
+        composed.append(config)
+        _set(_FULL_ERROR, environment)
+        train(config)
+
+    sys.argv = with_search_path(sys.argv)
+    # hydra prints its own page about an error unless this is set; it is read when an error occurs.
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        run()
+    except Exception as error:  # hydra raises TypeError and others too while it composes
+        if composed or environment:
+            raise
+        refuse(override_problem(error, lambda: compose_defaults(sys.argv)))
+    finally:
+        _set(_FULL_ERROR, environment)
+
+
+def train(config: DictConfig) -> None:
+    """Check the configuration, then run verl's trainer.
+
+    Raises:
+        SystemExit: status 2, after one sentence on the standard error, where a check refuses the configuration.
+    """
     try:
         check = check_gc2po_run if config.algorithm.adv_estimator == "gc2po" else check_run
         check(config)
     except ConfigError as error:
-        sys.exit(f"gcpo: {error}")
-    validate_config(
-        config=config,
-        use_reference_policy=need_reference_policy(config),
-        use_critic=need_critic(config),
-    )
+        refuse(str(error))
+    problem = plugin_problem()
+    if problem:
+        refuse(problem)
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+    from verl.utils.device import auto_set_device
+
+    from gcpo.adapters.liveness import faults_in_a_sentence
+
+    auto_set_device(config)
+    check_with_verl(config)
     with faults_in_a_sentence(config):
         run_ppo(config, task_runner_class=TaskRunnerV1)
+
+
+def check_with_verl(config: DictConfig) -> None:
+    """verl's own checks of the configuration; what they say is said as ours is.
+
+    Raises:
+        SystemExit: status 2, as in `train`.
+    """
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            validate_config(
+                config=config,
+                use_reference_policy=need_reference_policy(config),
+                use_critic=need_critic(config),
+            )
+    except (HydraException, OmegaConfBaseException, AssertionError, ValueError, TypeError, NotImplementedError) as error:
+        refuse(f"verl refuses the configuration: {first_line(error)}")
+    finally:
+        sys.stdout.write(said.getvalue())
+
+
+def refuse(sentence: str) -> NoReturn:
+    """End the process with status 2 and one line on the standard error."""
+    print(f"gcpo: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+# ---- composing -------------------------------------------------------------------------------------------------------
+
+
+def with_search_path(arguments: list[str]) -> list[str]:
+    """The command line with the folder of verl's yaml files as hydra's search path.
+
+    The yaml files name the package ``verl.trainer.config``, which hydra would import, and all of verl with it.
+    """
+    if any(_SEARCH_PATH in argument for argument in arguments):
+        return arguments
+    found = importlib.util.find_spec("verl")
+    if found is None or not found.submodule_search_locations:
+        return arguments
+    folder = Path(next(iter(found.submodule_search_locations))) / "trainer" / "config"
+    override = f"{_SEARCH_PATH}=['file://{folder}']"
+    # argparse wants the overrides side by side.
+    at = next((i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-")), None)
+    at = len(arguments) if at is None else at
+    return [*arguments[:at], override, *arguments[at:]]
+
+
+def compose_defaults(arguments: list[str]) -> DictConfig:
+    """The configuration that the command line names, without its overrides."""
+    name: Any = "gcpo_trainer"
+    for before, argument in zip(arguments, [*arguments[1:], ""], strict=True):
+        if before in ("--config-name", "-cn"):
+            name = argument
+        elif before.startswith("--config-name="):
+            name = before.partition("=")[2]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIG), version_base=None):
+        return hydra.compose(name, [argument for argument in arguments if argument.startswith(f"{_SEARCH_PATH}=")])
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 if __name__ == "__main__":

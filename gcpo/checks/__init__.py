@@ -1,0 +1,114 @@
+"""Checks of a whole run: everything that can be known before the first process starts.
+
+``check_run`` needs neither Ray nor a GPU. ``recipe.gcpo.main_gcpo`` calls it before Ray starts; under
+``verl.trainer.main_ppo`` the trainer calls it before it makes a worker. The cheap checks come first, and modules that
+take seconds to import (transformers, torch) are imported where they are used, so that a refusal takes no time.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from gcpo.checks.data import check_steps, read_tables
+from gcpo.checks.devices import check_batches, check_devices
+from gcpo.checks.lengths import check_branches, check_lengths, longest_prompt
+from gcpo.checks.model import check_model, check_perturbable, model_config
+from gcpo.checks.plugin import plugin_problem
+from gcpo.checks.reading import ACTOR, MODEL, get, group
+from gcpo.checks.resume import check_resume
+from gcpo.checks.reward import check_reward
+from gcpo.checks.supported import MANAGER, check_supported
+from gcpo.checks.values import check_values
+from gcpo.config import ConfigError, GCPOConfig
+from gcpo.counterfactual.config import GC2POConfig
+
+__all__ = [
+    "MANAGER",
+    "ConfigError",
+    "check_gc2po_run",
+    "check_run",
+    "longest_prompt",
+    "model_config",
+    "plugin_problem",
+]
+
+
+def check_run(config: DictConfig) -> GCPOConfig:
+    """Check the configuration of a run and fill in the context length.
+
+    ``actor_rollout_ref.rollout.max_model_len`` is set to the tokens of the longest prompt with candidates and its
+    response where it is ``null``.
+
+    Raises:
+        ConfigError: something in it cannot work; the sentence says which setting to change.
+    """
+    check_values(config)
+    gcpo = _gcpo(config)
+    check_supported(config, gcpo, "gcpo")
+    check_batches(config)
+    check_model(config)
+    _check_inputs(config)
+    check_lengths(config, gcpo, model_config(config))
+    check_devices(config)
+    return gcpo
+
+
+def check_gc2po_run(config: DictConfig) -> GC2POConfig:
+    """Check the configuration of a GC2PO run, as `check_run` does for GCPO.
+
+    Raises:
+        ConfigError: something in it cannot work; the sentence says which setting to change.
+    """
+    check_values(config)
+    gcpo = _gcpo(config)
+    if not gcpo.is_grpo:
+        raise ConfigError(
+            "gcpo.kappa and gcpo.weighting belong to GCPO: set ++gcpo.kappa=0 ++gcpo.weighting.target=off for GC2PO"
+        )
+    check_supported(config, gcpo, "gc2po")
+    check_batches(config)
+    check_model(config)
+    # The number of layers is not known yet; what depends on it is checked below.
+    settings, n = group(config, "gc2po"), get(config, "actor_rollout_ref.rollout.n")
+    gc2po = GC2POConfig.from_config(settings, n=n, depth=None)
+    _check_forward(config, gc2po)
+    _check_inputs(config)
+    model = model_config(config)
+    gc2po = GC2POConfig.from_config(settings, n=n, depth=getattr(model, "num_hidden_layers", None))
+    if gc2po.counterfactual and model is not None:
+        check_perturbable(model)
+    check_lengths(config, gcpo, model)
+    check_branches(config, gc2po)
+    check_devices(config)
+    return gc2po
+
+
+def _gcpo(config: DictConfig) -> GCPOConfig:
+    return GCPOConfig.from_config(
+        group(config, "gcpo"),
+        n=get(config, "actor_rollout_ref.rollout.n"),
+        response_length=get(config, "data.max_response_length"),
+    )
+
+
+def _check_forward(config: DictConfig, gc2po: GC2POConfig) -> None:
+    """Settings of the forward pass and the advantage that GC2PO needs."""
+    deviation = "algorithm.norm_adv_by_std_in_grpo"
+    if not get(config, deviation):
+        raise ConfigError(f"{deviation} is False: GC2PO divides by the standard deviation; set {deviation}=True")
+    if not gc2po.counterfactual:
+        return
+    for key in (f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size", f"{ACTOR}.ulysses_sequence_parallel_size"):
+        if get(config, key, 1) > 1:
+            raise ConfigError(f"{key} is {get(config, key)}: sequence parallelism is not supported; set {key}=1")
+    fused = f"{MODEL}.use_fused_kernels"
+    if get(config, fused):
+        raise ConfigError(f"{fused} is True and replaces the forward in which states are perturbed; set {fused}=False")
+
+
+def _check_inputs(config: DictConfig) -> None:
+    """Data, reward function and checkpoint."""
+    train, validation = (read_tables(config, key) for key in ("data.train_files", "data.val_files"))
+    check_reward(config, [*train, *validation])
+    check_resume(config)
+    check_steps(config, train)

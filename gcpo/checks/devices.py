@@ -1,0 +1,115 @@
+"""Batch sizes against each other and against the devices."""
+
+from __future__ import annotations
+
+import os
+import sys
+from math import prod
+
+from omegaconf import DictConfig
+
+from gcpo.checks.reading import ACTOR, ROLLOUT, get
+from gcpo.config import ConfigError
+
+CPUS_PER_RANK = 3
+"""verl reserves so many of Ray's CPUs for every device of its pool."""
+
+
+def check_batches(config: DictConfig) -> None:
+    """The mini-batch divides the batch, and the batch divides over the devices.
+
+    Raises:
+        ConfigError: it does not; verl would fill the batch up with padding rows, or stop in the update.
+    """
+    batch, mini, n = (get(config, key) for key in ("data.train_batch_size", f"{ACTOR}.ppo_mini_batch_size",
+                                                   f"{ROLLOUT}.n"))  # fmt: skip
+    if mini > batch:
+        raise ConfigError(
+            f"{ACTOR}.ppo_mini_batch_size is {mini} and data.train_batch_size is {batch}: a mini-batch cannot be "
+            f"larger than the batch; set {ACTOR}.ppo_mini_batch_size={batch}"
+        )
+    if batch % mini:
+        raise ConfigError(
+            f"{ACTOR}.ppo_mini_batch_size is {mini} and does not divide data.train_batch_size ({batch}); set "
+            f"{ACTOR}.ppo_mini_batch_size={max(d for d in range(1, mini + 1) if not batch % d)}, or another divisor"
+        )
+    chunk = get(config, "data.gen_batch_size")
+    if chunk is not None and batch % chunk:
+        raise ConfigError(
+            f"data.gen_batch_size is {chunk} and does not divide data.train_batch_size ({batch}); set "
+            "data.gen_batch_size=null"
+        )
+    ranks = get(config, "trainer.n_gpus_per_node") * get(config, "trainer.nnodes")
+    if mini * n % ranks:
+        raise ConfigError(
+            f"a mini-batch has {mini} questions with {n} responses each, {mini * n} rows, which do not divide over "
+            f"{ranks} devices (trainer.n_gpus_per_node, trainer.nnodes): change {ACTOR}.ppo_mini_batch_size"
+        )
+
+
+def check_devices(config: DictConfig) -> None:
+    """A rollout engine fits on the devices, and this machine has them where it is the only one.
+
+    Raises:
+        ConfigError: there are fewer devices than the settings ask for.
+    """
+    gpus, nodes = get(config, "trainer.n_gpus_per_node"), get(config, "trainer.nnodes")
+    sizes = {f"{ROLLOUT}.{name}": get(config, f"{ROLLOUT}.{name}", 1)
+             for name in ("tensor_model_parallel_size", "data_parallel_size")}  # fmt: skip
+    engine = prod(sizes.values())
+    if gpus * nodes % engine:
+        tensor = f"{ROLLOUT}.tensor_model_parallel_size"
+        raise ConfigError(
+            f"{tensor} is {sizes[tensor]}: a rollout engine takes {engine} devices, and the run has {gpus * nodes} "
+            f"(trainer.n_gpus_per_node is {gpus}, trainer.nnodes is {nodes}), which it does not divide; set {tensor}=1"
+        )
+    if nodes > 1 or _on_cluster(config):
+        return  # Only Ray can count the devices of its cluster, and verl asks it before it makes a worker.
+    if get(config, "trainer.device") == "cpu":
+        _check_logical(config, gpus)
+    elif get(config, "trainer.device") == "cuda":
+        _check_gpus(gpus)
+
+
+def _on_cluster(config: DictConfig) -> bool:
+    """Whether Ray runs already; a process of Ray that was given no GPU does not see those of its machine."""
+    ray = sys.modules.get("ray")
+    running = ray is not None and ray.is_initialized()
+    return bool(running or get(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS"))
+
+
+def _check_logical(config: DictConfig, gpus: int) -> None:
+    """On a CPU a device is a process, and Ray counts what it is told."""
+    logical, cpus = get(config, "ray_kwargs.ray_init.num_gpus", 0), get(config, "ray_kwargs.ray_init.num_cpus")
+    if logical < gpus:
+        raise ConfigError(
+            f"trainer.n_gpus_per_node is {gpus} and Ray is told of {logical} devices: set "
+            f"++ray_kwargs.ray_init.num_gpus={gpus}"
+        )
+    need = CPUS_PER_RANK * gpus + 1
+    if cpus is not None and cpus < need:
+        raise ConfigError(
+            f"ray_kwargs.ray_init.num_cpus is {cpus}, and verl reserves {CPUS_PER_RANK} of them for each of the {gpus} "
+            f"devices of trainer.n_gpus_per_node, and one more: set ray_kwargs.ray_init.num_cpus={need}"
+        )
+
+
+def _check_gpus(gpus: int) -> None:
+    found = count_gpus()
+    if found == 0:
+        raise ConfigError(
+            "trainer.device is cuda, and PyTorch finds no GPU on this machine: use a machine with GPUs, or our yaml "
+            "with device=cpu"
+        )
+    if gpus > found:
+        raise ConfigError(
+            f"trainer.n_gpus_per_node is {gpus}, and PyTorch finds {found} on this machine: set "
+            f"trainer.n_gpus_per_node={found}"
+        )
+
+
+def count_gpus() -> int:
+    """GPUs that PyTorch can use on this machine."""
+    import torch
+
+    return torch.cuda.device_count()

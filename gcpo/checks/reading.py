@@ -1,0 +1,63 @@
+"""Access to settings by their dotted key, with sentences for values that cannot be read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gcpo.config import ConfigError
+
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
+MODEL = "actor_rollout_ref.model"
+
+
+def get(config: DictConfig, key: str, default: Any = None) -> Any:
+    """The resolved value of a dotted key; ``default`` where the key is absent or null.
+
+    Raises:
+        ConfigError: the value refers to another key that does not exist.
+    """
+    try:
+        value = OmegaConf.select(config, key, default=None)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key} cannot be resolved: {first_line(error)}") from error
+    return default if value is None else value
+
+
+def group(config: DictConfig, key: str) -> dict[str, Any]:
+    """A group of settings as a plain dictionary; empty where it is absent.
+
+    Raises:
+        ConfigError: the key holds a single value, or refers to a key that does not exist.
+    """
+    try:
+        found = OmegaConf.select(config, key, default=None)
+        if found is None:
+            return {}
+        if not OmegaConf.is_dict(found):
+            raise ConfigError(f"{key} is {found!r}; it must be a group of settings")
+        return OmegaConf.to_container(found, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key} cannot be resolved: {first_line(error)}") from error
+
+
+def files_of(config: DictConfig, key: str) -> list[str]:
+    """The file names that ``data.train_files`` or ``data.val_files`` holds: one name or a list."""
+    value = get(config, key)
+    if value is None:
+        return []
+    return [str(value)] if not OmegaConf.is_list(value) else [str(name) for name in value]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without the full stop."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
