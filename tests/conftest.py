@@ -66,3 +66,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("this user may not mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def run_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder with ``model``, ``train.parquet`` and ``test.parquet``; see ``tests/run_inputs.py``."""
+    from tests.run_inputs import make_inputs
+
+    return make_inputs(tmp_path_factory.mktemp("run"), tiny_model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from gcpo.checks.data import check_steps, read_tables
+from gcpo.checks.data import Table, check_filtered_steps, check_steps, read_tables
 from gcpo.checks.devices import check_batches, check_devices
 from gcpo.checks.lengths import check_branches, check_lengths, longest_prompt
 from gcpo.checks.model import check_model, check_perturbable, model_config
@@ -47,9 +47,10 @@ def check_run(config: DictConfig) -> GCPOConfig:
     check_supported(config, gcpo, "gcpo")
     check_batches(config)
     check_model(config)
-    _check_inputs(config)
-    check_lengths(config, gcpo, model_config(config))
+    train = _check_inputs(config)
     check_devices(config)
+    check_lengths(config, gcpo, model_config(config))
+    check_filtered_steps(config, train)
     return gcpo
 
 
@@ -72,14 +73,15 @@ def check_gc2po_run(config: DictConfig) -> GC2POConfig:
     settings, n = group(config, "gc2po"), get(config, "actor_rollout_ref.rollout.n")
     gc2po = GC2POConfig.from_config(settings, n=n, depth=None)
     _check_forward(config, gc2po)
-    _check_inputs(config)
+    train = _check_inputs(config)
+    check_devices(config)
     model = model_config(config)
     gc2po = GC2POConfig.from_config(settings, n=n, depth=getattr(model, "num_hidden_layers", None))
     if gc2po.counterfactual and model is not None:
         check_perturbable(model)
     check_lengths(config, gcpo, model)
     check_branches(config, gc2po)
-    check_devices(config)
+    check_filtered_steps(config, train)
     return gc2po
 
 
@@ -106,9 +108,10 @@ def _check_forward(config: DictConfig, gc2po: GC2POConfig) -> None:
         raise ConfigError(f"{fused} is True and replaces the forward in which states are perturbed; set {fused}=False")
 
 
-def _check_inputs(config: DictConfig) -> None:
-    """Data, reward function and checkpoint."""
+def _check_inputs(config: DictConfig) -> list[Table]:
+    """Data, reward function and checkpoint; the training files."""
     train, validation = (read_tables(config, key) for key in ("data.train_files", "data.val_files"))
     check_reward(config, [*train, *validation])
     check_resume(config)
     check_steps(config, train)
+    return train

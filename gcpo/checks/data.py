@@ -102,7 +102,9 @@ def _read_parquet(path: Path, wanted: tuple[str, ...]) -> tuple[list[str], dict[
 def _read_json(path: Path, wanted: tuple[str, ...]) -> tuple[list[str], dict[str, list[Any]]]:
     text = path.read_text(encoding="utf-8")
     lines = text.strip()
-    rows = json.loads(lines) if lines.startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    rows = (
+        json.loads(lines) if lines.startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    )
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a row is no JSON object")
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -168,23 +170,37 @@ def _text_problem(truth: str) -> str | None:
 def check_steps(config: DictConfig, tables: list[Table]) -> None:
     """The training rows give a batch, and the epochs give the steps that are asked for.
 
-    Prompts that ``data.filter_overlong_prompts`` leaves out are not counted. verl validates and saves at the last step,
-    which a run whose epochs end before it never reaches.
+    verl validates and saves at the last step, which a run whose epochs end before it never reaches.
 
     Raises:
         ConfigError: there are fewer rows than a batch, or more steps than the epochs give.
     """
-    files = files_of(config, "data.train_files")
-    if len(tables) != len(files):
-        return  # A file on another file system has rows that are not known here.
-    rows = [prompt for table in tables for prompt in table.prompts]
-    limit = get(config, "data.train_max_samples", -1)
-    usable = min(len(rows), limit) if limit > 0 else len(rows)
-    _compare(config, usable, "")
-    left = _rows_that_fit(config, rows, usable)
-    if left < usable:
+    rows = _usable(config, tables)
+    if rows is not None:
+        _compare(config, rows, "")
+
+
+def check_filtered_steps(config: DictConfig, tables: list[Table]) -> None:
+    """As `check_steps`, for the rows that ``data.filter_overlong_prompts`` leaves; this needs the tokenizer.
+
+    Raises:
+        ConfigError: as for `check_steps`, or the tokenizer cannot be read.
+    """
+    rows = _usable(config, tables)
+    if rows is None:
+        return
+    left = _rows_that_fit(config, [prompt for table in tables for prompt in table.prompts], rows)
+    if left < rows:
         length = get(config, "data.max_prompt_length")
         _compare(config, left, f" whose prompts have at most {length} tokens (data.max_prompt_length)")
+
+
+def _usable(config: DictConfig, tables: list[Table]) -> int | None:
+    """The number of training rows; ``None`` where a file is on another file system."""
+    if len(tables) != len(files_of(config, "data.train_files")):
+        return None
+    rows, limit = sum(len(table.prompts) for table in tables), get(config, "data.train_max_samples", -1)
+    return min(rows, limit) if limit > 0 else rows
 
 
 def needed_rows(config: DictConfig) -> int:

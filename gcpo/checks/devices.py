@@ -58,10 +58,11 @@ def check_devices(config: DictConfig) -> None:
              for name in ("tensor_model_parallel_size", "data_parallel_size")}  # fmt: skip
     engine = prod(sizes.values())
     if gpus * nodes % engine:
-        tensor = f"{ROLLOUT}.tensor_model_parallel_size"
+        larger = [key for key, size in sizes.items() if size > 1]
         raise ConfigError(
-            f"{tensor} is {sizes[tensor]}: a rollout engine takes {engine} devices, and the run has {gpus * nodes} "
-            f"(trainer.n_gpus_per_node is {gpus}, trainer.nnodes is {nodes}), which it does not divide; set {tensor}=1"
+            f"a rollout engine takes {engine} devices ({', '.join(f'{key} is {sizes[key]}' for key in larger)}), which "
+            f"does not divide the {gpus * nodes} of the run (trainer.n_gpus_per_node is {gpus}, trainer.nnodes is "
+            f"{nodes}); set {' '.join(f'{key}=1' for key in larger)}"
         )
     if nodes > 1 or _on_cluster(config):
         return  # Only Ray can count the devices of its cluster, and verl asks it before it makes a worker.

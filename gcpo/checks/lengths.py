@@ -46,8 +46,7 @@ def check_lengths(config: DictConfig, gcpo: GCPOConfig, model: Any) -> None:
     context = getattr(model, "max_position_embeddings", None)
     if context is not None and prompt + response > context:
         raise ConfigError(
-            f"{_PROMPT} + {_RESPONSE} is {prompt + response}, the model's context {context}: "
-            "make one of them smaller"
+            f"{_PROMPT} + {_RESPONSE} is {prompt + response}, the model's context {context}: make one of them smaller"
         )
     limit = rollout.get("max_model_len") or context
     if limit is not None and max(need, longest_row) > limit:

@@ -141,7 +141,9 @@ def _check_tokenizer(config: DictConfig, path: str) -> None:
     if folder is None:
         return
     if not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
-        raise ConfigError(f"{KEY}: the folder {place} has no tokenizer (none of {', '.join(_TOKENIZER_FILES[:4])}, ...)")
+        raise ConfigError(
+            f"{KEY}: the folder {place} has no tokenizer (none of {', '.join(_TOKENIZER_FILES[:4])}, ...)"
+        )
     if get(config, f"{MODEL}.custom_chat_template"):
         return
     settings = folder / "tokenizer_config.json"

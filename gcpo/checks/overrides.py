@@ -10,6 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gcpo.checks.reading import first_line
+from gcpo.checks.supported import LEGACY
+
+_UNREAD = ("critic", *LEGACY)
+"""Groups of verl's yaml that no run of ours reads; their keys are never suggested."""
 
 
 def override_problem(error: Exception, compose: Callable[[], DictConfig]) -> str:
@@ -37,7 +41,7 @@ def _unknown_key(key: str, compose: Callable[[], DictConfig]) -> str:
     keys = list(dotted_keys(compose()))
     if key in keys:
         return f"{key} is a group of settings: set one of the settings in it"
-    near = nearest(key, keys)
+    near = nearest(key, (other for other in keys if other.partition(".")[0] not in _UNREAD))
     advice = f"did you mean {near}? " if near else ""
     return f"{key} is not a setting; {advice}A new one is added with a + before it"
 

@@ -235,9 +235,7 @@ def _check_rollout(config: DictConfig, gcpo: GCPOConfig) -> None:
     if not gcpo.needs_rollout:
         return
     if not get(config, f"{ROLLOUT}.agent.agent_loop_manager_class"):
-        raise ConfigError(
-            f"nothing makes the collider draws; set ++{ROLLOUT}.agent.agent_loop_manager_class={MANAGER}"
-        )
+        raise ConfigError(f"nothing makes the collider draws; set ++{ROLLOUT}.agent.agent_loop_manager_class={MANAGER}")
     if get(config, f"{ROLLOUT}.ignore_eos"):
         raise ConfigError(
             f"{ROLLOUT}.ignore_eos is True: every draw is then cut at its limit, and a cut draw is left out; set "

@@ -187,6 +187,7 @@ def test_resume_through_verls_entry_point(first_run: tuple[Path, list[dict]], in
         output,
         "resumed",
         *verl_overrides(),
+        *STEPS,
         "trainer.total_training_steps=3",
         "+gcpo.preset=light",
         "+gcpo.kappa=0.02",
@@ -200,7 +201,7 @@ def test_resume_through_verls_entry_point(first_run: tuple[Path, list[dict]], in
 
 
 def test_two_ranks_balanced(inputs: Path, tmp_path: Path) -> None:
-    """A step on two FSDP ranks and two vLLM servers, with a batch that verl has to pad."""
+    """A step on two FSDP ranks and two vLLM servers."""
     steps, _ = train(
         "recipe.gcpo.main_gcpo",
         inputs,
@@ -212,7 +213,6 @@ def test_two_ranks_balanced(inputs: Path, tmp_path: Path) -> None:
             "trainer.n_gpus_per_node=2",
             "actor_rollout_ref.rollout.agent.num_workers=2",
             "trainer.total_training_steps=1",
-            "data.train_batch_size=3",
         ),
     )
     assert steps[0]["actor/grad_norm"] > 0
