@@ -167,3 +167,85 @@ def test_policy_loss_is_vanilla() -> None:
     arguments = (old, new, advantages, torch.ones(3, 4), "token-mean", config)
     ours, verls = get_policy_loss_fn("gcpo")(*arguments), get_policy_loss_fn("vanilla")(*arguments)
     assert torch.equal(ours[0], verls[0]) and ours[1] == verls[1]
+
+
+def test_names_in_the_checks_are_verl_s() -> None:
+    """The checks of a run list verl's names, so that they need not import verl."""
+    from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, kl_penalty
+    from verl.utils.tracking import Tracking
+
+    from gcpo.checks import values
+
+    actor = "actor_rollout_ref.actor"
+    # `bypass_mode` belongs to a rollout correction that is refused.
+    assert set(values.CHOICES[f"{actor}.policy_loss.loss_mode"]) == set(POLICY_LOSS_REGISTRY) - {"bypass_mode"}
+    for mode in values.CHOICES[f"{actor}.loss_agg_mode"]:
+        agg_loss(torch.ones(1, 1), torch.ones(1, 1), mode, batch_num_tokens=1, global_batch_size=1)
+    for kind in values.CHOICES[f"{actor}.kl_loss_type"]:
+        kl_penalty(torch.zeros(1), torch.zeros(1), kind)
+    assert set(values.LOGGERS) == {*Tracking.supported_backend, "tracking"}
+    for name in values.REWARD_MANAGERS:
+        get_reward_manager_cls(name)
+    for number in ("lr", "weight_decay", "clip_grad", "lr_warmup_steps", "lr_warmup_steps_ratio", "min_lr_ratio"):
+        assert f"{actor}.optim.{number}" in values.NUMBERS
+
+
+def test_checked_settings_exist() -> None:
+    """A key that is misspelt in the checks, or that verl renames, would check nothing."""
+    from omegaconf import OmegaConf
+
+    from gcpo.checks import supported, values
+    from gcpo.checks.overrides import dotted_keys
+    from tests.run_inputs import composed
+
+    known = set(dotted_keys(composed("gcpo_trainer", "device=cpu"))) | set(dotted_keys(composed("verl")))
+    checked = {*values.NUMBERS, *values.CHOICES, *values.SWITCHES, *supported.REFUSED, *supported.LEGACY}
+    assert checked <= known
+    assert OmegaConf.select(composed("gcpo_trainer"), "trainer.v1.trainer_mode") == "gcpo"
+
+
+def test_the_loss_depends_on_the_micro_batch_without_a_scale() -> None:
+    """Why seq-mean-token-sum-norm needs loss_scale_factor: verl divides by the width of what it is given."""
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    def loss(width: int, scale: int | None) -> float:
+        mask = torch.zeros(1, width)
+        mask[0, :2] = 1
+        return float(
+            agg_loss(
+                torch.ones(1, width), mask, "seq-mean-token-sum-norm", global_batch_size=1, loss_scale_factor=scale
+            )
+        )
+
+    assert loss(2, None) != loss(8, None)
+    assert loss(2, 64) == loss(8, 64)
+
+
+def test_verl_s_clip_ratio_is_not_read_beside_its_bounds() -> None:
+    """Why actor.clip_ratio by itself is refused."""
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import FSDPActorConfig
+
+    old, new = torch.zeros(1, 1), torch.ones(1, 1)
+    arguments = (old, new, torch.ones(1, 1), torch.ones(1, 1), "token-mean")
+    losses = [
+        get_policy_loss_fn("vanilla")(
+            *arguments, FSDPActorConfig(strategy="fsdp2", rollout_n=4, use_dynamic_bsz=True, clip_ratio=ratio)
+        )[0]
+        for ratio in (0.2, 0.5)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_verl_s_rejection_changes_the_response_mask() -> None:
+    """Why rollout_rs is refused: the mask loses tokens after the causal stage has read it."""
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+
+    old = torch.zeros(1, 3)
+    rollout = torch.tensor([[0.0, -3.0, 0.0]])
+    mask = torch.ones(1, 3)
+    _, changed, _ = compute_rollout_correction_and_rejection_mask(
+        old, rollout, mask, rollout_is=None, rollout_rs="token_k1", rollout_rs_threshold="0.5_2.0"
+    )
+    assert changed.sum() < mask.sum()

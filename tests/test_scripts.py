@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluation.made import rows, write_set
+from tests.run_inputs import copy_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "run_scripts").glob("*.sh"), *(ROOT / "requirements").glob("*.sh"), ROOT / ".ci" / "run"])
@@ -311,16 +311,13 @@ def test_draws_are_cut_no_earlier_than_responses(name):
 
 
 @pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
-def test_settings_pass_the_checks_of_a_run(sandbox, recipe_config, name, context):
+def test_settings_pass_the_checks_of_a_run(sandbox, recipe_config, tiny_model, monkeypatch, name, context):
     """What the scripts override exists, and all lengths fit a model with the context of the paper's."""
-    from gcpo.checks import check_run
+    from gcpo.checks import check_run, devices
 
-    (sandbox.folder / "model").mkdir()
-    (sandbox.folder / "model" / "config.json").write_text(
-        json.dumps({"model_type": "qwen2", "max_position_embeddings": context})
-    )
-    (sandbox.folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
-    data = str(write_set(sandbox.folder / "mine.parquet", rows(2)))
+    monkeypatch.setattr(devices, "count_gpus", lambda: 8)
+    copy_model(tiny_model, sandbox.folder / "model", max_position_embeddings=context)
+    data = str(write_set(sandbox.folder / "mine.parquet", rows(256)))
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}')
     sandbox.gpus(8)
     done = sandbox.run(f"gcpo_{name}.sh", "--model", "model", "--data", data, "--val", data)
@@ -332,16 +329,13 @@ def test_settings_pass_the_checks_of_a_run(sandbox, recipe_config, name, context
 
 
 @pytest.mark.parametrize("name", MATHEMATICS)
-def test_gc2po_runs_are_accepted(sandbox, recipe_config, name):
+def test_gc2po_runs_are_accepted(sandbox, recipe_config, tiny_model, monkeypatch, name):
     """The same for GC2PO, whose own prompt and branches must fit."""
-    from gcpo.checks import check_gc2po_run
+    from gcpo.checks import check_gc2po_run, devices
 
-    (sandbox.folder / "model").mkdir()
-    (sandbox.folder / "model" / "config.json").write_text(
-        json.dumps({"model_type": "qwen2", "max_position_embeddings": 131072})
-    )
-    (sandbox.folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
-    data = str(write_set(sandbox.folder / "mine.parquet", rows(2)))
+    monkeypatch.setattr(devices, "count_gpus", lambda: 8)
+    copy_model(tiny_model, sandbox.folder / "model", max_position_embeddings=131072, num_hidden_layers=3)
+    data = str(write_set(sandbox.folder / "mine.parquet", rows(256)))
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}')
     sandbox.gpus(8)
     done = sandbox.run(f"gc2po_{name}.sh", "--model", "model", "--data", data, "--val", data)

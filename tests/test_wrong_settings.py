@@ -124,7 +124,6 @@ WRONG_TOGETHER = [
     ),
     (f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", "depends on the packing"),
     (f"{ACTOR}.policy_loss.loss_mode=dro", "without a beta"),
-    (f"{ACTOR}.pad_to_length=True", "packed contexts"),
     (f"{ACTOR}.clip_ratio=0.3", "are read instead"),
     (f"{ACTOR}.grad_clip=0.5", "verl's V1 trainer does not read it"),
     (f"{ACTOR}.use_dynamic_bsz=False", "use_dynamic_bsz is False"),

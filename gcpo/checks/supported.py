@@ -190,10 +190,6 @@ def _check_engine(config: DictConfig, gcpo: GCPOConfig) -> None:
             f"{MODEL}.use_fused_kernels is True and replaces the forward that hidden states are read from; set "
             f"{MODEL}.use_fused_kernels=False"
         )
-    if get(config, f"{ACTOR}.pad_to_length") and not gcpo.is_grpo:
-        raise ConfigError(
-            f"{ACTOR}.pad_to_length is True: packed contexts have no room for padding; set {ACTOR}.pad_to_length=False"
-        )
     _check_micro_batches(config)
 
 
