@@ -13,6 +13,7 @@ from gcpo.checks.data import Table, check_filtered_steps, check_steps, read_tabl
 from gcpo.checks.devices import check_batches, check_devices
 from gcpo.checks.lengths import check_branches, check_lengths, longest_prompt
 from gcpo.checks.model import check_model, check_perturbable, model_config
+from gcpo.checks.packages import check_packages
 from gcpo.checks.plugin import plugin_problem
 from gcpo.checks.reading import ACTOR, MODEL, get, group
 from gcpo.checks.resume import check_resume
@@ -109,9 +110,10 @@ def _check_forward(config: DictConfig, gc2po: GC2POConfig) -> None:
 
 
 def _check_inputs(config: DictConfig) -> list[Table]:
-    """Data, reward function and checkpoint; the training files."""
+    """Data, reward function, checkpoint and packages; the training files."""
     train, validation = (read_tables(config, key) for key in ("data.train_files", "data.val_files"))
     check_reward(config, [*train, *validation])
     check_resume(config)
+    check_packages(config)
     check_steps(config, train)
     return train

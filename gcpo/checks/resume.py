@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -48,5 +49,9 @@ def _check_output(config: DictConfig) -> None:
             raise ConfigError(f"{key} is {name!r}; it must be the name of a folder")
         path = Path(name)
         blocked = next((part for part in (path, *path.parents) if part.exists()), None)
-        if "://" not in name and blocked is not None and not blocked.is_dir():
+        if "://" in name or blocked is None:
+            continue
+        if not blocked.is_dir():
             raise ConfigError(f"{key} is {name}, and {blocked} is a file; name another folder")
+        if not os.access(blocked, os.W_OK | os.X_OK):
+            raise ConfigError(f"{key} is {name}, and nothing can be written in {blocked}; name another folder")

@@ -62,6 +62,12 @@ def check_reward(config: DictConfig, tables: Iterable[Table]) -> None:
     check_function(path, get(config, f"{KEY}.name"))
     if path != OURS:
         return
+    url = get(config, "reward.sandbox_fusion.url")
+    if url is not None:
+        raise ConfigError(
+            f"reward.sandbox_fusion.url is {url!r}: it is read by verl's own reward function and not by {OURS}; set "
+            f"reward.sandbox_fusion.url=null ++{_OPTIONS}.sandbox_fusion_url={url}"
+        )
     options = group(config, _OPTIONS)
     _check_options(options)
     _check_sandbox(options, tables)

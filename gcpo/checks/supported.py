@@ -41,6 +41,9 @@ REFUSED: dict[str, tuple[str, str]] = {
     "reward.reward_model.enable": ("rewards must be known when a group completes; use a reward function", "False"),
     "distillation.enabled": ("distillation is not supported", "False"),
     "skip.rollout_tq.enable": ("a skipped rollout holds no collider draws", "False"),
+    "skip.rollout.enable": ("verl's V1 trainer does not read it", "False"),
+    "skip.async_rollout.enable": ("verl's V1 trainer does not read it", "False"),
+    "algorithm.use_pf_ppo": ("verl reads it with the estimator gae only", "False"),
 }
 
 LEGACY = ("custom_reward_function", "reward_model", "sandbox_fusion")
@@ -107,6 +110,12 @@ def _check_without_effect(config: DictConfig) -> None:
             f"{ACTOR}.grad_clip is {grad_clip}: verl's V1 trainer does not read it; set "
             f"{ACTOR}.optim.clip_grad={grad_clip}"
         )
+    for key, value in ((f"{ROLLOUT}.do_sample", True), ("data.reward_fn_key", "data_source")):
+        if get(config, key, value) != value:
+            raise ConfigError(
+                f"{key} is {get(config, key)!r}: verl's V1 trainer does not read it and goes on as with {value}; set "
+                f"{key}={value}"
+            )
     for ours, verls in ((f"{ROLLOUT}.prompt_length", "data.max_prompt_length"),
                         (f"{ROLLOUT}.response_length", "data.max_response_length")):  # fmt: skip
         if get(config, ours) not in (None, get(config, verls)):
@@ -169,7 +178,13 @@ def _check_objective(config: DictConfig, gcpo: GCPOConfig, mode: str) -> None:
             f"policy term only, and the causal stage has read it already; set {correction}.rollout_rs=null"
         )
     threshold = get(config, f"{correction}.rollout_is_threshold")
-    if get(config, f"{correction}.rollout_is") and "_" in str(threshold):
+    weights = get(config, f"{correction}.rollout_is")
+    if weights and not get(config, f"{ROLLOUT}.calculate_log_probs"):
+        raise ConfigError(
+            f"{correction}.rollout_is is {weights}, and without the rollout's log-probabilities verl corrects nothing; "
+            f"set {ROLLOUT}.calculate_log_probs=True"
+        )
+    if weights and "_" in str(threshold):
         raise ConfigError(
             f"{correction}.rollout_is_threshold is {threshold!r}: with two bounds verl gives the tokens outside of "
             "them the weight 0 in the policy term only; set one bound, for example "

@@ -141,6 +141,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
                                        "kl_cov", "geo_mean", "dro", "cispo"),
     f"{ACTOR}.optim.lr_scheduler_type": ("constant", "cosine"),
     f"{ROLLOUT}.dtype": ("auto", "float16", "half", "bfloat16", "float32", "float"),
+    "algorithm.rollout_correction.rollout_is": ("token", "sequence"),
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
     "trainer.device": ("cuda", "cpu", "npu"),
     "reward.reward_manager.source": ("register", "importlib"),
