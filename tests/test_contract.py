@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -203,6 +204,21 @@ def test_checked_settings_exist() -> None:
     checked = {*values.NUMBERS, *values.CHOICES, *values.SWITCHES, *supported.REFUSED, *supported.LEGACY}
     assert checked <= known
     assert OmegaConf.select(composed("gcpo_trainer"), "trainer.v1.trainer_mode") == "gcpo"
+
+
+def test_the_page_on_verl_s_settings() -> None:
+    """docs/verl_settings.md names settings that exist, and every one that is refused by name."""
+    from gcpo.checks import supported
+    from gcpo.checks.overrides import dotted_keys
+    from tests.run_inputs import composed
+
+    text = (ROOT / "docs" / "verl_settings.md").read_text()
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
+    verdicts = {key: verdict.strip() for keys, verdict in rows for key in re.findall(r"`([^`]+)`", keys)}
+    assert verdicts.keys() <= set(dotted_keys(composed("verl")))
+    for key in (*supported.REFUSED, *supported.LEGACY):
+        assert verdicts[key].startswith("refused"), key
+    assert all(re.match("works|made right|refused|no effect", verdict) for verdict in verdicts.values())
 
 
 def test_the_loss_depends_on_the_micro_batch_without_a_scale() -> None:
