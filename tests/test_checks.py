@@ -317,8 +317,19 @@ def test_programs_need_a_sandbox(run_inputs: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(sandbox, "check", refuse)
     check_run(config_of(run_inputs))
-    code = write_rows(tmp_path / "code.parquet", [row(data_source="gcpo/mbpp")])
+    tests = {"ground_truth": json.dumps({"inputs": ["1"], "outputs": ["1"]})}
+    code = write_rows(tmp_path / "code.parquet", [row(data_source="gcpo/mbpp", reward_model=tests)])
     refused(run_inputs, "reward_kwargs: no sandbox works here: install bubblewrap", f"data.val_files={code}")
+
+
+def test_rows_that_no_grader_understands(run_inputs: Path, tmp_path: Path) -> None:
+    """Tests that cannot be read, and data sets without a grader: the row and the file are named."""
+    for number, (source, truth) in enumerate(
+        [("gcpo/mbpp", "no tests"), ("searchR1_nq", "Paris"), ("mine", "assert f() == 1")]
+    ):
+        rows = [row(0), row(1, data_source=source, reward_model={"ground_truth": truth})]
+        file = write_rows(tmp_path / f"{number}.parquet", rows)
+        refused(run_inputs, f"row 1 of {file} cannot be graded", f"data.val_files={file}")
 
 
 def test_a_checkpoint_to_resume_from(run_inputs: Path, tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def check_reward(config: DictConfig, tables: Iterable[Table]) -> None:
         )
     options = group(config, _OPTIONS)
     _check_options(options)
-    _check_sandbox(options, tables)
+    if _check_rows(tables):
+        _check_sandbox(options)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -82,12 +83,24 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ConfigError(f"{_OPTIONS}.{name} is {value!r}; it must be {kind}")
 
 
-def _check_sandbox(options: dict[str, Any], tables: Iterable[Table]) -> None:
-    from gcpo.rewards import code
+def _check_rows(tables: Iterable[Table]) -> bool:
+    """Every row has a grader that can read its ground truth; whether there are programs among the rows."""
+    from gcpo.rewards import grader_of, problem_of
+
+    programs = False
+    for table in tables:
+        for row, (source, entry) in enumerate(zip(table.sources, table.truths, strict=True)):
+            truth = entry["ground_truth"]
+            problem = problem_of(source, truth)
+            if problem is not None:
+                raise ConfigError(f"{KEY}: row {row} of {table.file} cannot be graded: {problem}")
+            programs = programs or grader_of(source, truth) == "code"
+    return programs
+
+
+def _check_sandbox(options: dict[str, Any]) -> None:
     from gcpo.rewards.sandbox import SandboxError, check
 
-    if not any(code.is_code(source) for table in tables for source in set(table.sources)):
-        return
     settings = {name: options[name] for name in ("sandbox", "sandbox_fusion_url") if name in options}
     try:
         logger.info("gcpo: programs are graded in the sandbox %s", check(**settings))

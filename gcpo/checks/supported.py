@@ -226,11 +226,11 @@ def _check_micro_batches(config: DictConfig) -> None:
 
 
 def _check_rollout(config: DictConfig, gcpo: GCPOConfig) -> None:
-    chunked = get(config, f"{ROLLOUT}.enable_chunked_prefill")
-    if get(config, "trainer.device") == "cpu" and chunked and gcpo.seed is not None:
+    chunked = f"{ROLLOUT}.enable_chunked_prefill"
+    if get(config, "trainer.device") == "cpu" and get(config, chunked) and gcpo.seed is not None:
         raise ConfigError(
-            f"{ROLLOUT}.enable_chunked_prefill is True: on the CPU vLLM cannot chunk the prompt of a request that has "
-            f"a seed; set {ROLLOUT}.enable_chunked_prefill=False, or gcpo.seed=null"
+            f"{chunked} is True: on the CPU vLLM cannot chunk the prompt of a request that has a seed; set "
+            f"{chunked}=False, or ++gcpo.seed=null"
         )
     if get(config, "trainer.val_only") and not get(config, "trainer.val_before_train", True):
         raise ConfigError(
