@@ -322,14 +322,31 @@ def test_programs_need_a_sandbox(run_inputs: Path, tmp_path: Path, monkeypatch: 
     refused(run_inputs, "reward_kwargs: no sandbox works here: install bubblewrap", f"data.val_files={code}")
 
 
-def test_rows_that_no_grader_understands(run_inputs: Path, tmp_path: Path) -> None:
-    """Tests that cannot be read, and data sets without a grader: the row and the file are named."""
-    for number, (source, truth) in enumerate(
-        [("gcpo/mbpp", "no tests"), ("searchR1_nq", "Paris"), ("mine", "assert f() == 1")]
-    ):
-        rows = [row(0), row(1, data_source=source, reward_model={"ground_truth": truth})]
-        file = write_rows(tmp_path / f"{number}.parquet", rows)
-        refused(run_inputs, f"row 1 of {file} cannot be graded", f"data.val_files={file}")
+@pytest.mark.parametrize(
+    ("source", "truth", "says"),
+    [
+        ("gcpo/mbpp", "no tests", "the tests of a program are no JSON"),
+        ("searchR1_nq", "Paris", "the data set searchR1_nq is question answering by search"),
+        ("livecodebench", "7", "the tests of a program must be a JSON object"),
+        ("mine", '{"functional": "def check(c): ..."}', "have the keys \\['functional'\\]"),
+        ("mine", "assert f() == 1", "is Python code"),
+    ],
+)
+def test_rows_that_no_grader_understands(run_inputs: Path, tmp_path: Path, source: str, truth: str, says: str) -> None:
+    """Such rows would train with reward 0 throughout; another reward function may know them."""
+    rows = [row(0), row(1, data_source=source, reward_model={"ground_truth": truth}), *map(row, range(2, 20))]
+    file = write_rows(tmp_path / "bad.parquet", rows)
+    for key in ("train_files", "val_files"):
+        refused(run_inputs, f"row 1 of {file} cannot be graded: .*{says}", f"data.{key}={file}")
+    other = "reward.custom_reward_function.path=pkg://tests.end_to_end.length_reward"
+    check_run(config_of(run_inputs, f"data.train_files={file}", other))
+
+
+def test_verls_own_parquets_pass(run_inputs: Path, tmp_path: Path) -> None:
+    """GSM8K and DAPO as verl prepares them, and a set under another name."""
+    sources = ("openai/gsm8k", "math_dapo", "lighteval/MATH")
+    rows = [row(i, data_source=sources[i % 3]) for i in range(20)]
+    check_run(config_of(run_inputs, f"data.train_files={write_rows(tmp_path / 'verl.parquet', rows)}"))
 
 
 def test_a_checkpoint_to_resume_from(run_inputs: Path, tmp_path: Path) -> None:
