@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from typing import Any, ClassVar
 
 import ray
@@ -17,6 +18,9 @@ from gcpo.adapters.checkpoints import WholeCheckpoints
 from gcpo.adapters.fetching import OwnFieldsTrainer
 from gcpo.adapters.liveness import WatchedTrainer
 from gcpo.adapters.stability import StableTrainer
+from gcpo.adapters.zero_rewards import zero_reward_warning
+
+logger = logging.getLogger(__name__)
 
 _ACTOR_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
 
@@ -29,6 +33,7 @@ class GroupTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTra
     """Name of the trainer mode, and what its metrics begin with."""
     worker_class: ClassVar[type]
     """The actor's worker."""
+    _rewards_seen = False
 
     @property
     def trainer_mode(self) -> str:
@@ -132,3 +137,12 @@ class GroupTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTra
                 f"number on all {len(errors)} responses of step {self.global_steps}; the first causes are in the log "
                 'of the agent loop ("gcpo: the reward function")'
             )
+        self._warn_of_zero_rewards(batch)
+
+    def _warn_of_zero_rewards(self, batch: KVBatchMeta) -> None:
+        """Look at the rewards of the first step of this run."""
+        if not self._rewards_seen:
+            self._rewards_seen = True
+            ours = self.config.reward.custom_reward_function.path == "pkg://gcpo.rewards"
+            if warning := zero_reward_warning(batch, self.tokenizer, ours=ours):
+                logger.warning(warning)
