@@ -31,8 +31,9 @@ from typing import Any
 from gcpo.rewards.blocks import answer_of, code_blocks, program_blocks
 from gcpo.rewards.pool import size
 from gcpo.rewards.sandbox import Limits, Program, Sandbox, open_sandbox
+from gcpo.rewards.sources import is_code
 
-__all__ = ["Grade", "compute_score", "extract", "grade", "grade_many", "load_tests", "program_of"]
+__all__ = ["Grade", "compute_score", "extract", "grade", "grade_many", "is_code", "load_tests", "program_of"]
 
 MAX_PROGRAM_CHARS = 100_000
 """A longer program is wrong."""
