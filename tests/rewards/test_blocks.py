@@ -92,6 +92,9 @@ def test_info_strings_that_do_not(info):
         # more than one block
         f"```python\n{CODE}\n```\nExample:\n```python\nprint(total([1]))\n```",
         f"```python\n{CODE}\n```\nTests:\n```python\nassert total([1,2])==3\n```",
+        f"```python\n{CODE}\n```\nA wrong test:\n```python\nassert total([1,2])==4\n```",
+        f"```python\n{CODE}\n```\nIn a session:\n```python\n>>> total([1])\n1\n```",
+        f"```python\n{CODE}\n```\nUse it:\n```python\nprint(total(list(map(int, input().split()))))\n```",
         f"```python\n{CODE}\n```\n```python\n```",
         f"```python\n{CODE}\n```\n```python\n\n",
         f"```\n{CODE}\n```\nOutput:\n```\n3\n```",
@@ -160,6 +163,14 @@ def test_the_format_asks_for_a_closed_block(box):
     assert grade(f"```python\n{CODE}\n```", TOTAL).format
     assert not grade(f"```python\n{CODE}", TOTAL).format
     assert not grade(f"```cpp\n{CODE}\n```", TOTAL).format
+
+
+def test_a_fence_with_more_indentation_does_not_close():
+    """CommonMark: at most three spaces more than the opening fence."""
+    for more, closes in ((0, True), (3, True), (4, False), (8, False)):
+        for fence in ("", "  "):
+            text = f"{fence}```cpp\nx\n{fence}{' ' * more}```\ny\n{fence}```\n"
+            assert ("y" not in code_blocks(text)[0].code) is closes
 
 
 def test_the_choice():
