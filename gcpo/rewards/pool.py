@@ -37,6 +37,7 @@ MAX_WORKERS = 8
 """Most workers of a process; verl has several processes that grade."""
 
 _PROGRAM = Path(__file__).with_name("worker.py")
+_PACKAGE_ROOT = Path(__file__).parents[2]
 
 
 class GraderError(RuntimeError):
@@ -54,7 +55,7 @@ class _Worker:
     def __init__(self, seconds: float, memory: int) -> None:
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(_PACKAGE_ROOT)]),
             "PYTHONHASHSEED": "0",  # sympy's order of terms, and with it what it can simplify, depends on it
         }
         try:
@@ -83,9 +84,9 @@ class _Worker:
         """One byte, or none where the process ended or did not reply in time."""
         return self._replies.read(1) if self._poll.poll(1000 * seconds) else b""
 
-    def same(self, truth: str, answer: str, boxed: bool) -> bool | None:
+    def same(self, truth: str, answer: str) -> bool | None:
         """Its verdict; ``None`` where it ended or did not reply in time, and is of no more use."""
-        self._requests.write(json.dumps([truth, answer, boxed]).encode() + b"\n")
+        self._requests.write(json.dumps([truth, answer]).encode() + b"\n")
         reply = self._reply(MAX_WALL_SECONDS)
         return reply == b"1" if reply else None
 
@@ -119,12 +120,12 @@ class Pool:
         for _ in range(workers):
             self._places.put(None)
 
-    def same(self, truth: str, answer: str, boxed: bool = True) -> bool:
+    def same(self, truth: str, answer: str) -> bool:
         """Whether math-verify takes ``answer`` for ``truth``; False where it exceeds a limit or breaks.
 
         Args:
             truth: the right answer.
-            answer: an answer, or with ``boxed=False`` a text with one after words like "the answer is".
+            answer: the given answer.
 
         Raises:
             GraderError: the worker cannot be started.
@@ -136,7 +137,7 @@ class Pool:
                 worker.end()
                 worker = None
             worker = worker or _Worker(*self._limits)
-            verdict = worker.same(truth, answer, boxed)
+            verdict = worker.same(truth, answer)
         finally:  # also after an interrupt, when a reply may still be under way
             if worker is not None and verdict is None:
                 worker.end()

@@ -1,0 +1,99 @@
+"""The answer that a response states: its boxes, or where no box is required a sentence or a line."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["boxed_answers", "stated_answer"]
+
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_EMPTY = re.compile(r"(?:\\(?:text|mathrm|l?dots|cdots)(?![A-Za-z])|[\s{}.$_\u2026]|\\[,;:! ])*")
+_JOIN = re.compile(
+    r"(?!\s*\n\s*\n)(?:[\s$&,;]|\\[()\[\],;: ]|\\\\|\\q?quad(?![A-Za-z])|(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
+    r"|\\(?:text|mathrm|mbox)\s*\{[\s,;]*(?:and|or)?[\s,;]*\}"
+    r"|\(\w{1,3}\)|(?<![A-Za-z\\])[A-Za-z](?:_\w|_\{\w+\})?'?\s*=)*"
+)
+"""Text between two boxes that are parts of one answer: separators, "and", "or", "(b)" and "y =" only."""
+_STATED = re.compile(
+    r"(?:^[ \t]*\#{4}[ \t]*|\banswer\b[*_\s]*(?:(?:is|are|equals)\b|[:=])[*_\s]*:?)(?P<answer>[^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SENTENCE_END = re.compile(r"[.!?][*_$]*(?:\s|$)")
+MAX_STATED_CHARS = 300
+"""A longer sentence after "the answer is" is no answer."""
+
+
+def _after_thinking(response: str) -> str | None:
+    """The part of a response behind its thinking, ``None`` where the thinking never ends."""
+    text = response.rpartition("</think>")[2]
+    return None if "<think>" in text else text
+
+
+def boxed_answers(response: str) -> list[str] | None:
+    r"""The answer in the boxes that end a response, ``None`` where there is no box with balanced braces.
+
+    That is the content of the last ``\boxed{...}`` that is not empty. Boxes that are parts of one answer, such as
+    ``\boxed{3} and \boxed{5}``, give one text each. A box in a box gives the inner one. Boxes in a thinking part,
+    closed or not, do not count.
+    """
+    text = _after_thinking(response)
+    boxes = _closed_boxes(text) if text is not None else []
+    if text is None or not boxes:
+        return None
+    filled = [(start, end) for start, end in boxes if not _EMPTY.fullmatch(text, start, end)]
+    if not filled:
+        return [text[slice(*boxes[-1])].strip(" ")]
+    parts = [filled[-1]]
+    for before in reversed(filled[:-1]):
+        command = text.rfind("\\", 0, parts[-1][0])
+        if not _JOIN.fullmatch(text, before[1] + 1, command):
+            break
+        parts.append(before)
+    contents = [_inner(text[start:end]) for start, end in reversed(parts)]
+    return list(dict.fromkeys(contents))
+
+
+def _closed_boxes(text: str) -> list[tuple[int, int]]:
+    """Begin and end of the content of every outermost box that is closed, in time linear in the length.
+
+    A box that is never closed is no box, and those in it count.
+    """
+    opened: list[int] = []  # where the content of an open box begins; -1 for any other brace
+    closed: list[tuple[int, int]] = []
+    for token in _BRACES.finditer(text):
+        if token[0] == "{":
+            opened.append(-1)
+        elif token[0] == "}":
+            start = opened.pop() if opened else -1
+            if start >= 0:
+                while closed and closed[-1][0] > start:
+                    closed.pop()
+                closed.append((start, token.start()))
+        elif len(token[0]) > 2:
+            opened.append(token.end())
+    return closed
+
+
+def _inner(content: str) -> str:
+    """The content of a box without the boxes in it: the only inner box where there is one, else all of the content."""
+    inner = [(start, end) for start, end in _closed_boxes(content) if not _EMPTY.fullmatch(content, start, end)]
+    if len(inner) == 1:
+        return _inner(content[slice(*inner[0])])
+    return _BOX_COMMAND.sub("", content)
+
+
+def stated_answer(response: str) -> str | None:
+    """The answer after the last "the answer is", "answer:" or ``####`` behind the thinking part, up to its sentence."""
+    text = _after_thinking(response) or ""
+    found = None
+    for found in _STATED.finditer(text):  # noqa: B007 (the last one counts)
+        pass
+    if found is None:
+        return None
+    rest = found["answer"]
+    if not rest.strip():  # the answer stands on the next line
+        rest = text[found.end() :].lstrip().partition("\n")[0]
+    end = _SENTENCE_END.search(rest, 0, MAX_STATED_CHARS + 1)
+    answer = (rest[: end.start()] if end else rest).strip(" \t*_")
+    return answer if answer and len(answer) <= MAX_STATED_CHARS else None

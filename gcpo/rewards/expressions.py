@@ -1,0 +1,124 @@
+"""The LaTeX expression that math-verify compares, for the value of an answer: a vector, a set, a region, a list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from gcpo.rewards.notation import normalize, split, split_list
+from gcpo.rewards.rationals import exact_fractions
+
+__all__ = ["cases", "column", "expression", "is_matrix", "is_ordered", "is_set", "special", "unit_vectors"]
+
+_COLUMN = re.compile(
+    r"\\begin\{([pbBvV]?|small)matrix\}(.*)\\end\{\1matrix\}(?:\^\{?\\?(?:T|top|intercal)\}?)?", re.DOTALL
+)
+_ARRAY = re.compile(r"[(\[]\\begin\{array\}\{[clr| ]*\}(.*?)\\end\{array\}[)\]]", re.DOTALL)
+_CASES = re.compile(r"(?:\\\{)?\\begin\{(cases|array|aligned)\}(?:\{[clr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_ANGLES = re.compile(r"\\langle(?![A-Za-z])(.*)\\rangle", re.DOTALL)
+_TRANSPOSED = re.compile(r"([(\[][^()\[\]]*,[^()\[\]]*[)\]])\^\{?\\?(?:T|top|intercal)\}?")
+_UNIT_VECTOR = re.compile(
+    r"\\(?:mathbf|boldsymbol|bm|hat|vec|widehat|textbf)\s*\{?\s*(?:\\(?:mathbf|boldsymbol|hat)\s*\{?)?\s*"
+    r"\\?([ijk])(?:math)?(?![A-Za-z])\s*\}*"
+)
+_NOTHING = re.compile(
+    r"(?i:\\(?:emptyset|varnothing|O)|\\\{\}|\{\}|(?:there (?:is|are) )?no(?: real)? solutions?|(?:the )?empty set"
+    r"|[a-z]\\in(?: ?\\emptyset| ?\\varnothing))"
+)
+_ALL_REALS = re.compile(r"(?i:(?:[a-z] ?\\in ?|all )(?:\\mathbb\{R\}|reals?|real numbers)|\\mathbb\{R\}|\\R|\\Reals)")
+_OR = re.compile(r" ?(?<![A-Za-z\\])or(?![A-Za-z]) ?|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])")
+_AND = re.compile(r" ?(?<![A-Za-z\\])and(?![A-Za-z]) ?|\\land(?![A-Za-z])|\\wedge(?![A-Za-z])")
+_INEQUALITY = re.compile(r"[<>]|\\(?:le|leq|leqslant|ge|geq|geqslant|lt|gt|ne|neq)(?![A-Za-z])|!=")
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
+_FACTOR = re.compile(r"(?<![\w.\\^}])(\d+(?:\.\d+)?)\(")
+_RELATIONS = ((r"<=|\\leqslant(?![A-Za-z])", r"\\le "), (r">=|\\geqslant(?![A-Za-z])", r"\\ge "), (r"!=", r"\\ne "))
+_BUILDER = re.compile(r"\\\{([a-z])(?:\\in(?:\\mathbb\{R\}|\\R))?(?:\\mid|\\colon|[|:])(.*)\\\}", re.DOTALL)
+
+
+def unit_vectors(text: str) -> str:
+    r"""``2\mathbf{i}+3\mathbf{j}`` as ``(2,3)``; other plain text stays as it is."""
+    if not _UNIT_VECTOR.search(text):
+        return text
+    signs = split(text.replace(" ", ""), {"+", "-"})
+    terms = [(sign, term) for sign, term in signs if sign or term]
+    components = {"i": "0", "j": "0"}
+    for sign, term in terms:
+        match = _UNIT_VECTOR.search(term)
+        if not match or term[match.end() :]:
+            return text
+        amount = term[: match.start()] or "1"
+        if components.get(match[1], "0") != "0":
+            return text
+        components[match[1]] = f"-{amount}" if sign == "-" else amount
+    return f"({','.join(components[name] for name in sorted(components))})"
+
+
+def column(text: str) -> str | None:
+    """A column vector as a tuple; ``None`` where a normalised text is none."""
+    match = _COLUMN.fullmatch(text)
+    if not match or "&" in match[2] or r"\begin" in match[2]:
+        return None
+    rows = [row.strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2])]
+    rows = rows if rows[-1] else rows[:-1]
+    return f"({','.join(rows)})" if len(rows) > 1 and all(rows) else None
+
+
+def is_matrix(text: str) -> bool:
+    """Whether a normalised text has a matrix."""
+    return "matrix}" in text
+
+
+def is_set(text: str) -> bool:
+    """Whether a normalised text is a set in braces."""
+    return text.startswith(r"\{") and text.endswith(r"\}")
+
+
+def is_ordered(text: str) -> bool:
+    """Whether a normalised text is a tuple or an interval in parentheses or brackets."""
+    return bool(re.fullmatch(r"[(\[].*,.*[)\]]", text, re.DOTALL)) and len(split_list(text)) == 1
+
+
+def special(text: str) -> str | None:
+    """The empty set or the set of the real numbers, where a normalised text stands for it."""
+    if _NOTHING.fullmatch(text):
+        return r"\emptyset"
+    return r"\mathbb{R}" if _ALL_REALS.fullmatch(text) else None
+
+
+def expression(text: str) -> str:
+    """The expression that a normalised value is, in LaTeX that math-verify reads."""
+    if found := special(text):
+        return found
+    for pattern, new in _RELATIONS:
+        text = re.sub(pattern, new, text)
+    text = text.replace(r"\varnothing", r"\emptyset ")
+    text = _ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
+    if (builder := _BUILDER.fullmatch(text)) and _INEQUALITY.search(builder[2]):
+        text = builder[2]
+    if (angles := _ANGLES.fullmatch(text)) and "," in angles[1]:
+        text = f"({angles[1]})"
+    text = _TRANSPOSED.sub(lambda m: f"({m[1][1:-1]})", text)
+    if _INEQUALITY.search(text):
+        text = _AND.sub(r"\\land ", _OR.sub(r"\\lor ", text))
+    text = _FACTOR.sub(r"\1\\cdot(", exact_fractions(text))
+    return ",".join(_both_signs(text)) if _PLUS_MINUS.search(text) else text
+
+
+def cases(text: str) -> str:
+    r"""The lines of a system, ``\begin{cases} x=1 \\ y=2 \end{cases}``, as a list; other text stays as it is."""
+    match = _CASES.fullmatch(text)
+    if not match or "&=" not in match[2].replace(" ", "") and "&" in match[2]:
+        return text
+    lines = [line.replace("&", "").strip(" ,;") for line in re.split(r"\\\\(?:\[[^\]]*\])?", match[2])]
+    return ",".join(normalize(line) for line in lines if line)
+
+
+def _both_signs(text: str) -> Iterator[str]:
+    r"""The elements of a list, those with ``\pm`` once as plus and once as minus; its signs go together."""
+    for element in split_list(text):
+        signs: list[Callable[[re.Match[str]], str]] = [
+            lambda m: "+" if m[1] == "pm" else "-",
+            lambda m: "-" if m[1] == "pm" else "+",
+        ]
+        for sign in signs if _PLUS_MINUS.search(element) else signs[:1]:
+            yield re.sub(r"^\+|(?<=[{(=])\+", "", _PLUS_MINUS.sub(sign, element))
