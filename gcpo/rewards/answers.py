@@ -16,7 +16,7 @@ _JOIN = re.compile(
 )
 """Text between two boxes that are parts of one answer: separators, "and", "or", "(b)" and "y =" only."""
 _STATED = re.compile(
-    r"(?:^[ \t]*\#{4}[ \t]*|\banswer\b[*_\s]*(?:(?:is|are|equals)\b|[:=])[*_\s]*:?)(?P<answer>[^\n]*)",
+    r"(?:^[ \t]*\#{4}[ \t]*|\banswer\b[*_\s]*(?:(?:is|are|equals)\b|[:=])[*_\s]*:?)",
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"[.!?][*_$]*(?:\s|$)")
@@ -91,9 +91,7 @@ def stated_answer(response: str) -> str | None:
         pass
     if found is None:
         return None
-    rest = found["answer"]
-    if not rest.strip():  # the answer stands on the next line
-        rest = text[found.end() :].lstrip().partition("\n")[0]
+    rest = text[found.end() :].lstrip().partition("\n")[0]
     end = _SENTENCE_END.search(rest, 0, MAX_STATED_CHARS + 1)
     answer = (rest[: end.start()] if end else rest).strip(" \t*_")
     return answer if answer and len(answer) <= MAX_STATED_CHARS else None

@@ -29,6 +29,7 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}|[A-Z][a-z]+")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox)\w*\s*\{[A-Za-z ]{2,}\}")
 _BASED = re.compile(r"[0-9A-Z]+_(?:\{\d+\}|\d)", re.ASCII)
 _GROUPS_OF_THREE = re.compile(r"\$?(\d{3}(?:,\d{3})+)\$?", re.ASCII)
+_PRIMES = re.compile(r"(?<=[A-Za-z})])'+")
 _ELLIPSIS = re.compile(r"\\(?:l|c)?dots(?![A-Za-z])|\.\.\.")
 
 
@@ -180,6 +181,8 @@ def _same_normal(given: str, right: str) -> bool | Questions:
         return False
     if any(map(_ELLIPSIS.search, both)) and not any(map(same_rational, both, both)):
         return False  # math-verify leaves the dots out
+    if _PRIMES.findall(given) != _PRIMES.findall(right):
+        return False  # math-verify leaves the primes out
     number = same_rational(given, right)
     return _same_statement(given, right) if number is None else number
 

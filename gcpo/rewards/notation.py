@@ -13,7 +13,7 @@ __all__ = ["DECIMAL", "NUMBER", "closing", "normalize", "plain", "plain_number",
 
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 NUMBER = re.compile(rf"[+-]?{DECIMAL}", re.ASCII)
-_GROUPED = re.compile(r"[+-]?\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?:\.\d+)?", re.ASCII)
+_GROUPED = re.compile(r"[+-]?\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+|(?:_\d{3})+)(?:\.\d+)?", re.ASCII)
 TIME = re.compile(r"(\d{1,2})(?::00|(:\d\d))? *([ap])\.? ?m\.?", re.ASCII | re.IGNORECASE)
 SCALES = {"%": -2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALED = re.compile(r"(.*[^ ]) ?(%|(?<![A-Za-z])(?:thousand|million|billion|trillion)(?![A-Za-z]))[A-Za-z ]*")
@@ -208,6 +208,9 @@ _SHORTEN = _rules(
     (r"\^(?:\\prime(?![A-Za-z])|\{\s*\\prime\s*\})", "'"),
     (r"\\[cdt]frac(?![A-Za-z])", r"\\frac"),
     (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    (r"\\frac\s*(\\[A-Za-z]+)(?![A-Za-z{]) *(?=[\w{\\])", r"\\frac{\1}"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\\[A-Za-z]+)(?![A-Za-z{])", r"\\frac\1{\2}"),
+    (r"(?<=\d)\s*\^?\s*(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th))$", ""),
     (r"\\frac\s*(\w)\s*(?=[\w{])", r"\\frac{\1}"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}"),
     (r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\d+|[A-Za-z])", r"\\sqrt\1{\2}"),
@@ -245,7 +248,7 @@ def normalize(answer: str) -> str:
 
 def plain_number(text: str) -> str:
     """``1027`` for ``01,027.0``; other text stays as it is."""
-    ungrouped = re.sub("[, ]", "", text) if _GROUPED.fullmatch(text) else text
+    ungrouped = re.sub("[, _]", "", text) if _GROUPED.fullmatch(text) else text
     if not NUMBER.fullmatch(ungrouped):
         return text
     number = Decimal(ungrouped)

@@ -157,8 +157,8 @@ class Pool:
 
     def close(self) -> None:
         """End the workers that are idle; those at work end with their comparison."""
-        for _ in range(self._places.qsize()):
-            worker = self._places.get()
+        taken = [self._places.get() for _ in range(self._places.qsize())]
+        for worker in taken:
             if worker is not None:
                 worker.end()
             self._places.put(None)

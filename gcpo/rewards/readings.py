@@ -170,6 +170,8 @@ def by_name(found: Statement) -> Statement:
 def modulus(text: str) -> str:
     r"""The modulus that ends a text, as ``7`` for ``x \equiv 3 \pmod 7``; "" where there is none."""
     match = _MODULUS.search(text)
+    if match and r"\bmod" in match[0] and r"\equiv" not in text:
+        return ""  # an operation: 7 \bmod 3 is 1
     return (match[1] or match[2] or "").strip() if match else ""
 
 
