@@ -1,6 +1,6 @@
 """Go into namespaces of one's own, with nothing but Linux and Python.
 
-Like ``inside.py``, this file is sent to a fresh interpreter as a whole, and runs before it there. `enter` leaves that
+Like ``judge.py``, this file is sent to a fresh interpreter as a whole, and runs before it there. `enter` leaves that
 process behind as a guard and goes on in a grandchild, which is the first process of its own process namespace: when it
 ends, or when the guard is killed, the kernel kills every process that it ever started, and its files are gone with its
 mounts. Around it there is

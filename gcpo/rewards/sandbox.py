@@ -2,7 +2,7 @@
 
 A sandbox is opened by name with `open_sandbox`: ``bubblewrap`` and ``namespaces`` are on this machine and need no
 privilege, ``fusion`` is a SandboxFusion service, and ``auto`` takes the first of them that proves to work. Whatever it
-is, the same ``inside.py`` runs in it. Programs are never run without one: where none works, `SandboxError` says what is
+is, the same ``judge.py`` runs in it. Programs are never run without one: where none works, `SandboxError` says what is
 missing.
 """
 
@@ -45,7 +45,9 @@ START_SECONDS = 60.0
 """A sandbox starts in less than 0.1 s; on a busy machine it may take longer."""
 
 _ANSWER = re.compile(r"[0-9a-f]{16}\{")
-_SOURCES = [Path(__file__).with_name(name) for name in ("namespaces.py", "comparison.py", "inside.py")]
+_FILES = ("namespaces", "comparison", "messages", "confinement", "child", "runs", "judge")
+_SOURCES = [Path(__file__).with_name(f"{name}.py") for name in _FILES]
+"""The files that are sent to a sandbox as one text, in this order."""
 
 
 class SandboxError(GraderError):
@@ -75,7 +77,7 @@ class Limits:
         return self.time * TOTAL_FACTOR * WALL_FACTOR
 
     def to_dict(self) -> dict[str, float]:
-        """As ``inside.py`` wants them, in bytes and seconds."""
+        """As ``judge.py`` wants them, in bytes and seconds."""
         return {
             "cpu": self.time,
             "cpu_total": self.time * TOTAL_FACTOR,
@@ -98,8 +100,8 @@ class Program:
         cases: what to test: (input, expected) for ``stdin``, (arguments, expected result) for ``call``, (source of the
             test,) for ``assert``.
         entry: name of the function, for ``call`` and where there is a ``prompt``.
-        prompt: source that the program goes on from, up to the head of ``entry``; see `inside.assemble`.
-        stars: whether to give it the names of common modules; see `inside.star_imports`.
+        prompt: source that the program goes on from, up to the head of ``entry``; see `gcpo.rewards.child.assemble`.
+        stars: whether to give it the names of common modules; see `gcpo.rewards.child.star_imports`.
         setup: source that is run before the test code, beside it: out of the program's reach.
         names: what the test code takes from the program.
         recursion: Python's recursion limit.
@@ -178,11 +180,11 @@ class Sandbox:
         return Verdict(reason is None, int(verdict["passed"]), reason or "", float(verdict["seconds"]))
 
     def _job(self) -> dict[str, Any]:
-        """What ``inside.py`` has to know of the place where it runs."""
+        """What ``judge.py`` has to know of the place where it runs."""
         raise NotImplementedError
 
     def _exchange(self, data: bytes, limits: Limits) -> tuple[list[dict[str, Any]], str | None]:
-        """Start ``inside.py`` with ``data`` as its input; returns its messages, and what went wrong outside of it."""
+        """Start ``judge.py`` with ``data`` as its input; returns its messages, and what went wrong outside of it."""
         raise NotImplementedError
 
 
@@ -192,7 +194,7 @@ def _message(value: Any) -> bytes:
 
 
 def _messages(text: str) -> list[dict[str, Any]]:
-    """The messages in what ``inside.py`` wrote; what isn't one is left out."""
+    """The messages in what ``judge.py`` wrote; what isn't one is left out."""
     found, at = [], 0
     while match := _ANSWER.search(text, at):
         start = match.end() - 1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcpo.rewards import inside
+from gcpo.rewards import judge
 from gcpo.rewards.code import grade
 from gcpo.rewards.comparison import same_output, same_value
 from gcpo.rewards.sandbox import SandboxError, check
@@ -91,7 +91,7 @@ BIG = "1" + "0" * 400 + "7"
 )
 def test_same_output(printed, expected, same):
     assert same_output(printed, expected) is same
-    assert inside.same_output is same_output
+    assert judge.same_output is same_output
 
 
 @pytest.mark.parametrize(

@@ -521,13 +521,13 @@ def test_a_kernel_that_allows_no_namespaces(tmp_path):
     available("namespaces")
     code = lines(
         "import os",
-        "from gcpo.rewards import inside, sandbox",
+        "from gcpo.rewards import confinement, sandbox",
         "machine = os.uname().machine",
-        "architecture, partly, names = inside.REFUSED[machine]",
+        "architecture, partly, names = confinement.REFUSED[machine]",
         "unshare = names.split()[names.split().index('unshare') + 1]",
         "never = {'clone': 9999, 'clone3': 9998, 'tgkill': 9997}",
-        "inside.REFUSED[machine] = (architecture, never, f'unshare {unshare}')",
-        "inside.refuse_system_calls()",
+        "confinement.REFUSED[machine] = (architecture, never, f'unshare {unshare}')",
+        "confinement.refuse_system_calls()",
         "try: sandbox.check('namespaces')",
         "except sandbox.SandboxError as error: print(error)",
     )

@@ -1,0 +1,208 @@
+"""How the judge runs a program: a child for every test, or a child that answers calls, and its limits.
+
+This file is sent to the sandbox as text, together with the others that ``judge.py`` names, so it uses the standard
+library only. It is written for Python 3.10 and later.
+"""
+
+import os
+import select
+import sys
+import time
+
+if __name__ != "__main__":  # in the sandbox, these files stand above this one
+    from gcpo.rewards.child import be_child, run_program, serve_calls
+    from gcpo.rewards.messages import (
+        MESSAGE_LIMIT,
+        REASON_LIMIT,
+        Gone,
+        Remote,
+        builtin_module,
+        describe,
+        read_message,
+        unpack,
+        write_message,
+    )
+
+
+class Failed(BaseException):
+    """The program has failed; the message says how."""
+
+
+class Clock:
+    """The limits of the child that runs now, in seconds of its processor and of the wall."""
+
+    def __init__(self, limits):
+        self.limits = limits
+        self.cpu_before = self.cpu_start = 0.0
+        self.wall_start = self.wall_case = time.monotonic()
+        self.pid = 0
+
+    def start(self, pid):
+        """A new child."""
+        self.pid = pid
+        self.next_case()
+
+    def next_case(self):
+        """The limits of one case begin anew."""
+        self.cpu_start = self.used()
+        self.wall_case = time.monotonic()
+
+    def used(self):
+        """Processor time of all children so far."""
+        if not self.pid:
+            return self.cpu_before
+        try:
+            return self.cpu_before + time.clock_gettime((~self.pid) << 3 | 2)  # the process clock of another process
+        except OSError:
+            return self.cpu_before
+
+    def end(self):
+        """Kill the child, if it still runs; returns its exit status."""
+        os.kill(self.pid, 9)  # it has not been waited for, so the number is still its own
+        self.cpu_before, pid, self.pid = self.used(), self.pid, 0
+        return os.waitpid(pid, 0)[1]
+
+    def left(self):
+        """Seconds until it makes sense to look again; raises Failed where a limit is reached."""
+        now, used, limits = time.monotonic(), self.used(), self.limits
+        left = min(
+            limits["cpu"] - (used - self.cpu_start),
+            limits["cpu_total"] - used,
+            limits["wall"] - (now - self.wall_case),
+            limits["wall_total"] - (now - self.wall_start),
+        )
+        if left <= 0:
+            raise Failed("out of time")
+        return max(left, 0.01)
+
+
+def fork():
+    """Like os.fork, with nothing in the buffers to be written twice."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return os.fork()
+
+
+def run_once(job, text, clock):
+    """Start the program with ``text`` as its standard input; returns what it printed. Raises Failed."""
+    stdin = os.memfd_create("stdin")
+    data = memoryview(text.encode("utf-8", "surrogatepass"))
+    while data:
+        data = data[os.write(stdin, data) :]
+    os.lseek(stdin, 0, os.SEEK_SET)
+    (out, child_out), (err, child_err) = os.pipe(), os.pipe()
+    pid = fork()
+    if pid == 0:
+        try:
+            be_child(job, [stdin, child_out, child_err])
+            for stream in (sys.stdin, sys.stdout):
+                stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+            run_program(job)
+        except Exception as error:
+            try:
+                os.write(2, describe(error).encode())
+            finally:
+                os._exit(1)
+    for fd in (stdin, child_out, child_err):
+        os.close(fd)
+    clock.start(pid)
+    printed = {out: bytearray(), err: bytearray()}
+    ended = os.pidfd_open(pid)
+    waiting = [out, err]
+    try:
+        for fd in waiting:
+            os.set_blocking(fd, False)
+        over = False
+        while not over:
+            over = ended in select.select([*waiting, ended], [], [], clock.left())[0]
+            waiting = [fd for fd in waiting if drain(fd, printed[fd])]
+            del printed[err][:-2000]
+            if len(printed[out]) > job["limits"]["output"]:
+                raise Failed(f"it printed more than {job['limits']['output']} bytes")
+        complaint = bytes(printed[err]).decode("utf-8", "replace").strip().split("\n")[-1][:REASON_LIMIT]
+    finally:
+        status = clock.end()
+        for fd in (out, err, ended):
+            os.close(fd)
+    if status:
+        how = f"exit code {os.WEXITSTATUS(status)}" if os.WIFEXITED(status) else f"signal {os.WTERMSIG(status)}"
+        raise Failed(complaint or "it ended with " + how)
+    return bytes(printed[out]).decode("utf-8", "replace")
+
+
+def drain(fd, into):
+    """Take what is there, up to a MiB; False at the end."""
+    try:
+        data = os.read(fd, 2**20)
+    except BlockingIOError:
+        return True
+    into += data
+    return bool(data)
+
+
+class Server:
+    """The child of ``call`` and ``assert``."""
+
+    def __init__(self, job, clock):
+        self.clock, self.broken = clock, None
+        requests, self.send = os.pipe()
+        self.receive, replies = os.pipe()
+        self.pid = fork()
+        if self.pid == 0:
+            try:
+                be_child(job, [None, None, None, requests, replies])
+                serve_calls(job, 3, 4)
+            finally:
+                os._exit(0)
+        os.close(requests)
+        os.close(replies)
+        os.set_blocking(self.send, False)
+
+    def loaded(self):
+        """Wait until the program's own code has run. Raises Failed."""
+        self.clock.start(self.pid)
+        try:
+            reply = self._receive()
+        except Gone as error:
+            raise Failed(str(error)) from None
+        if "error" in reply:
+            raise Failed(str(reply["error"][-1])[:REASON_LIMIT])
+
+    def ask(self, **request):
+        """What the child answers; raises what the program raised, or Gone."""
+        if self.broken:
+            raise Gone(self.broken)
+        try:
+            write_message(self.send, request, lambda: self._wait([], [self.send]))
+            reply = self._receive()
+            if "error" in reply:
+                name, text = reply["error"]
+                error = Exception(str(text)[:REASON_LIMIT])
+            else:
+                return unpack(reply["value"], lambda number: Remote(self, None, number))
+        except (Gone, Failed) as gone:
+            self.broken = str(gone)
+            raise Gone(self.broken) from None
+        except BrokenPipeError:
+            self.broken = "it ended before its tests did"
+            raise Gone(self.broken) from None
+        except Exception:  # nothing that the judge itself would send
+            self.broken = "it sent something unreadable"
+            raise Gone(self.broken) from None
+        type_ = getattr(builtin_module(), str(name), None)
+        if isinstance(type_, type) and issubclass(type_, Exception):
+            try:
+                error = type_(str(text).partition(": ")[2])
+            except TypeError:  # UnicodeDecodeError and the like want more
+                pass
+        raise error
+
+    def _wait(self, readable, writable):
+        while not any(select.select(readable, writable, [], self.clock.left())):
+            pass
+
+    def _receive(self):
+        reply = read_message(self.receive, MESSAGE_LIMIT, lambda: self._wait([self.receive], []))
+        if not isinstance(reply, dict) or not (reply.keys() & {"value", "error"}):
+            raise Gone("it sent something unreadable")
+        return reply
