@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,28 +76,9 @@ class TreePack:
         return tuple(ends)
 
     @cached_property
-    def key_index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The keys of all nodes one after another, for variable-length attention kernels.
-
-        Returns:
-            Where the keys stand in the row, int64 [sum of the path lengths]; cumulative query lengths and cumulative
-            key lengths, int32 [nodes + 1].
-        """
-        index = [torch.arange(*self.spans[node]) for path in self.paths for node in path]
-        queries = [end - start for start, end in self.spans]
-        keys = [sum(self.spans[node][1] - self.spans[node][0] for node in path) for path in self.paths]
-        cumulative = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys)]
-        return torch.cat(index), *cumulative
-
-    @cached_property
-    def _moved(self) -> dict[torch.device, tuple[torch.Tensor, ...]]:
+    def layouts(self) -> dict[torch.device, Any]:
+        """What a kernel keeps of this row on a device, so that it is made once for all layers of a model."""
         return {}
-
-    def key_index_on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """``key_index`` on a device; it is moved there once, for all layers of a model."""
-        if device not in self._moved:
-            self._moved[device] = tuple(tensor.to(device) for tensor in self.key_index)
-        return self._moved[device]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,15 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.packing import PrefixForest, TreePack
-from gcpo.packing import attention as attention_module
-from gcpo.packing.attention import (
-    _GatheredAttention,
-    _SubtreeAttention,
-    _varlen_attention,
-    tree_attention,
-    tree_attention_on,
-    tree_problem,
-)
+from gcpo.packing.attention import tree_attention, tree_attention_on
+from gcpo.packing.kernels import GatheredAttention, SubtreeAttention
 
 VOCABULARY = 61
 
@@ -167,8 +160,13 @@ def visible(pack: TreePack) -> torch.Tensor:
     return seen
 
 
-@pytest.mark.parametrize("attention", [_GatheredAttention, _SubtreeAttention])
-def test_against_a_dense_mask(attention: type[torch.autograd.Function]) -> None:
+def gathered(query, key, value, pack: TreePack, scaling: float) -> torch.Tensor:
+    """The way of a GPU without flash-attn, over all nodes."""
+    return GatheredAttention.apply(query, key, value, pack, scaling, range(len(pack.spans)))
+
+
+@pytest.mark.parametrize("attention", [gathered, SubtreeAttention.apply])
+def test_against_a_dense_mask(attention: Callable[..., torch.Tensor]) -> None:
     """Results and gradients are those of attention under the whole mask; the gradients, those of finite differences."""
     pack = masked_pack()
     generator = torch.Generator().manual_seed(1)
@@ -178,41 +176,11 @@ def test_against_a_dense_mask(attention: type[torch.autograd.Function]) -> None:
     )
 
     def run(*inputs: torch.Tensor) -> torch.Tensor:
-        return attention.apply(*inputs, pack, 0.7)
+        return attention(*inputs, pack, 0.7)
 
     wanted = scaled_dot_product_attention(query, key, value, visible(pack), scale=0.7, enable_gqa=True)
     torch.testing.assert_close(run(query, key, value), wanted)
     assert torch.autograd.gradcheck(run, (query, key, value))
-
-
-def varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, *, softmax_scale, causal):
-    """What flash-attn documents of ``flash_attn_varlen_func``: [total, H, D], causal to the lower right corner."""
-    assert causal and cu_queries.dtype == cu_keys.dtype == torch.int32
-    out = []
-    for (a, b), (c, d) in zip(
-        itertools.pairwise(cu_queries.tolist()), itertools.pairwise(cu_keys.tolist()), strict=True
-    ):
-        assert b - a <= max_queries and d - c <= max_keys
-        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
-        rows = (x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d]))
-        out.append(scaled_dot_product_attention(*rows, mask, scale=softmax_scale, enable_gqa=True)[0].transpose(0, 1))
-    assert b == len(query) and d == len(key)
-    return torch.cat(out)
-
-
-def test_one_call_for_the_whole_row(monkeypatch) -> None:
-    """The gathered keys and lengths that flash-attn is given on a GPU are those of the tree, also under gradients."""
-    pack = dataclasses.replace(masked_pack(), masks={})
-    inputs = [torch.randn(1, heads, len(pack), 3, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
-    wanted = scaled_dot_product_attention(*inputs, visible(pack), scale=0.7, enable_gqa=True)
-    torch.testing.assert_close(_varlen_attention(*inputs, pack, 0.7, varlen), wanted)
-    monkeypatch.setattr(attention_module, "_varlen_fits", lambda *row: True)
-    monkeypatch.setattr(attention_module, "varlen_kernel", lambda: varlen)
-    found, _ = tree_attention(torch.nn.Identity(), *inputs, None, scaling=0.7, tree_pack=pack)
-    weight = torch.randn(wanted.shape, dtype=torch.float64)
-    gradients = (torch.autograd.grad((out * weight).sum(), inputs) for out in (found.transpose(1, 2), wanted))
-    for ours, right in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, right)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -292,19 +260,16 @@ def test_every_token_sees_its_prefix_alone() -> None:
         torch.testing.assert_close(found[:, place], alone.transpose(1, 2))
 
 
-def test_what_cannot_be_packed() -> None:
-    """Each reason is a sentence; a row of another length, a mask and dropout are refused."""
-    net = model("Qwen2", torch.float32)
-    assert tree_problem(net.config, type(net)) is None
-    windowed = transformers.Qwen2Config(use_sliding_window=True, max_window_layers=0, num_hidden_layers=2)
-    assert "not full attention: sliding_attention" in tree_problem(windowed, type(net))
-    assert "attention dropout" in tree_problem(transformers.Qwen2Config(attention_dropout=0.1), type(net))
-    assert "caps" in tree_problem(transformers.PretrainedConfig(attn_logit_softcapping=30.0), type(net))
-    assert "AttentionInterface" in tree_problem(net.config, torch.nn.Linear)
+def test_rows_that_do_not_fit() -> None:
+    """A row of another length, keys of a cache, a mask and dropout are refused."""
     (pack,) = PrefixForest([torch.tensor([1, 2, 3])]).packs()
-    rows = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="one row of 3 tokens, the model was given 1 of 4"):
-        tree_attention(net, rows, rows, rows, None, tree_pack=pack)
+    module, rows = torch.nn.Identity(), torch.zeros(1, 2, 4, 8)
     fit = rows[:, :, :3]
+    with pytest.raises(ValueError, match="one row of 3 tokens, the model was given 1 of 4"):
+        tree_attention(module, rows, rows, rows, None, tree_pack=pack)
+    with pytest.raises(ValueError, match="1 of 3 with 4 keys"):
+        tree_attention(module, fit, rows, rows, None, tree_pack=pack)
     with pytest.raises(ValueError, match="neither a mask nor dropout"):
-        tree_attention(net, fit, fit, fit, torch.zeros(1), tree_pack=pack)
+        tree_attention(module, fit, fit, fit, torch.zeros(1), tree_pack=pack)
+    with pytest.raises(ValueError, match="neither a mask nor dropout"):
+        tree_attention(module, fit, fit, fit, None, dropout=0.1, tree_pack=pack)

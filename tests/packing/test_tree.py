@@ -50,9 +50,6 @@ def test_a_tree_by_hand() -> None:
     assert pack.spans == ((0, 2), (2, 4), (4, 5)) and pack.parents == (-1, 0, 0)
     places = dict(zip(pack.sequences, pack.places, strict=True))
     assert {i: place.tolist() for i, place in places.items()} == {0: [0, 1, 2, 3], 1: [0, 1, 4], 2: [0, 1]}
-    index, queries, keys = pack.key_index
-    assert index.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4]
-    assert queries.tolist() == [0, 2, 4, 5] and keys.tolist() == [0, 2, 6, 9]
 
 
 def test_short_stretches_are_repeated() -> None:
