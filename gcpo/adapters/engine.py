@@ -23,6 +23,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.torch_functional import logprobs_from_logits
 from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import _is_scalar_unit_temperature, _scale_logits_by_temperature
 
 from gcpo.adapters.conditioned import conditioned_batch, conditioned_packs
 from gcpo.adapters.losses import PARTS, causal_kl_loss, packed_causal_kl_loss
@@ -68,9 +69,21 @@ def state_module(module: torch.nn.Module, layer: int) -> torch.nn.Module:
     raise ValueError(f"{type(model).__name__} has no final norm named {' or '.join(_NORM_NAMES)}")
 
 
-def _remove(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits divided by the temperature, as verl divides those of its own rows.
+
+    verl rounds the temperature to the type of the logits: 0.7 is 0.69921875 in bfloat16. Packs must do the same, since
+    p_c of Eq. 13 comes out of a pack and p_q out of verl's rows.
+
+    Args:
+        logits: [K, V].
+        temperature: of the rollout.
+    """
+    return _scale_logits_by_temperature(
+        logits,
+        torch.tensor([temperature], dtype=torch.float32, device=logits.device),
+        is_unit_temperature=_is_scalar_unit_temperature(temperature),
+    )
 
 
 class GCPOFSDPEngine(StableEngine):
@@ -97,10 +110,23 @@ class GCPOFSDPEngine(StableEngine):
 
         output_args["gcpo_captured"] = captured
         module = state_module(self.module, layer)
-        output_args["gcpo_hooks"] = [module.register_forward_hook(keep)]
+        self._hooks.append(module.register_forward_hook(keep))
         if isinstance(row, PerturbedRow):
-            output_args["gcpo_hooks"].append(row.register(module, self.module.get_output_embeddings()))
+            self._hooks.append(row.register(module, self.module.get_output_embeddings()))
         return model_inputs, output_args
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool) -> Any:
+        """verl's forward pass; its hooks are gone afterwards, also where it failed."""
+        try:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        finally:
+            while self._hooks:
+                self._hooks.pop().remove()
+
+    @cached_property
+    def _hooks(self) -> list[RemovableHandle]:
+        """The hooks of the forward pass that is under way."""
+        return []
 
     def prepare_model_outputs(
         self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Callable | None
@@ -109,9 +135,8 @@ class GCPOFSDPEngine(StableEngine):
         row = row_of(micro_batch)
         if row is not None:
             return self._pack_outputs(row, output, output_args, micro_batch)
-        if "gcpo_hooks" not in output_args:
+        if "gcpo_captured" not in output_args:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        _remove(output_args["gcpo_hooks"])
         model_output = {}
         if tu.get_non_tensor_data(micro_batch, "gcpo_log_probs", False):
             model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
@@ -139,10 +164,7 @@ class GCPOFSDPEngine(StableEngine):
     def _pack_outputs(
         self, row: PackedRow, output: Any, output_args: dict, micro_batch: TensorDict
     ) -> dict[str, torch.Tensor]:
-        logits = output.logits.squeeze(0)
-        temperature = float(tu.get_non_tensor_data(micro_batch, "temperature", 1.0))
-        if temperature != 1.0:
-            logits = logits / temperature
+        logits = tempered(output.logits.squeeze(0), tu.get_non_tensor_data(micro_batch, "temperature", 1.0))
         if not len(logits):
             # verl's function fails where no log-probability is wanted.
             values = logits.new_zeros(0)
@@ -151,8 +173,7 @@ class GCPOFSDPEngine(StableEngine):
         else:
             values = logprobs_from_logits(logits, row.labels.to(logits.device))
         model_output = {"log_probs": torch.nested.as_nested_tensor([values], layout=torch.jagged)}
-        if "gcpo_hooks" in output_args:
-            _remove(output_args["gcpo_hooks"])
+        if "gcpo_captured" in output_args:
             hidden = output_args["gcpo_captured"][-1][0]
             states = hidden[row.state_at.to(hidden.device)].float().flatten()
             model_output["states"] = torch.nested.as_nested_tensor([states], layout=torch.jagged)

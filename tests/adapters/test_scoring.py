@@ -186,6 +186,85 @@ def test_a_model_that_trees_cannot_serve(tiny_model: Path, tmp_path: Path) -> No
     assert len(about) == 1 and "not full attention: sliding_attention" in about[0]
 
 
+# ---- what a GPU uses by default --------------------------------------------------------------------------------------
+
+
+def without_padding(rank: int, world: int, path: str, layer: int, budget: int) -> Any:
+    """Dense scores of rows that stand one behind another, several in a micro-batch, and the model's row lengths."""
+    engine = build_engine(path, use_remove_padding=True)
+    shapes: list[tuple[int, ...]] = []
+    engine.module.model.layers[0].register_forward_pre_hook(
+        lambda module, args: shapes.append(tuple(args[0].shape[:2]))
+    )
+    scorer = make_scorer(
+        engine,
+        packing="dense",
+        min_shared=2,
+        settings={"use_remove_padding": engine.use_remove_padding, "use_fused_kernels": False},
+        temperature=0.7,
+        layer=layer,
+        max_tokens=budget,
+    )
+    with engine.eval_mode():
+        return [(s.log_probs, s.state) for s in scorer(make_requests(9))], shapes, engine.use_remove_padding
+
+
+@pytest.mark.parametrize(("layer", "budget"), [(-1, 4096), (1, 45)])
+def test_states_without_padding(tiny_model: Path, layer: int, budget: int) -> None:
+    """``use_remove_padding``, verl's default on a GPU: the states and log-probs of one sequence at a time."""
+    found, shapes, removed = run_on_ranks(1, without_padding, str(tiny_model), layer, budget)[0]
+    assert removed and {rows for rows, _ in shapes} == {1}
+    longest = max(len(request.context) + len(request.target) for request in make_requests(9))
+    assert max(tokens for _, tokens in shapes) > longest  # several sequences in one row
+    assert_scores(found, expected(str(tiny_model), make_requests(9), layer))
+
+
+TEMPERATURES = (0.6, 0.7, 1.0, 1.3)
+
+
+def at_temperatures(rank: int, world: int, path: str) -> Any:
+    """log p of one sequence in bfloat16 from verl's row, with and without padding, and from a pack, of equal logits."""
+    from verl.utils import tensordict_utils as tu
+
+    from gcpo.adapters.packed import packed_batch, packed_rows
+
+    found = {}
+    ids = make_requests(4)[2].context
+    ids = torch.cat([ids, ids.flip(0), ids])
+    for removed in (False, True):
+        engine = build_engine(path, dtype="bf16", use_remove_padding=removed)
+        settings = {"use_remove_padding": removed, "use_fused_kernels": False}
+        engine.tree_problem  # noqa: B018  (the probe runs with the model's own logits)
+        logits = 6 * torch.randn(1, len(ids), 320, generator=torch.Generator().manual_seed(0))
+        # A pack's logits stand at the places that predict, which are all but the last here.
+        engine.module.lm_head.register_forward_hook(
+            lambda module, args, output, logits=logits: logits[:, : output.shape[1]].to(output.dtype)
+        )
+        for temperature in TEMPERATURES:
+            arguments = {"settings": settings, "temperature": temperature, "layer": -1, "max_tokens": 4096}
+            request = ScoreRequest(ids[:1], ids[1:], log_probs=True)
+            with engine.eval_mode():
+                (dense,) = DenseScorer(engine=engine, **arguments)([request])
+                (tree,) = TreeScorer(engine=engine, min_shared=2, **arguments)([request])
+                batch = packed_batch(packed_rows([ids], [1], [0], budget=99, min_shared=2))
+                tu.assign_non_tensor(batch, **settings, temperature=temperature)
+                with engine.tree_attention():
+                    raw = engine.infer_batch(batch)["model_output"]["log_probs"].unbind()[0]
+            found[removed, temperature] = dense.log_probs, tree.log_probs, raw, logits
+    return found
+
+
+def test_the_temperature_is_rounded_as_verl_rounds_it(tiny_model: Path) -> None:
+    """p_q, from verl's rows, and p_c, from packs, agree bit for bit in bfloat16 at every temperature."""
+    found = run_on_ranks(1, at_temperatures, str(tiny_model))[0]
+    assert len(found) == 2 * len(TEMPERATURES)
+    for (_, temperature), (dense, tree, raw, logits) in found.items():
+        assert torch.equal(dense, tree) and torch.equal(dense, raw.float()), temperature
+        exact = (logits.bfloat16() / temperature).float()
+        rounded = (logits.bfloat16() / torch.tensor(temperature).bfloat16()).float()
+        assert (temperature == 1.0) == torch.equal(exact, rounded)  # the case tells them apart
+
+
 class FakeScorer:
     """A state that names its sequence and place; log-probs that count the context."""
 
