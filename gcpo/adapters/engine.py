@@ -29,6 +29,7 @@ from gcpo.adapters.conditioned import conditioned_batch, conditioned_packs
 from gcpo.adapters.losses import PARTS, causal_kl_loss, packed_causal_kl_loss
 from gcpo.adapters.packed import PackedRow, row_of
 from gcpo.adapters.perturbed import PerturbedRow
+from gcpo.adapters.probe import probe_trees
 from gcpo.adapters.stability import StableEngine
 from gcpo.packing.attention import tree_attention_on, tree_problem
 
@@ -181,14 +182,19 @@ class GCPOFSDPEngine(StableEngine):
 
     @cached_property
     def tree_problem(self) -> str | None:
-        """Why this engine's model can't be run on packed trees, ``None`` if it can; logged once."""
+        """Why this engine's model can't be run on packed trees, ``None`` if it can; logged once.
+
+        The configuration is judged first. A model that it has nothing against is probed, which all ranks must do
+        together: workers ask for this property when they have loaded the model.
+        """
         module = backbone(self.module)
+        config = module.config
         if self.use_ulysses_sp:
             problem = "sequences are split over ranks (ulysses_sequence_parallel_size)"
         elif self.engine_config.use_fused_kernels:
             problem = "fused kernels (use_fused_kernels) compute the log-probabilities of whole rows"
         else:
-            problem = tree_problem(module.config, type(module))
+            problem = tree_problem(config, type(module)) or probe_trees(self, config.get_text_config().vocab_size)
         if problem is not None and torch.distributed.get_rank() == 0:
             logger.warning("gcpo: contexts are scored one by one, without shared prefixes: %s", problem)
         return problem

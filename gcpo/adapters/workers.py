@@ -29,10 +29,12 @@ class GCPOActorRolloutRefWorker(OwnSocketWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """verl's set-up; then the actor's loss gets the kappa term."""
+        """verl's set-up; then the actor's loss gets the kappa term, and its model is probed on packed trees."""
         super().init_model()
         if self._is_actor:
             self.actor.set_loss_fn(partial(gcpo_loss, base=self.loss_fn, config=self.loss_fn.keywords["config"]))
+            if self.config.gcpo.scoring.packing == "tree":
+                _ = self.actor.engine.tree_problem  # found, and said, before training starts
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def score_contexts(self, data: TensorDict) -> TensorDict:

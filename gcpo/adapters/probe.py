@@ -1,0 +1,76 @@
+"""The probe of a loaded model through verl's engine: packed trees against one sequence at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from verl.utils.device import get_torch_device
+
+from gcpo.adapters.scoring import DenseScorer, ScoreRequest, TreeScorer
+from gcpo.packing.attention import recorded_attention
+from gcpo.packing.probe import LONGEST, probe_sequences, verdict
+
+
+def probe_trees(engine: Any, vocabulary: int) -> str | None:
+    """Why the engine's model gives wrong results on packed trees, ``None`` if they are right.
+
+    All ranks must call it together, and all return the same: the first rank's reason where any has one.
+
+    Args:
+        engine: a ``GCPOFSDPEngine`` whose configuration has nothing against trees.
+        vocabulary: token ids of the model.
+    """
+    with _evaluating(engine):
+        problem = _compare(engine, vocabulary)
+    group = engine.get_data_parallel_group()
+    problems: list[str | None] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(problems, problem, group=group)
+    # The rollout server that starts next measures the memory that is free.
+    get_torch_device().empty_cache()
+    return next((entry for entry in problems if entry is not None), None)
+
+
+def _compare(engine: Any, vocabulary: int) -> str | None:
+    sequences = probe_sequences(vocabulary)
+    requests = [ScoreRequest(ids[:1], ids[1:], log_probs=True, state_at=len(ids) - 1) for ids in sequences]
+    common = {
+        "engine": engine,
+        "settings": {"use_remove_padding": engine.use_remove_padding, "use_fused_kernels": False},
+        "temperature": 1.0,
+        "layer": -1,
+    }
+    right = DenseScorer(**common, max_tokens=LONGEST, micro_batch_size=1)(requests)
+    with recorded_attention() as record:
+        try:
+            found = TreeScorer(**common, max_tokens=sum(map(len, sequences)), min_shared=2)(requests)
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
+        except Exception as error:
+            return f"a probe of the loaded model fails on a packed tree ({type(error).__name__}: {error})"
+    if record.problems:
+        return "; ".join(record.problems)
+    if not record.dtypes:
+        return "the loaded model does not call the attention function that it is given"
+    return verdict(
+        ([score.log_probs for score in found], [score.log_probs for score in right]),
+        ([score.state for score in found], [score.state for score in right]),
+        max(record.dtypes, key=lambda dtype: torch.finfo(dtype).eps),
+    )
+
+
+@contextmanager
+def _evaluating(engine: Any) -> Iterator[None]:
+    """Evaluation mode, also where the engine is in use; without it the parameters may be on another device."""
+    if engine.mode is None:
+        with engine.eval_mode():
+            yield
+        return
+    training = engine.module.training
+    engine.module.eval()
+    try:
+        yield
+    finally:
+        engine.module.train(training)
