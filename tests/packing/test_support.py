@@ -243,6 +243,13 @@ def test_settings_that_are_off(name: str) -> None:
     assert tree_problem(Configuration(**{name: OFF[name]}), Supported) is None
 
 
+def test_a_window_that_is_off() -> None:
+    """Some configurations keep the width of a window that is switched off; only this one width is excused."""
+    assert tree_problem(Configuration(sliding_window=4096, use_sliding_window=False), Supported) is None
+    both = Configuration(sliding_window=4096, use_sliding_window=False, attention_window_size=64)
+    assert "attention_window_size=64" in tree_problem(both, Supported)
+
+
 def test_by_hand() -> None:
     """The sentences."""
     net = model("Qwen2", torch.float32)
