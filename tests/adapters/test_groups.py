@@ -11,17 +11,9 @@ from transfer_queue import KVBatchMeta
 
 from gcpo.adapters.base import GroupTrainer
 from gcpo.adapters.trainer import GCPOTrainer
+from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
-from tests.adapters.test_pipeline import (  # noqa: F401
-    N,
-    Server,
-    groups_of,
-    make_config,
-    make_trainer,
-    questions,
-    queue,
-    roll_out,
-)
+from tests.adapters.test_pipeline import Server, groups_of, make_trainer, questions, roll_out
 
 
 class Trainer(GroupTrainer):
@@ -90,7 +82,7 @@ def test_groups_that_do_not_divide(change: str) -> None:
 
 
 def test_the_trainer_keeps_groups_together(
-    make_config: Callable, queue: MemoryQueue, tokenizer: Any  # noqa: F811
+    make_config: Callable, queue: MemoryQueue, tokenizer: Any
 ) -> None:  # fmt: skip
     """In a step, after verl's balancing, which scatters the rows; also at two groups a mini-batch on two ranks."""
     config = make_config("gcpo.preset=light", "actor_rollout_ref.actor.ppo_mini_batch_size=4")

@@ -18,16 +18,7 @@ import torch
 
 from gcpo.adapters.scores import checked_info, number, score_problem
 from tests.adapters.memory_queue import MemoryQueue
-from tests.adapters.test_pipeline import (  # noqa: F401
-    Server,
-    make_config,
-    make_trainer,
-    questions,
-    queue,
-    real,
-    roll_out,
-    take_step,
-)
+from tests.adapters.test_pipeline import Server, make_trainer, questions, real, roll_out, take_step
 
 NUMBERS = [
     (1, 1.0),
@@ -105,7 +96,7 @@ class RewardWorker:
         return pickle.loads(pickle.dumps(result))
 
 
-def test_what_a_reward_function_returns(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:  # noqa: F811
+def test_what_a_reward_function_returns(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
     """One number is the score; anything else scores 0 and is counted. Every response is stored, with a score."""
     from verl.utils import tensordict_utils as tu
 
@@ -136,7 +127,7 @@ def mixed(solution_str: str, **kwargs: Any) -> Any:
     return value
 
 
-def test_a_step_with_rewards_of_many_types(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:  # noqa: F811
+def test_a_step_with_rewards_of_many_types(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
     """The step goes through; what could not be graded is counted, and the metrics are numbers."""
     config = make_config("gcpo.preset=light")
     batch = questions(8)
@@ -150,8 +141,8 @@ def test_a_step_with_rewards_of_many_types(make_config: Callable, queue: MemoryQ
 
 
 def test_validation_with_rewards_of_many_types(
-    make_config: Callable,  # noqa: F811
-    queue: MemoryQueue,  # noqa: F811
+    make_config: Callable,
+    queue: MemoryQueue,
     tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -182,8 +173,8 @@ def test_validation_with_rewards_of_many_types(
 
 
 def test_a_reward_function_that_counts_its_own_errors(
-    make_config: Callable,  # noqa: F811
-    queue: MemoryQueue,  # noqa: F811
+    make_config: Callable,
+    queue: MemoryQueue,
     tokenizer: Any,
 ) -> None:
     """``gcpo.rewards.guarded`` reports an error under the same name: it stays counted."""

@@ -13,17 +13,9 @@ from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
 from gcpo.adapters.rollout import GCPOAgentLoopManager
 from gcpo.checks import check_run
 from gcpo.config import ConfigError
+from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
-from tests.adapters.test_pipeline import (  # noqa: F401
-    GENERATED,
-    N,
-    Server,
-    make_config,
-    make_trainer,
-    queue,
-    roll_out,
-    take_step,
-)
+from tests.adapters.test_pipeline import GENERATED, Server, make_trainer, roll_out, take_step
 
 ALIKE = ("a", "b", "a", "a")
 """Two workers get the first two rows and the last two."""
@@ -72,8 +64,8 @@ def seeds(server: Server) -> list[int]:
 
 @pytest.mark.parametrize("index", [0, None, [3, 3, 3, 3], [0, 1, 2, 3]], ids=repr)
 def test_rows_that_are_alike(
-    make_config: Callable,  # noqa: F811
-    queue: MemoryQueue,  # noqa: F811
+    make_config: Callable,
+    queue: MemoryQueue,
     make_manager: Callable,
     index: Any,
 ) -> None:
@@ -93,7 +85,7 @@ def test_rows_that_are_alike(
     assert runs[0] == runs[1]
 
 
-def test_batches_of_one_step(make_config: Callable, queue: MemoryQueue, make_manager: Callable) -> None:  # noqa: F811
+def test_batches_of_one_step(make_config: Callable, queue: MemoryQueue, make_manager: Callable) -> None:
     """A row that comes again in a later batch of the step is another one; at the next step all seeds are others."""
     config = make_config("gcpo.preset=light")
     server = Server()
@@ -108,7 +100,7 @@ def test_batches_of_one_step(make_config: Callable, queue: MemoryQueue, make_man
     assert manager.questions.of_uid == {"z0": 0, "z1": 0, "z2": 0}
 
 
-def test_validation(make_config: Callable, queue: MemoryQueue, make_manager: Callable) -> None:  # noqa: F811
+def test_validation(make_config: Callable, queue: MemoryQueue, make_manager: Callable) -> None:
     """Every validation has the same seeds, also where its rows come in several batches and are alike."""
     config = make_config("gcpo.preset=light", "actor_rollout_ref.rollout.val_kwargs.n=2")
     server = Server()
@@ -124,8 +116,8 @@ def test_validation(make_config: Callable, queue: MemoryQueue, make_manager: Cal
 
 
 def test_rows_that_are_alike_keep_their_places(
-    make_config: Callable,  # noqa: F811
-    queue: MemoryQueue,  # noqa: F811
+    make_config: Callable,
+    queue: MemoryQueue,
     make_manager: Callable,
     monkeypatch: pytest.MonkeyPatch,
     tokenizer: Any,
@@ -144,7 +136,7 @@ def test_rows_that_are_alike_keep_their_places(
         assert trainer._balance_batch(queue.meta(keys, "train"), {}).keys == wanted
 
 
-def test_a_worker_without_the_manager(make_config: Callable, queue: MemoryQueue) -> None:  # noqa: F811
+def test_a_worker_without_the_manager(make_config: Callable, queue: MemoryQueue) -> None:
     """The worker numbers rows that nobody numbered; none of it becomes a field of a response."""
     server = Server()
     roll_out(make_config("gcpo.preset=light"), server, batch=rows(ALIKE))
@@ -174,8 +166,8 @@ class Unseeded(Server):
     ids=["gcpo", "grpo"],
 )
 def test_no_request_has_a_seed(
-    make_config: Callable,  # noqa: F811
-    queue: MemoryQueue,  # noqa: F811
+    make_config: Callable,
+    queue: MemoryQueue,
     make_manager: Callable,
     tokenizer: Any,
     overrides: tuple[str, ...],
@@ -194,7 +186,7 @@ def test_no_request_has_a_seed(
     take_step(make_trainer(config, queue, tokenizer), queue)
 
 
-def test_chunked_prefill_needs_requests_without_seeds(make_config: Callable, tmp_path: Any) -> None:  # noqa: F811
+def test_chunked_prefill_needs_requests_without_seeds(make_config: Callable, tmp_path: Any) -> None:
     """On the CPU it is refused because of the seeds only."""
     chunked = "actor_rollout_ref.rollout.enable_chunked_prefill=True"
     with pytest.raises(ConfigError, match="gcpo.seed=null"):
