@@ -24,8 +24,11 @@ PROCESSOR_SECONDS = 15
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def run_main(*arguments: str, config: str = "gcpo_quickstart", folder: Path) -> subprocess.CompletedProcess[str]:
+def run_main(
+    *arguments: str, config: str = "gcpo_quickstart", folder: Path, full_error: bool = False
+) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    environment |= {"HYDRA_FULL_ERROR": "1"} if full_error else {}
     command = [sys.executable, "-m", "recipe.gcpo.main_gcpo", "--config-name", config, f"hydra.run.dir={folder}/hydra"]
     return subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -58,6 +61,7 @@ def test_one_line_and_status_2(run_inputs: Path, tmp_path: Path, override: str, 
         *(["actor_rollout_ref.actor.ppo_mini_batch_size=16"]),
         override,
         folder=tmp_path,
+        full_error=len(override) % 2 == 0,  # as the launcher sets it
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 2, done.stderr

@@ -46,7 +46,7 @@ def main() -> None:
     try:
         run()
     except Exception as error:  # hydra raises TypeError and others too while it composes
-        if composed or environment:
+        if composed:
             raise
         refuse(override_problem(error, lambda: compose_defaults(sys.argv)))
     finally:
