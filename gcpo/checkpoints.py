@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gcpo.faults import RunStoppedError
 from gcpo.files import sync_folder, write_atomically
 
 MANIFEST = "gcpo_manifest.json"
@@ -31,8 +32,8 @@ _NOT_SAVED = ("merged", "actor-merged")
 """Made later, by an evaluation."""
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or used; the message is one sentence for the user."""
+class CheckpointError(RunStoppedError):
+    """A checkpoint that cannot be written or used; the message also names the saved state and the way to go on."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ def checkpoints_in(root: Path) -> list[Path]:
         return []
     found = [path for path in root.iterdir() if step_of(path) is not None and path.is_dir()]
     return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+
+
+def newest_finished(root: Path) -> Path | None:
+    """The checkpoint of the highest step that has a manifest, None where there is none."""
+    return next((path for path in checkpoints_in(root) if (path / MANIFEST).exists()), None)
 
 
 def survey(folder: Path) -> dict[str, FileState]:
@@ -311,7 +317,7 @@ def abandon(folder: Path) -> Path | None:
         The newest checkpoint that has a manifest, None where there is none.
     """
     remove(folder)
-    last = next((path for path in checkpoints_in(folder.parent) if (path / MANIFEST).exists()), None)
+    last = newest_finished(folder.parent)
     tracker = folder.parent / TRACKER
     with contextlib.suppress(OSError):  # a disk that is still full; an empty file is understood by `choose`
         if last is not None:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gcpo.collider.draws import KINDS, MAX_CAUSES
+from gcpo.faults import RunStoppedError
 
 PARTS = ("draws", "targets", "references")
 
 
-class NothingValidError(RuntimeError):
+class NothingValidError(RunStoppedError):
     """A step would train as plain GRPO, because a part that was asked for is missing in all of its groups."""
 
 
@@ -98,8 +99,8 @@ class Missing:
         ]
         if gone:
             raise NothingValidError(
-                f"gcpo: {_and(gone)} that step {step} asked for is valid, so the run stops instead of training "
-                f"as plain GRPO; first causes: {self._first_causes()}"
+                f"{_and(gone)} that step {step} asked for is valid, and the run must not train as plain GRPO under "
+                f"another name; first causes: {self._first_causes()}"
             )
 
     def warning(self, step: int, max_missing: float) -> str | None:

@@ -19,6 +19,7 @@ from gcpo.adapters.fetching import OwnFieldsTrainer
 from gcpo.adapters.liveness import WatchedTrainer
 from gcpo.adapters.stability import StableTrainer
 from gcpo.adapters.zero_rewards import zero_reward_warning
+from gcpo.faults import RunStoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class GroupTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTra
                 metrics[f"{self.mode}/reward/{name}"] = sum(values) / len(values)
         metrics[f"{self.mode}/reward/errors"] = float(sum(errors))
         if errors and sum(errors) == len(errors):
-            raise RuntimeError(
+            raise RunStoppedError(
                 f"the reward function {self.config.reward.custom_reward_function.path} raised or returned no finite "
                 f"number on all {len(errors)} responses of step {self.global_steps}; the first causes are in the log "
                 'of the agent loop ("gcpo: the reward function")'

@@ -77,7 +77,7 @@ class WholeCheckpoints:
             root = Path(self.config.trainer.default_local_dir).absolute()
             if not files.is_disk_full(error, root):
                 raise
-            last = next((f for f in checkpoints.checkpoints_in(root) if (f / checkpoints.MANIFEST).exists()), None)
+            last = checkpoints.newest_finished(root)
             raise CheckpointError(
                 f"step {self.global_steps} could not write a file: {_cause(error, root)}; {_way_on(last)}"
             ) from error

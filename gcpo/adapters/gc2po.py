@@ -42,6 +42,7 @@ from gcpo.counterfactual.stage import (
     group_answers,
     group_noise,
 )
+from gcpo.faults import RunStoppedError
 from gcpo.tokens import control_ids
 
 _COUNTS = ("path", "branches", "unshared", "tagged", "malformed")
@@ -72,7 +73,7 @@ class GC2POActorRolloutRefWorker(OwnSocketWorker):
             self.layer = self.gc2po.layer_of(len(backbone(engine.module).layers))
             self.reader = TokenReader(self.actor.model_config.tokenizer)
             if self.gc2po.counterfactual and engine.tree_problem is not None:
-                raise RuntimeError(
+                raise RunStoppedError(
                     f"GC2PO perturbs states in packed rows, which this run can't have: {engine.tree_problem}; use "
                     "another model, or gc2po.counterfactual=off"
                 )

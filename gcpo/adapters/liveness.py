@@ -24,7 +24,9 @@ from ray.exceptions import RayTaskError
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from gcpo.adapters.processes import Watch, is_death
-from gcpo.faults import RunStoppedError, way_on
+from gcpo.checkpoints import CheckpointError
+from gcpo.faults import RunStoppedError
+from gcpo.resume import way_on
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +187,8 @@ class WatchedTrainer(PPOTrainerSync):
         try:
             with self.watchdog.watching():
                 yield
+        except CheckpointError:
+            raise  # its sentence is whole
         except (Exception, KeyboardInterrupt) as error:
             stopped = stop_of(error)
             interrupted = isinstance(error, KeyboardInterrupt) and self.watchdog.death is None

@@ -22,6 +22,7 @@ from gcpo.adapters.registry import causal_weights
 from gcpo.adapters.workers import GCPOActorRolloutRefWorker
 from gcpo.checks import check_run
 from gcpo.collider.plan import LeaveOneOutPlan
+from gcpo.faults import RunStoppedError
 
 _CAUSAL_FIELDS = ("gcpo_contexts", "gcpo_context_lengths", "gcpo_outputs", "gcpo_output_lengths", "gcpo_kl_weight")
 
@@ -114,7 +115,7 @@ class GCPOTrainer(GroupTrainer):
         names = ["index", "gcpo_context_lengths", "gcpo_group"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         if "gcpo_context_lengths" not in data.keys():
-            raise RuntimeError(
+            raise RunStoppedError(
                 "the batch lacks collider draws: is actor_rollout_ref.rollout.agent.agent_loop_manager_class set to "
                 "gcpo.adapters.rollout.GCPOAgentLoopManager?"
             )

@@ -20,7 +20,8 @@ from gcpo.adapters import liveness
 from gcpo.adapters.base import GroupTrainer
 from gcpo.adapters.liveness import WAKE_SIGNAL, Watchdog, driver_sentence, faults_in_a_sentence
 from gcpo.adapters.processes import Watch
-from gcpo.faults import TRACKER_FILE, RunStoppedError
+from gcpo.checkpoints import MANIFEST
+from gcpo.faults import RunStoppedError
 
 DEATH = "the engine core of vllm_server_0_0 (process 11) died"
 LIMIT = 20.0
@@ -167,7 +168,7 @@ class Trainer(GroupTrainer):
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "global_step_2").mkdir()
-    (tmp_path / TRACKER_FILE).write_text("2")
+    (tmp_path / "global_step_2" / MANIFEST).write_text("{}")
     return tmp_path
 
 

@@ -6,31 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from gcpo.faults import TRACKER_FILE, last_checkpoint, way_on
+from gcpo.checkpoints import MANIFEST, TRACKER
+from gcpo.resume import way_on
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "global_step_4").mkdir()
-    (tmp_path / TRACKER_FILE).write_text("4")
+    """Checkpoints of the steps 2 and 4, and one of step 6 that was not finished."""
+    for step in (2, 4, 6):
+        (tmp_path / f"global_step_{step}").mkdir()
+    for step in (2, 4):
+        (tmp_path / f"global_step_{step}" / MANIFEST).write_text("{}")
+    (tmp_path / TRACKER).write_text("6")
     return tmp_path
 
 
-def test_last_checkpoint(folder: Path) -> None:
-    assert last_checkpoint(folder) == (4, folder / "global_step_4")
-
-
-@pytest.mark.parametrize("tracker", [None, "", "four", "5"])
-def test_no_checkpoint(folder: Path, tracker: str | None) -> None:
-    """No tracker, one that is empty or unreadable, and one that names a folder that is not there."""
-    if tracker is None:
-        (folder / TRACKER_FILE).unlink()
-    else:
-        (folder / TRACKER_FILE).write_text(tracker)
-    assert last_checkpoint(folder) is None
-    assert way_on({"default_local_dir": str(folder)}) == (
-        "no checkpoint had been saved; the same command starts again from step 1"
-    )
+def test_no_checkpoint(tmp_path: Path) -> None:
+    """No folder at all, an empty one, and an unfinished checkpoint."""
+    for root in (tmp_path / "none", tmp_path):
+        assert way_on({"default_local_dir": str(root)}) == (
+            "no checkpoint had been saved; the same command starts again from step 1"
+        )
+    (tmp_path / "global_step_6").mkdir()
+    assert way_on({"default_local_dir": str(tmp_path)}).startswith("no checkpoint had been saved")
 
 
 def test_the_same_command_goes_on(folder: Path) -> None:
