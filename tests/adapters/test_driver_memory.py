@@ -15,7 +15,7 @@ MIB = 2**20
 def test_the_driver_takes_groups_one_after_another() -> None:
     """256 groups of 8 with up to 16,384 tokens: the causal stage takes less than 96 MiB beside what the queue holds.
 
-    A table of responses x contexts x longest response takes 2 GiB in float64, and one of the responses alone 256 MiB.
+    A table of responses x contexts x longest response takes 2 GiB in float64, and a table of the responses without contexts 256 MiB.
     The meter sees allocations of that size.
     """
     command = [sys.executable, "-m", "tests.adapters.driver_memory"]

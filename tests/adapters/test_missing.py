@@ -57,7 +57,7 @@ def test_a_step_without_any_causal_part_stops(
     [
         # Conditioned generations of one token cannot end: no target, while the kappa term has all it needs.
         (("gcpo.preset=paper", "gcpo.conditioned.max_tokens=1"), "none of the 12 targets that", "conditioned"),
-        # With a collider draw lost in every group the leave-one-out draws alone make neither.
+        # With the collider draw lost in every group the leave-one-out draws make neither by themselves.
         (("gcpo.preset=balanced", "lost=collider"), "none of the 12 targets and none of the 6 references", "collider"),
         (("gcpo.preset=light", "lost=marginal"), "none of the 3 references that", "marginal"),
     ],
