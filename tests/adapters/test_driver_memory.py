@@ -13,10 +13,10 @@ MIB = 2**20
 
 
 def test_the_driver_takes_groups_one_after_another() -> None:
-    """256 groups of 8 with up to 16,384 tokens: the causal stage takes less than 96 MiB beside what the queue holds.
+    """256 groups of 8 with up to 16,384 tokens: the causal stage takes less than 96 MiB beside the fields in the queue.
 
-    A table of responses x contexts x longest response takes 2 GiB in float64, and a table of the responses without contexts 256 MiB.
-    The meter sees allocations of that size.
+    A table of responses x contexts x longest response takes 2 GiB in float64; one of the responses, without contexts,
+    takes 256 MiB. The meter sees allocations of that size.
     """
     command = [sys.executable, "-m", "tests.adapters.driver_memory"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
