@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 
 from data_prep.warm_start import Recipe, make_tokenizer
 from gcpo.collider.plan import leave_one_out_plan
-from gcpo.collider.prompts import BlockBudget, CandidatePrompts, GroupPrompts
+from gcpo.collider.prompts import BlockBudget, CandidatePrompts, GroupPrompts, PromptTemplate
 
 QUESTION = [{"role": "user", "content": "What is 12 + 39?"}]
 
@@ -32,6 +32,26 @@ def test_frame_is_the_chat_template_with_the_blocks_cut_out(tokenizer) -> None:
     text = tokenizer.decode(prompts.join(frame, []))
     assert "Be brief." in text and "What is 12 + 39?" in text
     assert text.index("Other answers") < text.index("Write your own answer.") < text.index("assistant")
+
+
+def test_where_the_blocks_go(tokenizer) -> None:
+    """Between intro and outro, in the last user message; the question itself is not changed."""
+    question = [{"role": "user", "content": "First?"}, {"role": "assistant", "content": "Yes."}, *QUESTION]
+    before = [dict(message) for message in question]
+    template = PromptTemplate(intro=" [intro]", outro=" [outro]")
+    frame = CandidatePrompts(tokenizer, template=template).frame(question)
+    assert question == before
+    assert tokenizer.decode(frame.head).endswith("What is 12 + 39? [intro]")
+    assert tokenizer.decode(frame.tail).startswith(" [outro]") and "First?" in tokenizer.decode(frame.head)
+
+
+def test_the_template_gets_its_arguments() -> None:
+    """What ``data.apply_chat_template_kwargs`` holds reaches the chat template."""
+    tokenizer = make_tokenizer(Recipe())
+    tokenizer.chat_template += "{% if enable_thinking %}{{ '<think>' }}{% endif %}"
+    for value in (True, False):
+        frame = CandidatePrompts(tokenizer, chat_template_kwargs={"enable_thinking": value}).frame(QUESTION)
+        assert tokenizer.decode(frame.tail).endswith("<think>") == value
 
 
 def test_a_block_is_the_same_tokens_wherever_it_stands(tokenizer) -> None:
