@@ -41,7 +41,7 @@ class Worker(GCPOAgentLoopWorkerPlain):
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """verl's methods reduced to what the group sees, and a record of what was stored."""
-    seen = SimpleNamespace(stages=[], stored=[], fails=set(), stage_error=None, params=[])
+    seen = SimpleNamespace(stages=[], stored=[], fails=set(), stage_error=None, params=[], reward=float)
 
     async def run_prompt(self, prompt, sampling_params, trajectory, trace=False):
         n = prompt.pop("__rollout_n__", 3)
@@ -57,7 +57,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if session_id in seen.fails:
             raise RuntimeError("session failed")
         kwargs.pop("trace", None)
-        output = SimpleNamespace(prompt_ids=[5], response_ids=[10 + session_id, 2], reward_score=float(session_id))
+        output = SimpleNamespace(
+            prompt_ids=[5], response_ids=[10 + session_id, 2], reward_score=seen.reward(session_id)
+        )
         return await self._agent_loop_postprocess(output, trajectory["validate"], session_id=session_id, **kwargs)
 
     async def postprocess(self, output, validate, **kwargs):
@@ -143,6 +145,32 @@ def test_rollout_n_of_the_data(world: SimpleNamespace) -> None:
     """A question may ask for another number of responses; its group is complete at that number."""
     run(Worker(), __rollout_n__=2)
     assert world.stages == [([[10, 2], [11, 2]], False)]
+
+
+def test_only_known_rewards_are_equal(world: SimpleNamespace) -> None:
+    """Responses that are graded later may differ, so nothing is left out for them."""
+    for reward, equal in ((lambda session: 1.0, True), (lambda session: None, False), (float, False)):
+        world.reward, world.stages = reward, []
+        run(Worker())
+        assert world.stages[0][1] is equal
+
+
+def test_draws_are_sampled_as_the_responses_are(monkeypatch: pytest.MonkeyPatch, world: SimpleNamespace) -> None:
+    """Temperature, top-p and top-k of the rollout, and the longest sequence that the server takes."""
+    stages = []
+    run_stage = ColliderStage.run
+
+    async def spy(self, *args, **kwargs):
+        stages.append(self)
+        return await run_stage(self, *args, **kwargs)
+
+    monkeypatch.setattr(ColliderStage, "run", spy)
+    worker = Worker()
+    worker.config.actor_rollout_ref.rollout.update({"temperature": 0.7, "top_p": 0.9, "top_k": 20})
+    run(worker)
+    (stage,) = stages
+    assert stage.sampling_params == {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    assert stage.max_model_len == 128 and stage.end_ids == {2}
 
 
 @pytest.mark.parametrize(
