@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters import rollout
 from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
 from gcpo.collider.admission import Admission
-from gcpo.collider.draws import ColliderStage, GroupResult
+from gcpo.collider.draws import ColliderStage, Draw, GroupResult
 from gcpo.config import GCPOConfig
 
 PARENT = rollout._PlainWorker
@@ -145,6 +146,27 @@ def test_rollout_n_of_the_data(world: SimpleNamespace) -> None:
     """A question may ask for another number of responses; its group is complete at that number."""
     run(Worker(), __rollout_n__=2)
     assert world.stages == [([[10, 2], [11, 2]], False)]
+
+
+@pytest.mark.parametrize("ability", ["math", "code", None])
+def test_grading_of_draws(monkeypatch: pytest.MonkeyPatch, ability: str | None) -> None:
+    """Valid draws are graded as responses are, programs are not run again; the response stays as it is."""
+
+    async def compute(self, outputs, kwargs):
+        outputs[-1].reward_score = float(outputs[-1].response_ids[0])
+        outputs[-1].extra_fields["reward_extra_info"] = {"acc": 1.0}
+
+    monkeypatch.setattr(PARENT, "_compute_score", compute)
+    output = AgentLoopOutput(
+        prompt_ids=[5], response_ids=[10, 2], response_mask=[1, 1], reward_score=0.5, metrics=AgentLoopMetrics()
+    )
+    before = output.model_copy(deep=True)
+    draws = [Draw([7, 2], "collider", "ok"), Draw([8, 8], "collider", "cut")]
+    result = GroupResult([], [], draws, {}, [])
+    worker = Worker(metrics={"graded_fraction": 1.0})
+    asyncio.run(worker._grade(result, rollout.Session([5], [10, 2], 0.5, output), (1, "q"), {"ability": ability}))
+    assert [draw.reward for draw in draws] == [None if ability == "code" else 7.0, None]
+    assert output == before
 
 
 def test_only_known_rewards_are_equal(world: SimpleNamespace) -> None:
