@@ -345,7 +345,7 @@ def _check(config: GCPOConfig, *, n: int) -> None:
             refuse(
                 "collider.num_draws",
                 "L = 1 with shared draws makes the causal part zero by construction; set num_draws >= 2, or "
-                "collider.draws=leave_one_out",
+                "++gcpo.collider.draws=leave_one_out",
             )
         if collider.draws == "leave_one_out" and collider.num_marginal_draws < 1:
             refuse("collider.num_marginal_draws", "leave_one_out needs at least one draw per response, set it to 1")

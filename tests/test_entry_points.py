@@ -125,6 +125,36 @@ def test_verl_s_own_checks_are_said_in_one_line(
     assert capsys.readouterr().err == "gcpo: verl refuses the configuration: first line\n"
 
 
+@pytest.mark.parametrize("name", ["gcpo_quickstart", "gc2po_quickstart"])
+def test_an_accepted_configuration_reaches_verl(
+    run_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """With the context filled in, and hydra's switch as it was; an error while training is not called a refusal."""
+    started: list[DictConfig] = []
+
+    def run_ppo(config: DictConfig, task_runner_class: object) -> None:
+        started.append(config)
+        assert "HYDRA_FULL_ERROR" not in os.environ
+        raise RuntimeError("while training")
+
+    monkeypatch.setattr("verl.trainer.main_ppo.run_ppo", run_ppo)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    arguments = [
+        "main_gcpo",
+        "--config-name",
+        name,
+        f"hydra.run.dir={tmp_path}",
+        f"data.train_files={run_inputs}/train.parquet",
+        f"data.val_files={run_inputs}/test.parquet",
+        f"actor_rollout_ref.model.path={run_inputs}/model",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        main_gcpo.main()
+    assert stopped.value.code == 1  # hydra's report of an error of the program
+    assert started[0].actor_rollout_ref.rollout.max_model_len >= 48 + 64
+
+
 def test_the_nearest_key() -> None:
     keys = list(dotted_keys(composed("gcpo_quickstart")))
     assert nearest("gcpo.kapa", keys) == "gcpo.kappa"

@@ -127,7 +127,7 @@ class GC2POConfig:
         if self.form == "inject" and index == depth:
             raise ConfigError(
                 f"gc2po.layer is {self.layer}, the last of the model's hidden states: nothing comes after it that a "
-                f"perturbation could change, set it to at most {depth - 1}, or gc2po.form=head"
+                f"perturbation could change, set it to at most {depth - 1}, or ++gc2po.form=head"
             )
         if self.form == "head" and self.perturbation.law == "group" and index != depth:
             raise ConfigError(

@@ -34,7 +34,7 @@ def main() -> None:
     environment = os.environ.get(_FULL_ERROR)
     composed: list[DictConfig] = []
 
-    @hydra.main(config_path="config", config_name="gcpo_trainer", version_base=None)
+    @hydra.main(config_path=str(CONFIG), config_name="gcpo_trainer", version_base=None)
     def run(config: DictConfig) -> None:
         composed.append(config)
         _set(_FULL_ERROR, environment)
