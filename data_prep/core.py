@@ -133,8 +133,6 @@ def convert_rows(
             break
         try:
             row = _convert(dataset, schema, raw)
-            if not is_unicode(row.question) or not is_unicode(row.ground_truth):
-                raise Drop("half a character, which is no text")
             trained = dataset.kind == "train" and not row.held_out
             if dataset.kind == "train":
                 key = key_of(row.question)
@@ -165,7 +163,10 @@ def _convert(dataset: DataSet, schema: Schema, raw: Mapping[str, Any]) -> Row:
     missing = [column for column in schema.columns if column not in raw]
     if missing:
         raise Drop(f"it lacks {', '.join(missing)}")
-    return checked(dataset, schema.convert(raw))
+    row = schema.convert(raw)
+    if not is_unicode(row.question) or not is_unicode(row.ground_truth):
+        raise Drop("half a character, which is no text")
+    return checked(dataset, row)
 
 
 def is_unicode(text: str) -> bool:
