@@ -188,31 +188,38 @@ def _same_normal(given: str, right: str) -> bool | Questions:
 
 
 def _same_statement(given: str, right: str) -> bool | Questions:
-    """The comparison of answers that may name what they are the value of."""
+    """The comparison of answers that may give a name to their value."""
     moduli = readings.modulus(given), readings.modulus(right)
     if moduli[1] and moduli[0] != moduli[1]:
         return False
-    stated, wanted = (_statement(text) for text in (given, right))
+    given_statement, right_statement = (_statement(text) for text in (given, right))
     if moduli[0]:
-        stated, wanted = (
-            one._replace(value=readings.without_modulus(one.value), equation="") for one in (stated, wanted)
+        given_statement, right_statement = (
+            one._replace(value=readings.without_modulus(one.value), equation="")
+            for one in (given_statement, right_statement)
         )
-    if bool(stated.equation) != bool(wanted.equation) and not (stated.name or wanted.name):
+    if bool(given_statement.equation) != bool(right_statement.equation) and not (
+        given_statement.name or right_statement.name
+    ):
         return False
-    if stated.equation or wanted.equation:
-        if stated.links or wanted.links:
+    if given_statement.equation or right_statement.equation:
+        if given_statement.links or right_statement.links:
             return False
         return [(expressions.expression(right), expressions.expression(given))]
-    if stated.name and wanted.name:
-        stated, wanted = readings.by_name(stated), readings.by_name(wanted)
-        if _key(stated.name) != _key(wanted.name):
+    if given_statement.name and right_statement.name:
+        given_statement, right_statement = readings.by_name(given_statement), readings.by_name(right_statement)
+        if _key(given_statement.name) != _key(right_statement.name):
             return False
-    value = stated.value if stated.name else without_unit(stated.value, letters=readings.is_number(wanted.value))
-    verdict = _same_value(value, without_unit(wanted.value, letters=False))
-    if not verdict or not (stated.links or wanted.links):
+    value = (
+        given_statement.value
+        if given_statement.name
+        else without_unit(given_statement.value, letters=readings.is_number(right_statement.value))
+    )
+    verdict = _same_value(value, without_unit(right_statement.value, letters=False))
+    if not verdict or not (given_statement.links or right_statement.links):
         return verdict
     questions = [] if verdict is True else verdict
-    for one in (stated, wanted):
+    for one in (given_statement, right_statement):
         questions += [(expressions.expression(one.value), expressions.expression(link)) for link in one.links]
     return questions
 

@@ -160,7 +160,7 @@ def builtin_module():
 
 
 class Remote:
-    """Something in the child: a name of the program, or an object that is no plain data. Equal to itself alone."""
+    """Something in the child: a name of the program, or an object that is no plain data. It equals only itself."""
 
     def __init__(self, server, name, handle=None):
         object.__setattr__(self, "_server", server)
