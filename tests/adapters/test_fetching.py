@@ -14,6 +14,7 @@ import torch
 from gcpo.adapters.fetching import OWN_PREFIXES, OwnFieldsTrainer
 from gcpo.adapters.fields import DUMP_FIELDS, dump_fields, dumped_draws
 from gcpo.adapters.gc2po import GC2POTrainer
+from gcpo.adapters.stability import StableTrainer
 from gcpo.adapters.trainer import GCPOTrainer
 from gcpo.collider.draws import Draw
 from tests.adapters.conftest import N
@@ -93,8 +94,9 @@ def test_gc2po_keeps_its_fields_from_verl() -> None:
     """Its trainer goes through the same stages, and its update reads no field of its own."""
     assert issubclass(GC2POTrainer, OwnFieldsTrainer) and GC2POTrainer.update_fields.fget(None) == ()
     for stage in ("_compute_ref_log_prob", "_compute_values", "_update_critic", "_update_actor"):
-        assert stage not in vars(GC2POTrainer)
-        assert getattr(GC2POTrainer, stage) is getattr(OwnFieldsTrainer, stage)
+        before = GC2POTrainer.__mro__[: GC2POTrainer.__mro__.index(OwnFieldsTrainer)]
+        # The check of the updates wraps the update, and calls it.
+        assert [cls for cls in before if stage in vars(cls)] in ([], [StableTrainer])
     assert all(name in vars(OwnFieldsTrainer) for name in STAGES)
 
 

@@ -49,14 +49,14 @@ def client(error: Exception, monkeypatch: pytest.MonkeyPatch) -> GroupClient:
 def test_a_dead_server_fails_no_draw(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     draws = stage(client(error, monkeypatch).ask)
     with pytest.raises(ServerLostError) as lost:
-        asyncio.run(draws.draw("collider", [5], 0))
+        asyncio.run(draws.draw("collider", [5], (1, "question")))
     assert lost.value.__cause__ is error
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=repr)
 def test_a_request_that_fails_by_itself_is_a_failed_draw(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     draws = stage(client(error, monkeypatch).ask)
-    assert asyncio.run(draws.draw("collider", [5], 0)).outcome == "failed"
+    assert asyncio.run(draws.draw("collider", [5], (1, "question"))).outcome == "failed"
 
 
 def test_a_group_whose_server_died_is_not_stored(world: SimpleNamespace) -> None:  # noqa: F811

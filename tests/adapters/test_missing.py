@@ -48,7 +48,7 @@ def test_a_step_without_any_causal_part_stops(
     with pytest.raises(NothingValidError) as stopped:
         take_step(make_trainer(config, queue, tokenizer), queue)
     message = str(stopped.value)
-    assert message.startswith(f"gcpo: {parts} that step 1 asked for is valid") and "\n" not in message
+    assert message.startswith(f"{parts} that step 1 asked for is valid") and "\n" not in message
     assert "a collider generation failed (RuntimeError: the server lost the request)" in message
 
 
