@@ -77,7 +77,7 @@ def test_each_part_is_judged_by_itself(
     lose_draws(monkeypatch, lambda kind, at: kind in lost)
     config = make_config(*(one for one in overrides if not one.startswith("lost=")))
     roll_out(config, Server(), Grader(lambda ids: float(sum(ids))))
-    with pytest.raises(NothingValidError, match=f"gcpo: {parts}.*first causes: a {cause} generation "):
+    with pytest.raises(NothingValidError, match=f"{parts}.*first causes: a {cause} generation "):
         take_step(make_trainer(config, queue, tokenizer), queue)
 
 
