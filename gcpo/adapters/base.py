@@ -20,6 +20,7 @@ from gcpo.adapters.liveness import WatchedTrainer
 from gcpo.adapters.stability import StableTrainer
 from gcpo.adapters.zero_rewards import zero_reward_warning
 from gcpo.faults import RunStoppedError
+from gcpo.notices import notice
 
 logger = logging.getLogger(__name__)
 
@@ -145,5 +146,5 @@ class GroupTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTra
         if not self._rewards_seen:
             self._rewards_seen = True
             ours = self.config.reward.custom_reward_function.path == "pkg://gcpo.rewards"
-            if warning := zero_reward_warning(batch, self.tokenizer, ours=ours):
-                logger.warning(warning)
+            for line in zero_reward_warning(batch, self.tokenizer, ours=ours):
+                notice(logger, line)

@@ -31,6 +31,7 @@ from gcpo.adapters.packed import PackedRow, row_of
 from gcpo.adapters.perturbed import PerturbedRow
 from gcpo.adapters.probe import probe_trees
 from gcpo.adapters.stability import StableEngine
+from gcpo.notices import notice
 from gcpo.packing.attention import tree_attention_on, tree_problem
 
 logger = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ class GCPOFSDPEngine(StableEngine):
         else:
             problem = tree_problem(config, type(module)) or probe_trees(self, config.get_text_config().vocab_size)
         if problem is not None and torch.distributed.get_rank() == 0:
-            logger.warning("gcpo: contexts are scored one by one, without shared prefixes: %s", problem)
+            notice(logger, f"contexts are scored one by one, without shared prefixes: {problem}")
         return problem
 
     def tree_attention(self) -> AbstractContextManager[None]:

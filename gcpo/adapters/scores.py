@@ -10,6 +10,8 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+from gcpo.notices import notice
+
 logger = logging.getLogger(__name__)
 
 _METRICS = ("score", "acc", "format")
@@ -78,9 +80,8 @@ def _warn(name: str, value: Any, consequence: str) -> None:
     if name in _warned:
         return
     _warned.add(name)
-    logger.warning(
-        "gcpo: the reward function returned a %s under %r, which is not one finite number and %s (reported once)",
-        type(value).__name__,
-        name,
-        consequence,
+    notice(
+        logger,
+        f"the reward function returned a {type(value).__name__} under {name!r}, which is not one finite number and "
+        f"{consequence} (reported once)",
     )

@@ -21,8 +21,8 @@ SHOWN = 100
 """Characters of an answer that are shown."""
 
 
-def zero_reward_warning(batch: KVBatchMeta, tokenizer: Any, *, ours: bool) -> str | None:
-    """The text of the warning, with examples from different groups; None where a reward is not 0.
+def zero_reward_warning(batch: KVBatchMeta, tokenizer: Any, *, ours: bool) -> list[str]:
+    """The lines of the warning, with examples from different groups; none where a reward is not 0.
 
     Args:
         batch: the rows of a step, with ``rm_scores`` and ``responses`` [T] each and the columns of the data file.
@@ -32,22 +32,22 @@ def zero_reward_warning(batch: KVBatchMeta, tokenizer: Any, *, ours: bool) -> st
     rows = [row for row, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
     scores = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])["rm_scores"]
     if not rows or any(bool((score != 0).any()) for row, score in enumerate(scores.unbind()) if row in set(rows)):
-        return None
+        return []
     by_group = {batch.keys[row].rsplit("_", 2)[0]: batch.keys[row] for row in reversed(rows)}
     keys = list(reversed(by_group.values()))[:EXAMPLES]
     names = ["responses", "reward_model", "data_source"]
     data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
     columns = [list(data[name]) if name in data.keys() else [None] * len(keys) for name in names[1:]]
     lines = [
-        f"gcpo: every reward of the first step is 0 ({len(rows)} responses), so it trains nothing; check that the "
+        f"every reward of the first step is 0 ({len(rows)} responses), so it trains nothing; check that the "
         "prompt asks for the answer in the form that the reward function reads"
     ]
     for ids, entry, source in zip(data["responses"].unbind(), *columns, strict=True):
         truth = entry.get("ground_truth") if isinstance(entry, Mapping) else None
         response = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         answer = f"extracted answer: {_extracted(source, response, truth)}; " if ours else ""
-        lines.append(f"  the response ends with {response[-TAIL:]!r}; {answer}right answer: {_short(truth)}")
-    return "\n".join(lines)
+        lines.append(f"the response ends with {response[-TAIL:]!r}; {answer}right answer: {_short(truth)}")
+    return lines
 
 
 def _extracted(source: Any, response: str, truth: Any) -> str:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from gcpo.collider.plan import LeaveOneOutPlan
+from gcpo.notices import notice
 from gcpo.tokens import TextTokens, control_texts, last_occurrence
 
 logger = logging.getLogger(__name__)
@@ -143,11 +144,11 @@ class CandidatePrompts:
         if spelled is None or self._warned:
             return
         self._warned = True
-        logger.warning(
-            "gcpo: a question contains the text %r, which the tokenizer turns into a control token in every prompt of "
-            "that question, as verl does in the plain prompt; the message may end there. Remove it from the data. "
+        notice(
+            logger,
+            f"a question contains the text {spelled!r}, which the tokenizer turns into a control token in every prompt "
+            "of that question, as verl does in the plain prompt; the message may end there. Remove it from the data. "
             "(Reported once.)",
-            spelled,
         )
 
     def text_ids(self, response_ids: Sequence[int]) -> list[int]:

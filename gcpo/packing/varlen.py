@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gcpo.notices import notice
 from gcpo.packing.kernels import GatheredAttention
 from gcpo.packing.tree import TreePack
 
@@ -190,8 +191,8 @@ def _say_slow(problem: str) -> None:
     """Warn on the first rank, once for every reason."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
-        logger.warning(
-            "gcpo: attention over packed trees does not use flash-attn on this GPU but PyTorch's SDPA for every node, "
-            "which gives the same results more slowly: %s",
-            problem,
+        notice(
+            logger,
+            "attention over packed trees does not use flash-attn on this GPU but PyTorch's SDPA for every node, which "
+            f"gives the same results more slowly: {problem}",
         )

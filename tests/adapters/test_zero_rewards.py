@@ -50,8 +50,8 @@ def test_three_examples(monkeypatch):
     """One of a group: the end of its response, the extracted answer and the right one."""
     responses = [f"{'long ' * 100}end {row}\n#### 7{row}" if row < 4 else f"it is 7{row}" for row in range(8)]
     shown = zero_reward_warning(batch_of(monkeypatch, responses), Letters(), ours=True)
-    first, *examples = shown.split("\n")
-    assert first.startswith("gcpo: every reward of the first step is 0 (8 responses)")
+    first, *examples = shown
+    assert first.startswith("every reward of the first step is 0 (8 responses)")
     assert len(examples) == 3
     for line, row, answer in zip(examples, (0, 2, 4), ("'70'", "'72'", "none"), strict=True):
         assert repr(responses[row][-200:]) in line and len(line) < 400
@@ -70,22 +70,21 @@ def test_three_examples(monkeypatch):
     ],
 )
 def test_what_is_shown(monkeypatch, source, truth, response, says):
-    shown = zero_reward_warning(batch_of(monkeypatch, [response], truth=truth, source=source), Letters(), ours=True)
+    batch = batch_of(monkeypatch, [response], truth=truth, source=source)
+    shown = " ".join(zero_reward_warning(batch, Letters(), ours=True))
     assert says in shown and len(shown) < 800
-    assert "extracted" not in zero_reward_warning(
-        batch_of(monkeypatch, [response], truth=truth, source=source), Letters(), ours=False
-    )
+    assert "extracted" not in " ".join(zero_reward_warning(batch, Letters(), ours=False))
 
 
 @pytest.mark.parametrize("score", [1.0, 0.25, -1.0])
 def test_any_reward_is_enough(monkeypatch, score):
-    assert zero_reward_warning(batch_of(monkeypatch, ["no"] * 3, scores=[0, 0, score]), Letters(), ours=True) is None
+    assert zero_reward_warning(batch_of(monkeypatch, ["no"] * 3, scores=[0, 0, score]), Letters(), ours=True) == []
 
 
 def test_padding_rows_do_not_count(monkeypatch):
     batch = batch_of(monkeypatch, ["no"] * 3, scores=[0, 0, 1.0], padding=[2])
-    assert "(2 responses)" in zero_reward_warning(batch, Letters(), ours=True)
-    assert zero_reward_warning(batch_of(monkeypatch, ["no"], padding=[0]), Letters(), ours=True) is None
+    assert "(2 responses)" in zero_reward_warning(batch, Letters(), ours=True)[0]
+    assert zero_reward_warning(batch_of(monkeypatch, ["no"], padding=[0]), Letters(), ours=True) == []
 
 
 def test_only_the_first_step_is_looked_at(monkeypatch, caplog):
