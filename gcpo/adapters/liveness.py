@@ -20,10 +20,10 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from gcpo.adapters.processes import Watch, is_death
+from gcpo.adapters.processes import OUT_OF_MEMORY, Watch, is_death
 from gcpo.checkpoints import CheckpointError
 from gcpo.faults import RunStoppedError
 from gcpo.resume import way_on
@@ -253,7 +253,8 @@ def driver_sentence(error: BaseException, config: Any) -> str | None:
         sentence = left_sentence()
     except Exception as unreachable:  # Ray's control store died with the trainer.
         logger.debug("gcpo: Ray's control store does not answer: %s", unreachable)
-    return sentence or f"the run ended: the trainer's process died; {way_on(config.trainer)}"
+    why = f" ({OUT_OF_MEMORY})" if isinstance(error, OutOfMemoryError) else ""
+    return sentence or f"the run ended: the trainer's process died{why}; {way_on(config.trainer)}"
 
 
 @contextmanager

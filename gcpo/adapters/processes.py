@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import (
+    ActorUnavailableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
 
 ROLES = {
     "WorkerDict": "the FSDP worker",
@@ -21,6 +28,10 @@ ROLES = {
     "TaskRunnerV1": "the trainer",
 }
 """Ray's class names of the actors of a run, in words."""
+
+_DEATHS = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError)
+"""Ray's errors of calls whose process is dead; some are raised in the place of an actor's error."""
+OUT_OF_MEMORY = "Ray's memory monitor ended it, since the machine was out of memory"
 
 _EXIT_ACTOR = "EXIT_ACTOR"
 _MEANT = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED", _EXIT_ACTOR)
@@ -79,7 +90,7 @@ def _death(cause: Any) -> tuple[str, str]:
     context = getattr(cause, kind)
     message = getattr(context, "error_message", "") or getattr(context, "formatted_exception_string", "")
     if kind == "oom_context":
-        return "OOM", "Ray's memory monitor ended it, since the machine was out of memory"
+        return "OOM", OUT_OF_MEMORY
     if kind == "actor_died_error_context":
         if "exit_actor() is called" in message:  # for Ray this is WORKER_DIED too
             return _EXIT_ACTOR, ""
@@ -150,7 +161,7 @@ class ServerProbe:
     def _read(self, actor: ActorState, question: Any) -> str | None:
         try:
             dead, pids = ray.get(question)
-        except RayActorError:  # the server itself; the next look sees that
+        except _DEATHS:  # the server itself; the next look sees that
             return None
         if not dead:
             self._pids[actor.actor_id] = pids
@@ -193,7 +204,7 @@ def is_death(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError):
+        if isinstance(error, _DEATHS) and not isinstance(error, ActorUnavailableError):
             return True
         # Of vLLM, which is not imported here: RayTaskError is a subclass of its cause's class.
         if any(cls.__name__ == "EngineDeadError" for cls in type(error).__mro__):

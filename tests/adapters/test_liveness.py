@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from gcpo.adapters import liveness
@@ -272,6 +272,12 @@ def test_a_trainer_that_died(driver: SimpleNamespace) -> None:
     assert sentence.startswith("the run ended: the trainer's process died; the last whole checkpoint is")
     driver.left = f"the run ended in step 3: {DEATH}; way on"
     assert driver_sentence(ActorDiedError(), driver.config) == driver.left
+
+
+def test_a_trainer_that_rays_memory_monitor_ended(driver: SimpleNamespace) -> None:
+    """Ray raises an error of its own kind then."""
+    sentence = driver_sentence(OutOfMemoryError("1 worker(s) were killed"), driver.config)
+    assert "the trainer's process died (Ray's memory monitor ended it" in sentence and "goes on from it" in sentence
 
 
 def test_a_trainer_and_ray_that_died(driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 from ray.core.generated import gcs_pb2
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from gcpo.adapters import processes
 from gcpo.adapters.processes import ActorState, ServerProbe, Watch, engine_state, is_death
@@ -240,8 +248,9 @@ def test_an_old_answer_is_not_taken_for_one_of_now(fake_ray: FakeRay) -> None:
 
 def test_a_server_that_ends_meanwhile_is_left_to_its_state(fake_ray: FakeRay) -> None:
     assert ServerProbe()(SERVERS) is None
-    fake_ray.answers["vllm_server_0_0"] = RayActorError()
-    assert ServerProbe()(SERVERS) is None
+    for error in (RayActorError(), OutOfMemoryError("killed")):
+        fake_ray.answers["vllm_server_0_0"] = error
+        assert ServerProbe()(SERVERS) is None
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -265,6 +274,9 @@ def chained(error: Exception, cause: Exception) -> Exception:
     [
         (RayActorError(), True),
         (ActorDiedError(), True),
+        (OutOfMemoryError("1 worker(s) were killed due to the node running low on memory"), True),
+        (WorkerCrashedError(), True),
+        (NodeDiedError("the node died"), True),
         (ActorUnavailableError("busy", None), False),
         (EngineDeadError(), True),
         (Grandchild(), True),
