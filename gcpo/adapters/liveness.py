@@ -197,17 +197,20 @@ class WatchedTrainer(PPOTrainerSync):
                 raise
             if self.watchdog.death is not None:
                 self.watchdog.arm(self.watchdog.death)
-            sentence = self._sentence(stopped or death, when or f"step {self.global_steps}")
+            sentence = self._sentence(stopped or death, when or self._now())
             logger.error("gcpo: %s", sentence, exc_info=error)
             raise RunStoppedError(sentence) from error
+
+    def _now(self) -> str:
+        step = getattr(self, "global_steps", 0)
+        return f"step {step}" if step else "the time before the first step"
 
     def _sentence(self, death: str, when: str) -> str:
         return f"the run ended in {when}: {death}; {way_on(self.config.trainer)}"
 
     def _last_resort(self, death: str) -> None:
         """End this process, with the sentence where the driver finds it."""
-        when = f"step {getattr(self, 'global_steps', 0)}"
-        sentence = self._sentence(death, when)
+        sentence = self._sentence(death, self._now())
         leave_sentence(sentence)
         print(f"gcpo: {sentence}", file=sys.stderr, flush=True)
         os._exit(1)

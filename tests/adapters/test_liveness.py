@@ -205,6 +205,14 @@ def test_the_start_up_is_watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     trainer.watchdog._timer.cancel()
 
 
+def test_the_validation_before_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    verl_does(monkeypatch, raises(ActorDiedError()))
+    trainer = Trainer(tmp_path, Looks(DEATH))
+    trainer.global_steps = 0
+    with pytest.raises(RunStoppedError, match=r"^the run ended in the time before the first step: the engine core"):
+        trainer.fit(None)
+
+
 def test_an_error_of_ray_is_said_as_the_death_behind_it(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """The call to an FSDP worker fails before Ray's control store knows that it is dead."""
     looks = Looks()
