@@ -88,7 +88,7 @@ def last_occurrence(decode: Callable[[Sequence[int]], str], ids: Sequence[int], 
     """
     if text not in decode(ids):
         return None
-    start, behind = 0, len(ids)  # what follows `start` holds the text, what follows `behind` does not
+    start, behind = 0, len(ids)  # the tokens from `start` on hold the text, those from `behind` on do not
     while behind - start > 1:
         middle = (start + behind) // 2
         start, behind = (middle, behind) if text in decode(ids[middle:]) else (start, middle)

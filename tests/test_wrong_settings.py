@@ -22,7 +22,7 @@ FUNCTION = "reward.custom_reward_function"
 KWARGS = f"+{FUNCTION}.reward_kwargs"
 
 WRONG_VALUES = [
-    # (override, what the sentence says)
+    # (override, a part of the sentence)
     (f"{ACTOR}.optim.lr=-1e-6", f"{ACTOR}.optim.lr is -1e-06; it must be a number of at least 0"),
     (f"{ACTOR}.optim.lr=fast", f"{ACTOR}.optim.lr is 'fast'"),
     (f"{ACTOR}.optim.lr=inf", f"{ACTOR}.optim.lr is inf"),

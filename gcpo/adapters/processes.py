@@ -30,7 +30,7 @@ ROLES = {
 """Ray's class names of the actors of a run, in words."""
 
 _DEATHS = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError)
-"""Ray's errors of calls whose process is dead; some are raised in the place of an actor's error."""
+"""Ray's errors of calls whose process is dead; Ray raises some of them instead of an actor's error."""
 OUT_OF_MEMORY = "Ray's memory monitor ended it, since the machine was out of memory"
 
 _EXIT_ACTOR = "EXIT_ACTOR"

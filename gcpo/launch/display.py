@@ -50,7 +50,7 @@ class PlainDisplay:
 
 
 class TerminalDisplay:
-    """A spinner, what is going on, a bar and the time left under the lines that stay."""
+    """Shows a spinner, the current phase, a bar and the time left below the lines that stay."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -121,7 +121,7 @@ class Guarded:
 
 
 class Eta:
-    """Time left, from the steps of this start: the time of the first, which warms up, counts only while it is alone."""
+    """Estimates the time left from the steps of this start. The first step warms up; it counts only until there is a second."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -65,7 +65,7 @@ def compute_score(
     Returns:
         ``acc``: 1 if the response is right, else 0. ``format``: 1 if it has the required form, else 0: a boxed answer,
         an answer after the mark that the data set asks for, or for programs a code block, behind the thinking part if
-        there is one. ``score``, what is optimised: ``(1 - format_weight) * acc + format_weight * format``.
+        there is one. ``score``, the optimised reward: ``(1 - format_weight) * acc + format_weight * format``.
 
     Raises:
         ValueError: an option that is out of range, tests that cannot be read, or a row that no grader understands.

@@ -185,7 +185,7 @@ def raises(error: BaseException) -> Callable[[], None]:
 
 
 def test_a_wait_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Who died, where, what is saved, how to go on."""
+    """The sentence names the dead process, the step, the saved checkpoint and the way to go on."""
     verl_does(monkeypatch, sleep_until_ended)
     trainer = Trainer(folder, Looks(DEATH))
     with pytest.raises(RunStoppedError) as stopped:

@@ -98,7 +98,7 @@ def count_hooks(engine: Any) -> int:
 
 
 def probed(rank: int, world: int, path: str) -> dict[str, Any]:
-    """For every case the engine's verdict, what was said, and scores before and after."""
+    """Returns the engine's verdict, its log lines, and the scores before and after, for every case."""
     from gcpo.adapters import probe
 
     found = {}

@@ -1,4 +1,4 @@
-"""Draws that are left out: which place the others take, what is reported about them, and a stage that fails whole."""
+"""Draws that are left out: the places of the others, the report about them, and a stage that fails as a whole."""
 
 from __future__ import annotations
 
