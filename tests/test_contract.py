@@ -43,7 +43,8 @@ def overridden() -> list[tuple[type, str]]:
     from gcpo.adapters.base import GroupTrainer
     from gcpo.adapters.engine import GCPOFSDPEngine
     from gcpo.adapters.gc2po import EpisodePromptDataset, GC2POActorRolloutRefWorker, GC2POTrainer
-    from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain, GroupClient
+    from gcpo.adapters.group_client import GroupClient
+    from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
     from gcpo.adapters.trainer import GCPOTrainer
     from gcpo.adapters.workers import GCPOActorRolloutRefWorker
 

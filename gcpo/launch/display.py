@@ -121,7 +121,7 @@ class Guarded:
 
 
 class Eta:
-    """Estimates the time left from the steps of this start. The first step warms up; it counts only until there is a second."""
+    """Estimates the time left from the steps of this start; the first, a warm-up, counts until the second ends."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from verl.workers.rollout.llm_server import LLMServerClient
 
-from gcpo.adapters.rollout import GroupClient
+from gcpo.adapters.group_client import GroupClient
 from gcpo.collider.draws import ColliderStage
 from gcpo.config import GCPOConfig
 from gcpo.faults import ServerLostError
