@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -74,3 +75,11 @@ def run_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pa
     from tests.run_inputs import make_inputs
 
     return make_inputs(tmp_path_factory.mktemp("run"), tiny_model)
+
+
+@pytest.fixture
+def default_hangup() -> Iterator[None]:
+    """SIGHUP has its default meaning for processes that the test starts; under `nohup` they would ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

@@ -15,6 +15,8 @@ import pytest
 
 from gcpo import launch, report
 
+pytestmark = pytest.mark.usefixtures("default_hangup")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 FAKE = textwrap.dedent(

@@ -23,6 +23,7 @@ from gcpo.launch import leftovers
 from gcpo.launch.leftovers import LAUNCH_VARIABLE, LaunchRecord, LeftoverError
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("default_hangup")
 
 STUBBORN = textwrap.dedent(
     """

@@ -111,20 +111,14 @@ def test_centring_moves_generated_states_too() -> None:
 
     The mean of z is (.5, .5). z = (.5, -.5), (-.5, .5); Zbar' = (1, 0) becomes (.5, -.5): cosines 1 and -1.
     """
-    weights, _ = batch_weights(
-        [group()],
-        [torch.tensor([1.0, -1.0])],
-        config(preset="balanced", weighting={"target": "conditioned"}, features={"center": "batch"}),
-    )
+    weights = weigh([group()], weighting={"target": "conditioned"}, features={"center": "batch"}).weights
     torch.testing.assert_close(weights[0], torch.tensor([2.0, 0.0]))
 
 
 def test_centring_is_over_the_batch() -> None:
     """One mean for all groups: that of z only, not of each group and not of Z."""
     other = GroupFeatures(group().z + 2.0, group().conditioned + 5.0, group().valid)
-    settings = config(preset="balanced", weighting={"target": "conditioned"}, features={"center": "batch"})
-    advantages = [torch.tensor([1.0, -1.0])] * 2
-    weights, _ = batch_weights([group(), other], advantages, settings)
+    weights = weigh([group(), other], weighting={"target": "conditioned"}, features={"center": "batch"}).weights
     # Less the mean of z, (1.5, 1.5): z = (-.5, -1.5), (-1.5, -.5) and (1.5, .5), (.5, 1.5),
     # Zbar' = (-.5, -1.5) and (4.5, 3.5).
     cosine = torch.nn.functional.cosine_similarity

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from gcpo.adapters.causal_stage import CausalStage
 from gcpo.adapters.fields import DUMP_FIELDS, dumped_draws, nested, split_rows
 from gcpo.adapters.rollout import GCPOAgentLoopManager, GCPOAgentLoopWorkerPlain
 from gcpo.adapters.scoring import Score, ScoreRequest
@@ -333,6 +334,21 @@ def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overr
     assert sum(chosen[: N * QUESTIONS]) == N * QUESTIONS and (0.0 in chosen) == (trainer.gcpo.preset != "paper")
     assert all(math.isfinite(value) for value in metrics.values())
     assert trainer.actor_rollout_wg.calls == ["compute_log_prob", "score_contexts", "update_actor"]
+
+
+def test_the_mean_state_is_that_of_all_responses(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
+    """``features.center=batch`` subtracts the mean of z over the batch: without padding rows, and without Z."""
+    config = make_config("gcpo.preset=balanced", "gcpo.features.center=batch")
+    roll_out(config, Server())
+    trainer = make_trainer(config, queue, tokenizer)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        mean_state = CausalStage._mean_state
+        patch.setattr(CausalStage, "_mean_state", lambda stage: found.append(mean_state(stage)) or found[-1])
+        batch, _ = take_step(trainer, queue)
+    z = torch.stack([queue.fields["train"][key]["gcpo_z"] for key in real(batch)])
+    assert len(z) == N * QUESTIONS < len(batch)
+    torch.testing.assert_close(found[0], z.mean(0))
 
 
 def test_what_the_update_is_told(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
