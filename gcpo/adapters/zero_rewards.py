@@ -39,8 +39,8 @@ def zero_reward_warning(batch: KVBatchMeta, tokenizer: Any, *, ours: bool) -> li
     data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
     columns = [list(data[name]) if name in data.keys() else [None] * len(keys) for name in names[1:]]
     lines = [
-        f"every reward of the first step is 0 ({len(rows)} responses), so it trains nothing; check that the "
-        "prompt asks for the answer in the form that the reward function reads"
+        f"every reward of the first step is 0 ({len(rows)} responses), so no response has an advantage; check that "
+        "the prompt asks for the answer in the form that the reward function reads"
     ]
     for ids, entry, source in zip(data["responses"].unbind(), *columns, strict=True):
         truth = entry.get("ground_truth") if isinstance(entry, Mapping) else None
