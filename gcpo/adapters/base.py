@@ -19,6 +19,7 @@ from gcpo.adapters.fetching import OwnFieldsTrainer
 from gcpo.adapters.liveness import WatchedTrainer
 from gcpo.adapters.stability import StableTrainer
 from gcpo.adapters.zero_rewards import zero_reward_warning
+from gcpo.checks.reading import OUR_REWARD
 from gcpo.faults import RunStoppedError
 from gcpo.notices import notice
 
@@ -145,6 +146,6 @@ class GroupTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTra
         """Look at the rewards of the first step of this run."""
         if not self._rewards_seen:
             self._rewards_seen = True
-            ours = self.config.reward.custom_reward_function.path == "pkg://gcpo.rewards"
+            ours = self.config.reward.custom_reward_function.path == OUR_REWARD
             for line in zero_reward_warning(batch, self.tokenizer, ours=ours):
                 notice(logger, line)

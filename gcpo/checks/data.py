@@ -13,14 +13,13 @@ from omegaconf import DictConfig
 
 from gcpo.checks.model import KEY as MODEL_KEY
 from gcpo.checks.model import tokenizer_path
-from gcpo.checks.reading import MODEL, files_of, first_line, get, group, plural
+from gcpo.checks.reading import MODEL, OUR_REWARD, files_of, first_line, get, group, plural
 from gcpo.config import ConfigError
 
-FILES = ("data.train_files", "data.val_files")
 SUFFIXES = (".parquet", ".json", ".jsonl")
 """What verl's data set reads."""
 OUR_DATASET = "pkg://gcpo.adapters.gc2po"
-_GRADED = (None, "pkg://gcpo.rewards")
+_GRADED = (None, OUR_REWARD)
 """Reward functions that compare with the ground truth: verl's and ours. Another one may read it as it likes."""
 BATCH, STEPS, EPOCHS = "data.train_batch_size", "trainer.total_training_steps", "trainer.total_epochs"
 

@@ -12,6 +12,8 @@ from gcpo.config import ConfigError
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 MODEL = "actor_rollout_ref.model"
+OUR_REWARD = "pkg://gcpo.rewards"
+"""Our reward function, as ``reward.custom_reward_function.path`` names it."""
 
 
 def get(config: DictConfig, key: str, default: Any = None) -> Any:

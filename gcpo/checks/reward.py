@@ -13,12 +13,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gcpo.checks.data import Table
-from gcpo.checks.reading import first_line, get, group
+from gcpo.checks.reading import OUR_REWARD, first_line, get, group
 from gcpo.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-OURS = "pkg://gcpo.rewards"
 KEY = "reward.custom_reward_function"
 _OPTIONS = f"{KEY}.reward_kwargs"
 
@@ -60,13 +59,13 @@ def check_reward(config: DictConfig, tables: Iterable[Table]) -> None:
     if path is None:
         return
     check_function(path, get(config, f"{KEY}.name"))
-    if path != OURS:
+    if path != OUR_REWARD:
         return
     url = get(config, "reward.sandbox_fusion.url")
     if url is not None:
         raise ConfigError(
-            f"reward.sandbox_fusion.url is {url!r}: it is read by verl's own reward function and not by {OURS}; set "
-            f"reward.sandbox_fusion.url=null ++{_OPTIONS}.sandbox_fusion_url={url}"
+            f"reward.sandbox_fusion.url is {url!r}: it is read by verl's own reward function and not by {OUR_REWARD}; "
+            f"set reward.sandbox_fusion.url=null ++{_OPTIONS}.sandbox_fusion_url={url}"
         )
     options = group(config, _OPTIONS)
     _check_options(options)
@@ -77,7 +76,7 @@ def check_reward(config: DictConfig, tables: Iterable[Table]) -> None:
 def _check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name not in OPTIONS:
-            raise ConfigError(f"{_OPTIONS}.{name} is no option of {OURS}; it has {', '.join(OPTIONS)}")
+            raise ConfigError(f"{_OPTIONS}.{name} is no option of {OUR_REWARD}; it has {', '.join(OPTIONS)}")
         accepts, kind = OPTIONS[name]
         if not accepts(value):
             raise ConfigError(f"{_OPTIONS}.{name} is {value!r}; it must be {kind}")
