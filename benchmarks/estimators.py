@@ -33,12 +33,13 @@ from gcpo.algorithms import (
     causal_weight,
     group_mean_target,
 )
-from gcpo.collider.draws import ColliderStage, GroupResult, request_seed
+from gcpo.collider.draws import ColliderStage, GroupResult
 from gcpo.collider.plan import LeaveOneOutPlan, leave_one_out_plan
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, GroupPrompts
-from gcpo.config import GCPOConfig
-from gcpo.packing import PrefixForest
-from gcpo.packing.attention import tree_attention_on
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.scoring import PrefixForest
+from gcpo.scoring.attention import tree_attention_on
+from gcpo.seeding import request_seed
 
 N = 8
 KAPPA_REPEATS = 50

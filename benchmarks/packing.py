@@ -31,8 +31,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.common import record
 from gcpo.collider.plan import leave_one_out_plan
-from gcpo.packing import BudgetError, PrefixForest
-from gcpo.packing.attention import tree_attention_on
+from gcpo.scoring import BudgetError, PrefixForest
+from gcpo.scoring.attention import tree_attention_on
 
 SIDES = ("dense", "packed")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.core import SEED, is_prepared, prepare
-from data_prep.overlap import load_sets
+from data_prep.decontamination import load_sets
 from data_prep.schema import PROVENANCE, DataError
 from data_prep.sets import SETS, find_set
 from gcpo.rewards import GraderError

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.decontamination import EvaluationSets, key_of
 from data_prep.files import SUFFIXES, files_of, first_line, read_files, sha256_of
 from data_prep.gradable import TEXT_ONLY, checked, compared_as_text
 from data_prep.hub import read_hub
-from data_prep.overlap import EvaluationSets, key_of
 from data_prep.schema import PROVENANCE, DataError, DataSet, Drop, Row, Schema, Source
 from gcpo.files import lock
 

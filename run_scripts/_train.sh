@@ -203,6 +203,6 @@ train() {
         say "# resolved configuration"
         PYTHONWARNINGS=ignore exec "${command[@]}" --cfg job --resolve
     fi
-    "$PY" -m gcpo.launch --output "$OUTPUT" "${LAUNCH[@]}" -- "${command[@]}"
-    "$PY" -m gcpo.report "$OUTPUT"
+    "$PY" -m gcpo.tools.launch --output "$OUTPUT" "${LAUNCH[@]}" -- "${command[@]}"
+    "$PY" -m gcpo.tools.report "$OUTPUT"
 }

@@ -56,4 +56,4 @@ done
 [ -n "$MODEL" ] || [ "$COMMAND" = table ] || die "which model? give a folder, a checkpoint or a name on the hub (see --help)" 2
 
 ensure_environment
-exec "$PY" -m gcpo.evaluation "$COMMAND" "${ARGUMENTS[@]}"
+exec "$PY" -m gcpo.tools.evaluate "$COMMAND" "${ARGUMENTS[@]}"

@@ -50,13 +50,13 @@ ABSOLUTE="$(absolute "$OUTPUT")"
 prefer_cpu "the embedded task is made for the CPU"
 ensure_environment
 [ "$GCPO_PROFILE" = cpu ] || SETTINGS+=(device=gpu)
-"$PY" -m data_prep.arithmetic --output data/arithmetic
-"$PY" -m data_prep.warm_start --data data/arithmetic --output models/arithmetic-warm
+"$PY" -m examples.arithmetic.task --output data/arithmetic
+"$PY" -m examples.arithmetic.warm_start --data data/arithmetic --output models/arithmetic-warm
 
-"$PY" -m gcpo.launch --output "$OUTPUT" "${LAUNCH[@]}" -- \
+"$PY" -m gcpo.tools.launch --output "$OUTPUT" "${LAUNCH[@]}" -- \
     "$PY" -m recipe.gcpo.main_gcpo --config-name "$CONFIG" \
     "trainer.default_local_dir=$ABSOLUTE/checkpoints" \
     "trainer.rollout_data_dir=$ABSOLUTE/rollouts" \
     "hydra.run.dir=$ABSOLUTE/hydra" \
     "${SETTINGS[@]}" "${OVERRIDES[@]}"
-"$PY" -m gcpo.report "$OUTPUT"
+"$PY" -m gcpo.tools.report "$OUTPUT"

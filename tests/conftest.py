@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 model of two layers, with the quick start's tokenizer and chat template."""
-    from data_prep.warm_start import Recipe, make_model, make_tokenizer
+    from examples.arithmetic.warm_start import Recipe, make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     recipe = Recipe(hidden_size=32, intermediate_size=48, layers=2, heads=2, initializer_range=0.3)
@@ -47,7 +47,7 @@ def recipe_config() -> Callable[..., Any]:
     from hydra import compose, initialize_config_dir
 
     def make(*overrides: str, name: str = "gcpo_trainer") -> Any:
-        with initialize_config_dir(str(ROOT / "recipe" / "gcpo" / "config"), version_base=None):
+        with initialize_config_dir(str(ROOT / "gcpo" / "config"), version_base=None):
             return compose(name, overrides=list(overrides))
 
     return make

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "recipe" / "gcpo" / "config"
+CONFIG = ROOT / "gcpo" / "config"
 VERL_CONFIG = Path(importlib.util.find_spec("verl").submodule_search_locations[0]) / "trainer" / "config"
 CONTEXT = 2048
 ROWS = 64

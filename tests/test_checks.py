@@ -15,7 +15,7 @@ from gcpo.checks import check_gc2po_run, check_run, devices, longest_prompt, plu
 from gcpo.checks.data import truth_problem
 from gcpo.checks.model import check_weights
 from gcpo.checks.reward import check_function
-from gcpo.config import ConfigError
+from gcpo.settings import ConfigError
 from tests.run_inputs import CONTEXT, config_of, copy_model, row, write_rows
 
 MODEL = "actor_rollout_ref.model"

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from gcpo.checks.overrides import dotted_keys, nearest, override_problem
-from gcpo.config import GCPOConfig
+from gcpo.methods.gcpo.settings import GCPOConfig
 from recipe.gcpo import main_gcpo
 from tests.run_inputs import ROOT, composed
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PROGRAMS = {
     "data": """
-        from data_prep import arithmetic
+        from examples.arithmetic import task as arithmetic
         write = arithmetic.write_atomically
         def write_alone(path, content):
             (folder / "writing").mkdir()  # fails where another process is writing
@@ -27,8 +27,8 @@ PROGRAMS = {
         arithmetic.prepare(folder / "arithmetic", train_size=60, test_size=12)
     """,
     "model": """
-        from data_prep.arithmetic import prepare
-        from data_prep.warm_start import Recipe, warm_start
+        from examples.arithmetic.task import prepare
+        from examples.arithmetic.warm_start import Recipe, warm_start
         prepare(folder / "arithmetic", train_size=60, test_size=12)
         few = dict(hidden_size=32, intermediate_size=48, layers=1, heads=1, plain_examples=40, candidate_examples=2)
         warm_start(folder / "arithmetic", folder / "warm", Recipe(**few))
@@ -47,7 +47,7 @@ PROGRAMS = {
         core.prepare(SETS["aime"], folder / "sets" / "aime", [str(folder / "rows.json")])
     """,
     "merged": """
-        from gcpo.evaluation import models
+        from gcpo.tools.evaluate import models
         def merger(actor, target):
             (target / "config.json").write_text("{}")
             time.sleep(0.5)
@@ -57,8 +57,8 @@ PROGRAMS = {
         models.merge(folder / "global_step_2" / "actor")
     """,
     "evaluation": """
-        from gcpo.evaluation import EvaluationError
-        from gcpo.evaluation.samples import alone_in
+        from gcpo.tools.evaluate import EvaluationError
+        from gcpo.tools.evaluate.samples import alone_in
         try:
             with alone_in(folder / "evaluation"):
                 (folder / "evaluation" / "samples").write_text("x")
@@ -142,7 +142,7 @@ def test_one_evaluation_writes_into_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_merged_model_that_may_only_be_read_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gcpo.evaluation import models
+    from gcpo.tools.evaluate import models
 
     checkpoint(tmp_path)
     monkeypatch.setattr(models, "_run_merger", lambda actor, target: (target / "config.json").write_text("{}"))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.made import rows, write_set
 from tests.run_inputs import copy_model
+from tests.tools.evaluate.made import rows, write_set
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "run_scripts").glob("*.sh"), *(ROOT / "requirements").glob("*.sh"), ROOT / ".ci" / "run"])
@@ -127,16 +127,16 @@ def test_quickstart(sandbox):
     done = sandbox.run("quickstart.sh", "--preset", "light", "--seed", "3", "--steps", "4", "trainer.save_freq=2")
     assert done.returncode == 0, done.stderr
     data, model, train, shown = sandbox.calls
-    assert data == "-m data_prep.arithmetic --output data/arithmetic"
-    assert model == "-m data_prep.warm_start --data data/arithmetic --output models/arithmetic-warm"
-    assert train.startswith("-m gcpo.launch --output outputs/quickstart -- ")
+    assert data == "-m examples.arithmetic.task --output data/arithmetic"
+    assert model == "-m examples.arithmetic.warm_start --data data/arithmetic --output models/arithmetic-warm"
+    assert train.startswith("-m gcpo.tools.launch --output outputs/quickstart -- ")
     assert "-m recipe.gcpo.main_gcpo --config-name gcpo_quickstart " in train
     assert f"trainer.default_local_dir={ROOT}/outputs/quickstart/checkpoints" in train
     assert train.endswith(
         "gcpo.preset=light gcpo.seed=3 data.seed=3 actor_rollout_ref.actor.data_loader_seed=3 "
         "trainer.total_training_steps=4 trainer.save_freq=2"
     )
-    assert shown == "-m gcpo.report outputs/quickstart"
+    assert shown == "-m gcpo.tools.report outputs/quickstart"
 
 
 def test_quickstart_with_grpo_runs_beside(sandbox):
@@ -176,7 +176,7 @@ def test_deepscaler_with_a_tiny_model_goes_on(sandbox, tiny_folder):
     assert prepare == f"-m data_prep aime --source {home}/aime.json --data {home}/sets --output {home}/o/data"
     assert f"data.train_files={home}/o/data/train.parquet" in train and "device=cpu" in train
     assert "trainer.total_training_steps=2" in train and "trainer.val_before_train=False" in train
-    assert shown == f"-m gcpo.report {home}/o"
+    assert shown == f"-m gcpo.tools.report {home}/o"
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_grpo_is_the_same_run_without_gcpo(sandbox, name):
 @pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
 def test_context_of_the_paper_s_runs(name, context):
     """The numbers in the scripts' comments: the longest prompt with candidates and a response fit the context."""
-    from gcpo.config import BlocksConfig
+    from gcpo.methods.gcpo.settings import BlocksConfig
 
     text = (ROOT / "run_scripts" / f"gcpo_{name}.sh").read_text()
     number = lambda key: int(re.search(rf"^    {re.escape(key)}=(\d+)$", text, re.MULTILINE)[1])  # noqa: E731
@@ -380,14 +380,17 @@ def test_evaluate(sandbox, tiny_folder):
     assert done.returncode == 0, done.stderr
     home = sandbox.folder
     assert sandbox.calls == [
-        f"-m gcpo.evaluation run {home}/tiny --sets aime24,{home}/mine.parquet --samples=4 --seed=1 --output {ROOT}/out"
+        f"-m gcpo.tools.evaluate run {home}/tiny --sets aime24,{home}/mine.parquet --samples=4 --seed=1 "
+        f"--output {ROOT}/out"
     ]
 
 
 def test_evaluate_prints_the_table(sandbox, tiny_folder):
     done = sandbox.run("evaluate.sh", "table", "--format", "csv", "tiny", "new=tiny")
     assert done.returncode == 0, done.stderr
-    assert sandbox.calls == [f"-m gcpo.evaluation table --format=csv {sandbox.folder}/tiny new={sandbox.folder}/tiny"]
+    assert sandbox.calls == [
+        f"-m gcpo.tools.evaluate table --format=csv {sandbox.folder}/tiny new={sandbox.folder}/tiny"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gcpo.config import ConfigError, GCPOConfig
-from gcpo.launch import step_line
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.settings import ConfigError
 from gcpo.stability import (
     ENTROPY,
     ENTROPY_COLLAPSE,
@@ -22,6 +22,7 @@ from gcpo.stability import (
     describe,
     token_entropy,
 )
+from gcpo.tools.launch import step_line
 
 ACCURACY = "val-core/gcpo/arithmetic/acc/mean@1"
 VOCABULARY = 326

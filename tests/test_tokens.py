@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from data_prep.warm_start import Recipe, make_tokenizer
+from examples.arithmetic.warm_start import Recipe, make_tokenizer
 from gcpo.tokens import TextTokens, control_ids, control_texts, last_occurrence, plain_decoder, spelled_markers
 
 SHARED = Path(os.environ.get("GCPO_SHARED_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from gcpo.checks import check_gc2po_run, check_run
-from gcpo.config import ConfigError
+from gcpo.settings import ConfigError
 from tests.run_inputs import config_of
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"

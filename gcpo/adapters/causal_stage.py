@@ -18,12 +18,12 @@ from transfer_queue import KVBatchMeta
 from gcpo.adapters.fields import nested
 from gcpo.adapters.workers import SCORED_KINDS
 from gcpo.algorithms import group_relative_advantage
-from gcpo.collider.draws import request_seed
-from gcpo.config import GCPOConfig
-from gcpo.missing import Missing
-from gcpo.reference_stage import ReferenceStage
-from gcpo.rollout_metrics import rollout_metrics
-from gcpo.stage import BatchWeights, GroupFeatures, batch_weights, noise_warning
+from gcpo.methods.gcpo.credit import BatchWeights, GroupFeatures, batch_weights, noise_warning
+from gcpo.methods.gcpo.missing import Missing
+from gcpo.methods.gcpo.reference import ReferenceStage
+from gcpo.methods.gcpo.rollout_metrics import rollout_metrics
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.seeding import request_seed
 
 logger = logging.getLogger(__name__)
 

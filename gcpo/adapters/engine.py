@@ -32,7 +32,7 @@ from gcpo.adapters.perturbed import PerturbedRow
 from gcpo.adapters.probe import probe_trees
 from gcpo.adapters.stability import StableEngine
 from gcpo.notices import notice
-from gcpo.packing.attention import tree_attention_on, tree_problem
+from gcpo.scoring.attention import tree_attention_on, tree_problem
 
 logger = logging.getLogger(__name__)
 

@@ -28,11 +28,8 @@ from gcpo.adapters.fields import flat_field, nested, split_rows
 from gcpo.adapters.perturbed import EpisodeScore, EpisodeScorer
 from gcpo.adapters.weight_socket import OwnSocketWorker
 from gcpo.checks import check_gc2po_run
-from gcpo.collider.draws import request_seed
-from gcpo.counterfactual.config import GC2POConfig
-from gcpo.counterfactual.episodes import Episodes, TokenReader, split_response
-from gcpo.counterfactual.pack import EpisodeRequest
-from gcpo.counterfactual.stage import (
+from gcpo.faults import RunStoppedError
+from gcpo.methods.gc2po.credit import (
     GroupEpisodes,
     GroupResult,
     batch_metrics,
@@ -42,7 +39,10 @@ from gcpo.counterfactual.stage import (
     group_answers,
     group_noise,
 )
-from gcpo.faults import RunStoppedError
+from gcpo.methods.gc2po.episodes import Episodes, TokenReader, split_response
+from gcpo.methods.gc2po.pack import EpisodeRequest
+from gcpo.methods.gc2po.settings import GC2POConfig
+from gcpo.seeding import request_seed
 from gcpo.tokens import control_ids
 
 _COUNTS = ("path", "branches", "unshared", "tagged", "malformed")

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from gcpo.adapters.fields import nested
-from gcpo.packing import PrefixForest, TreePack
+from gcpo.scoring import PrefixForest, TreePack
 
 
 @dataclass(frozen=True)

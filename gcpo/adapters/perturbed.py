@@ -13,8 +13,8 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import logprobs_from_logits
 
 from gcpo.adapters.packed import PackedRow, filler, packed_batch
-from gcpo.counterfactual.pack import FUSED_TOKENS, EpisodePack, EpisodeRequest, pack_requests
-from gcpo.counterfactual.stage import answer_divergence
+from gcpo.methods.gc2po.credit import answer_divergence
+from gcpo.methods.gc2po.pack import FUSED_TOKENS, EpisodePack, EpisodeRequest, pack_requests
 
 _AT_ONCE = 256
 """Rows of logits that are in memory in float32 at a time."""
@@ -22,7 +22,7 @@ _AT_ONCE = 256
 
 @dataclass(frozen=True)
 class PerturbedRow(PackedRow):
-    """A pack in which some states are moved by g; see `gcpo.counterfactual.pack.EpisodePack` for the places.
+    """A pack in which some states are moved by g; see `gcpo.methods.gc2po.pack.EpisodePack` for the places.
 
     Attributes:
         perturbed: int64 [J].
@@ -109,7 +109,7 @@ class EpisodeScorer:
         form: ``gc2po.form``.
         relative: whether noise is relative to the state's norm.
         max_tokens: token budget of a row.
-        fused_tokens: see `gcpo.counterfactual.pack.FUSED_TOKENS`.
+        fused_tokens: see `gcpo.methods.gc2po.pack.FUSED_TOKENS`.
     """
 
     def __init__(

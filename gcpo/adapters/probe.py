@@ -10,8 +10,8 @@ import torch
 from verl.utils.device import get_torch_device
 
 from gcpo.adapters.scoring import DenseScorer, ScoreRequest, TreeScorer
-from gcpo.packing.attention import recorded_attention
-from gcpo.packing.probe import LONGEST, probe_sequences, verdict
+from gcpo.scoring.attention import recorded_attention
+from gcpo.scoring.probe import LONGEST, probe_sequences, verdict
 
 
 def probe_trees(engine: Any, vocabulary: int) -> str | None:

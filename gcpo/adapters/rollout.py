@@ -25,10 +25,11 @@ from gcpo.adapters.processes import is_death
 from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
 from gcpo.adapters.scores import checked_info, number, score_problem
 from gcpo.collider.admission import Admission
-from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult, request_seed, seeded
+from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
-from gcpo.config import GCPOConfig
 from gcpo.faults import ServerLostError
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.seeding import request_seed, seeded
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from gcpo.config import GCPOConfig
 from gcpo.faults import RunStoppedError
+from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.stability import ENTROPY, SKIPPED_UPDATES, WEIGHT_CHANGE, StabilityConfig, StabilityMonitor, describe
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from gcpo.checks.resume import check_resume
 from gcpo.checks.reward import check_reward
 from gcpo.checks.supported import MANAGER, check_supported
 from gcpo.checks.values import check_values
-from gcpo.config import ConfigError, GCPOConfig
-from gcpo.counterfactual.config import GC2POConfig
+from gcpo.methods.gc2po.settings import GC2POConfig
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.settings import ConfigError
 
 __all__ = [
     "MANAGER",

@@ -9,7 +9,7 @@ from math import prod
 from omegaconf import DictConfig
 
 from gcpo.checks.reading import ACTOR, ROLLOUT, get
-from gcpo.config import ConfigError
+from gcpo.settings import ConfigError
 
 CPUS_PER_RANK = 3
 """verl reserves so many of Ray's CPUs for every device of its pool."""

@@ -7,8 +7,9 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 
 from gcpo.checks.reading import ACTOR, ROLLOUT, get
-from gcpo.config import ConfigError, GCPOConfig
-from gcpo.counterfactual.config import GC2POConfig
+from gcpo.methods.gc2po.settings import GC2POConfig
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.settings import ConfigError
 
 _PROMPT, _RESPONSE = "data.max_prompt_length", "data.max_response_length"
 

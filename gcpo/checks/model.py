@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gcpo.checks.reading import MODEL, first_line, get
-from gcpo.config import ConfigError
+from gcpo.settings import ConfigError
 
 KEY = f"{MODEL}.path"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json",
@@ -192,7 +192,7 @@ def check_perturbable(model: Any) -> None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from gcpo.packing.attention import tree_problem
+    from gcpo.scoring.attention import tree_problem
 
     if type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return

@@ -33,7 +33,7 @@ def override_problem(error: Exception, compose: Callable[[], DictConfig]) -> str
     if found := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         return _unknown_option(found[1], found[2], text)
     if found := re.search(r"Cannot find primary config '([^']+)'", text):
-        return f"there is no configuration {found[1]}: leave out --config-name, or name one of recipe/gcpo/config"
+        return f"there is no configuration {found[1]}: leave out --config-name, or name one of gcpo/config"
     return f"the configuration cannot be composed: {' '.join(text.split()) or type(error).__name__}"
 
 

@@ -8,7 +8,7 @@ import importlib.util
 from omegaconf import DictConfig
 
 from gcpo.checks.reading import ACTOR, first_line, get
-from gcpo.config import ConfigError
+from gcpo.settings import ConfigError
 
 _PACKAGES = {
     "tracking": "wandb",

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from gcpo.checks.data import Table
 from gcpo.checks.reading import OUR_REWARD, first_line, get, group
-from gcpo.config import ConfigError
+from gcpo.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 

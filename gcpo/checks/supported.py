@@ -11,7 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gcpo.checks.reading import ACTOR, MODEL, ROLLOUT, get
-from gcpo.config import ConfigError, GCPOConfig
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 

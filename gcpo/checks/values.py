@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gcpo.checks.reading import ACTOR, MODEL, ROLLOUT, get
-from gcpo.config import ConfigError
+from gcpo.settings import ConfigError
 
 
 @dataclass(frozen=True)

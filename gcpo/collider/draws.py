@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +16,10 @@ import numpy as np
 
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.collider.prompts import CandidatePrompts, GroupPrompts
-from gcpo.config import GCPOConfig
 from gcpo.faults import ServerLostError
-from gcpo.packing.tree import common_prefix
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.scoring.tree import common_prefix
+from gcpo.seeding import request_seed, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -28,24 +27,6 @@ KINDS = ("collider", "marginal", "conditioned")
 OUTCOMES = ("ok", "failed", "empty", "cut")
 MAX_CAUSES = 3
 """Distinct causes that a group reports."""
-
-
-def request_seed(*parts: Any) -> int:
-    """A seed that depends only on ``parts``, so that a request or a choice can be repeated in another run."""
-    digest = hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") & 0x7FFFFFFF
-
-
-def seeded(sampling_params: Mapping[str, Any], seed: int | None, *parts: Any) -> dict[str, Any]:
-    """The parameters of a sampling request, with the seed that follows from ``seed`` and ``parts``.
-
-    Args:
-        sampling_params: of the request; not changed.
-        seed: ``gcpo.seed``; ``None``: the request gets no seed, and the server samples from a generator of its own.
-        parts: what distinguishes the request from all others of the run.
-    """
-    unseeded = {name: value for name, value in sampling_params.items() if name != "seed"}
-    return unseeded if seed is None else {**unseeded, "seed": request_seed(seed, *parts)}
 
 
 @dataclass

@@ -19,12 +19,13 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+import gcpo.config
 from gcpo.checks import check_gc2po_run, check_run, plugin_problem
 from gcpo.checks.overrides import override_problem
 from gcpo.checks.reading import first_line
-from gcpo.config import ConfigError
+from gcpo.settings import ConfigError
 
-CONFIG = Path(__file__).parent / "config"
+CONFIG = Path(gcpo.config.__file__).parent
 _SEARCH_PATH = "hydra.searchpath"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 

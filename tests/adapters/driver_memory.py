@@ -19,7 +19,7 @@ from tensordict import TensorDict
 
 from gcpo.adapters import causal_stage
 from gcpo.adapters.fields import nested
-from gcpo.config import GCPOConfig
+from gcpo.methods.gcpo.settings import GCPOConfig
 
 GROUPS, N, LONGEST, SIZE = 256, 8, 16384, 64
 ROWS = GROUPS * N

@@ -86,7 +86,7 @@ def build_worker(config: Any, role: str = "actor", *, lr: float = 0.0, engine_cl
     from omegaconf import OmegaConf, open_dict
 
     from gcpo.adapters.workers import GCPOActorRolloutRefWorker
-    from gcpo.config import GCPOConfig
+    from gcpo.methods.gcpo.settings import GCPOConfig
 
     gcpo = GCPOConfig.from_config(config.gcpo, n=config.actor_rollout_ref.rollout.n, response_length=64)
     config = copy.deepcopy(config.actor_rollout_ref)

@@ -1,4 +1,4 @@
-"""The counters of a step, made by what a run makes them with, against ``gcpo.cost`` with that step's mean lengths."""
+"""The counters of a step, made as a run makes them, against ``gcpo.tools.cost`` with that step's mean lengths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from verl.utils import tensordict_utils as tu
 
-from data_prep.warm_start import Recipe, make_tokenizer
+from examples.arithmetic.warm_start import Recipe, make_tokenizer
 from gcpo.adapters.conditioned import conditioned_packs
 from gcpo.adapters.fields import flat_field
 from gcpo.adapters.packed import packed_rows
@@ -19,10 +19,10 @@ from gcpo.adapters.scoring import Score, ScoreRequest
 from gcpo.adapters.workers import SCORED_KINDS, score_rows
 from gcpo.collider.draws import ColliderStage
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
-from gcpo.config import GCPOConfig
-from gcpo.cost import Step, step_tokens
-from gcpo.cost_report import compare, measured_texts, of_log
-from gcpo.rollout_metrics import rollout_metrics
+from gcpo.methods.gcpo.rollout_metrics import rollout_metrics
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.tools.cost import Step, step_tokens
+from gcpo.tools.cost_report import compare, measured_texts, of_log
 from tests.adapters.ranks import pack
 
 GROUPS, LIMIT, END = 192, 64, 2

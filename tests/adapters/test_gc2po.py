@@ -21,10 +21,10 @@ from gcpo.adapters.fields import flat_field
 from gcpo.adapters.gc2po import GC2POTrainer, batch_episodes, compute_gc2po_advantage, score_rows
 from gcpo.adapters.perturbed import EpisodeScore
 from gcpo.algorithms import episode_reward, group_relative_advantage, token_advantage
-from gcpo.counterfactual.config import GC2POConfig
-from gcpo.counterfactual.episodes import TokenReader, split_response
-from gcpo.counterfactual.pack import EpisodeRequest
-from gcpo.counterfactual.stage import effectiveness
+from gcpo.methods.gc2po.credit import effectiveness
+from gcpo.methods.gc2po.episodes import TokenReader, split_response
+from gcpo.methods.gc2po.pack import EpisodeRequest
+from gcpo.methods.gc2po.settings import GC2POConfig
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.ranks import pack, run_on_ranks
 from tests.adapters.test_pipeline import Actor, Grader, Server, groups_of, log_probs_of, questions, real, roll_out
@@ -289,8 +289,8 @@ def test_the_prompt_asks_for_tags(recipe_config: Callable, tmp_path: Path, token
     """Every question of the data set that verl makes ends with it, and its length counts."""
     from verl.utils.dataset.rl_dataset import get_dataset_class
 
-    from data_prep.arithmetic import prepare
-    from gcpo.counterfactual.episodes import EPISODE_PROMPT
+    from examples.arithmetic.task import prepare
+    from gcpo.methods.gc2po.episodes import EPISODE_PROMPT
 
     prepare(tmp_path, train_size=6, test_size=6)
     config = recipe_config("device=cpu", f"+data.cache_dir={tmp_path}/cache", name="gc2po_trainer").data

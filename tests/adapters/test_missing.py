@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gcpo.collider.draws import ColliderStage
-from gcpo.missing import Count, Missing, NothingValidError
+from gcpo.methods.gcpo.missing import Count, Missing, NothingValidError
 from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.test_pipeline import (

@@ -165,7 +165,7 @@ def update(
     from transfer_queue import KVBatchMeta
 
     from gcpo.adapters.trainer import GCPOTrainer
-    from gcpo.config import GCPOConfig
+    from gcpo.methods.gcpo.settings import GCPOConfig
 
     config = copy.deepcopy(config)
     config.actor_rollout_ref.actor.ppo_mini_batch_size = len(fields) // SIZE // minis

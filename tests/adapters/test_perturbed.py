@@ -9,7 +9,7 @@ import torch
 
 from gcpo.adapters.packed import PackedRow, packed_batch
 from gcpo.adapters.perturbed import EpisodeScorer
-from gcpo.counterfactual.pack import EpisodeRequest, pack_requests
+from gcpo.methods.gc2po.pack import EpisodeRequest, pack_requests
 from tests.adapters.ranks import build_engine, run_on_ranks
 
 TEMPERATURE, DRAWS, SIZE = 0.7, 2, 32

@@ -26,7 +26,7 @@ from gcpo.adapters.scoring import Score, ScoreRequest
 from gcpo.adapters.trainer import GCPOTrainer
 from gcpo.adapters.workers import score_rows
 from gcpo.algorithms import causal_advantage, causal_reference, causal_target, causal_weight, group_relative_advantage
-from gcpo.config import GCPOConfig
+from gcpo.methods.gcpo.settings import GCPOConfig
 from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
 

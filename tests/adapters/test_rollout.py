@@ -16,7 +16,7 @@ from gcpo.adapters import rollout
 from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
 from gcpo.collider.admission import Admission
 from gcpo.collider.draws import ColliderStage, Draw, GroupResult
-from gcpo.config import GCPOConfig
+from gcpo.methods.gcpo.settings import GCPOConfig
 
 PARENT = rollout._PlainWorker
 PROMPT = {"uid": "u", "raw_prompt": [{"role": "user", "content": "?"}], "index": 3, "global_steps": 1}

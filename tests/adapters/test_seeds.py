@@ -12,7 +12,7 @@ import torch
 from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
 from gcpo.adapters.rollout import GCPOAgentLoopManager
 from gcpo.checks import check_run
-from gcpo.config import ConfigError
+from gcpo.settings import ConfigError
 from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.test_pipeline import GENERATED, Server, make_trainer, roll_out, take_step
@@ -201,8 +201,8 @@ def test_gc2po_without_seeds(recipe_config: Callable) -> None:
     from omegaconf import OmegaConf
 
     from gcpo.adapters.gc2po import _read
-    from gcpo.counterfactual.config import GC2POConfig
-    from gcpo.counterfactual.episodes import TokenReader
+    from gcpo.methods.gc2po.episodes import TokenReader
+    from gcpo.methods.gc2po.settings import GC2POConfig
 
     settings = OmegaConf.to_container(recipe_config("gcpo.seed=null", name="gc2po_trainer"), resolve=True)
     config = GC2POConfig.from_config(settings["gc2po"], n=8)

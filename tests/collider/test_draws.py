@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from data_prep.warm_start import Recipe, make_tokenizer
+from examples.arithmetic.warm_start import Recipe, make_tokenizer
 from gcpo.collider.draws import ColliderStage, GroupResult, _alike
 from gcpo.collider.plan import LeaveOneOutPlan
 from gcpo.collider.prompts import CandidatePrompts
-from gcpo.config import GCPOConfig
+from gcpo.methods.gcpo.settings import GCPOConfig
 
 RESPONSES = [[31, 32, 2], [33, 2], [34, 35, 36, 2], [37, 2]]
 END = 2

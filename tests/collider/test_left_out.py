@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gcpo.collider.draws import MAX_CAUSES, ColliderStage, one_line
-from gcpo.config import GCPOConfig
+from gcpo.methods.gcpo.settings import GCPOConfig
 from tests.collider.test_draws import END, GENERATED, Server, run
 
 MARK = 1000

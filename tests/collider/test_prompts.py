@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import AddedToken
 
-from data_prep.warm_start import Recipe, make_tokenizer
+from examples.arithmetic.warm_start import Recipe, make_tokenizer
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, GroupPrompts, PromptTemplate
 

@@ -66,7 +66,7 @@ def start_and_kill(inputs: Path, folder: Path, title: str, after: str) -> Ended:
     """
     screen = folder / "screen.txt"
     command = [
-        *(sys.executable, "-m", "gcpo.launch", "--output", str(folder / "run"), "--"),
+        *(sys.executable, "-m", "gcpo.tools.launch", "--output", str(folder / "run"), "--"),
         *(sys.executable, "-m", "recipe.gcpo.main_gcpo", f"hydra.run.dir={folder}/hydra", "device=cpu"),
         f"data.train_files={inputs}/data/train.parquet",
         f"data.val_files={inputs}/data/test.parquet",

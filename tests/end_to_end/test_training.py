@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.arithmetic import prepare
-from data_prep.warm_start import Recipe, warm_start
+from examples.arithmetic.task import prepare
+from examples.arithmetic.warm_start import Recipe, warm_start
 from gcpo.checkpoints import MANIFEST, TRACKER
 
 ROOT = Path(__file__).resolve().parents[2]

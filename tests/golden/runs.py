@@ -54,8 +54,8 @@ def file_of(name: str) -> Path:
 
 def make_model(folder: Path) -> Path:
     """The random model of two layers that all runs start from."""
-    from data_prep.warm_start import Recipe, make_tokenizer
-    from data_prep.warm_start import make_model as build
+    from examples.arithmetic.warm_start import Recipe, make_tokenizer
+    from examples.arithmetic.warm_start import make_model as build
 
     recipe = Recipe(hidden_size=32, intermediate_size=48, layers=2, heads=2, initializer_range=0.3)
     tokenizer = make_tokenizer(recipe)
@@ -68,7 +68,7 @@ def run_here(name: str, model: Path) -> dict[str, Any]:
     """`run` in a process of its own; what it returns is what JSON keeps of it."""
     from tests.adapters.ranks import run_on_ranks
 
-    recipe = FOLDER.parents[1] / "recipe" / "gcpo" / "config"
+    recipe = FOLDER.parents[1] / "gcpo" / "config"
     return json.loads(json.dumps(run_on_ranks(1, run, name, str(model), str(recipe))[0]))
 
 
@@ -191,8 +191,8 @@ def build_trainer(config: Any, queue: Any, tokenizer: Any) -> Any:
     from omegaconf import OmegaConf, open_dict
     from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 
-    from gcpo.config import GCPOConfig
-    from gcpo.counterfactual.config import GC2POConfig
+    from gcpo.methods.gc2po.settings import GC2POConfig
+    from gcpo.methods.gcpo.settings import GCPOConfig
 
     trainer_class = get_trainer_cls(config.trainer.v1.trainer_mode)
     trainer, size = object.__new__(trainer_class), config.actor_rollout_ref.rollout.n

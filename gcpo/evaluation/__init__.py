@@ -1,9 +1,0 @@
-"""Evaluation: samples of a model on question sets, graded as in training, and the paper's table of any number of runs.
-
-``python -m gcpo.evaluation run MODEL`` samples and grades, ``python -m gcpo.evaluation table RUN...`` compares;
-``docs/evaluation.md`` states every number's formula.
-"""
-
-
-class EvaluationError(Exception):
-    """What an evaluation can't work with; the message is one sentence for the user."""

@@ -1,7 +1,0 @@
-"""``python -m gcpo.launch``."""
-
-import sys
-
-from gcpo.launch.command import main
-
-sys.exit(main())

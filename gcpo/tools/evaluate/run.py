@@ -1,0 +1,324 @@
+"""One evaluation: sample what is missing, grade it, write it down, and sum it up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gcpo.seeding import request_seed
+from gcpo.tools.evaluate import EvaluationError, metrics
+from gcpo.tools.evaluate.models import Model
+from gcpo.tools.evaluate.questions import Question, QuestionSet
+from gcpo.tools.evaluate.samples import (
+    LOG_FILE,
+    SETTINGS_FILE,
+    SampleFile,
+    alone_in,
+    check_settings,
+    read_json,
+    write_json,
+)
+from gcpo.tools.evaluate.sampling import Completion, Prompts, Request, Sampler
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is sampled.
+
+    Attributes:
+        samples: k, samples of every question.
+        temperature: 0 is greedy.
+        top_p: smallest set of tokens with this probability.
+        max_tokens: longest response.
+        seed: with the question and the sample's index it makes the sample's seed.
+    """
+
+    samples: int = 16
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 16384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fits, wanted in (
+            ("samples", self.samples >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("max-tokens", self.max_tokens >= 1, "1 or more"),
+        ):
+            if not fits:
+                value = getattr(self, name.replace("-", "_"))
+                raise EvaluationError(f"--{name} is {value}; it must be {wanted}")
+        if self.temperature == 0 and self.samples > 1:
+            raise EvaluationError(
+                f"--temperature 0 is greedy, so the {self.samples} samples of a question would be the same; "
+                "set --samples 1"
+            )
+
+    def of_samples(self) -> dict[str, Any]:
+        """What a sample depends on: all but how many there are."""
+        values = dataclasses.asdict(self)
+        del values["samples"]
+        return values
+
+
+def sample_seed(seed: int, question: str, index: int) -> int:
+    """The seed of a sample; it depends on the question and not on where it stands or on what else is sampled."""
+    return request_seed(seed, "evaluation", question, index)
+
+
+def evaluate(
+    model: Model,
+    sets: Sequence[QuestionSet],
+    prompts: Prompts,
+    settings: Settings,
+    output: Path,
+    start: Callable[[Path], Sampler],
+    sandbox: Mapping[str, Any] | None = None,
+) -> dict[str, list[metrics.Question]]:
+    """Sample and grade what ``output`` doesn't hold yet, and write ``results.json``.
+
+    Args:
+        model: what is evaluated.
+        sets: on what.
+        prompts: of all their questions.
+        settings: how.
+        output: folder of the samples, made if need be.
+        start: makes the sampler, told where its log goes; called only if a sample is missing.
+        sandbox: for sets of programs, `sandbox` and `sandbox_fusion_url` of `gcpo.rewards.code`.
+
+    Returns:
+        By set, what was found for every question, from its first ``settings.samples`` samples.
+
+    Raises:
+        EvaluationError: ``output`` holds other samples, or can't be written, or no sandbox for programs works here.
+    """
+    sandbox = dict(sandbox or {})
+    _check_sandbox(sets, sandbox)
+    with alone_in(output):
+        own = {
+            "model": model.digest or model.path,
+            **settings.of_samples(),
+            "sets": {found.name: found.sha256 for found in sets},
+        }
+        recorded = check_settings(output, own)
+        files = {found.name: SampleFile(output / f"{found.name}.jsonl") for found in sets}
+        missing = {found.name: list(_missing(found, files[found.name], prompts, settings)) for found in sets}
+        count = sum(map(len, missing.values()))
+        if count:
+            _say_what_is_there(sets, settings, count)
+            sampler = start(output / LOG_FILE)
+            write_json(output / SETTINGS_FILE, recorded)
+            for found in sets:
+                _sample_set(found, files[found.name], missing[found.name], settings, sampler, sandbox)
+        else:
+            print("every sample is there: nothing to generate")
+        results = {found.name: sum_up(found, files[found.name], settings.samples) for found in sets}
+        _write_results(output, results)
+    return results
+
+
+def _missing(found: QuestionSet, file: SampleFile, prompts: Prompts, settings: Settings) -> Iterator[Request]:
+    """All samples of a question stand together, since they share its prompt."""
+    for question in found.questions:
+        for index in range(settings.samples):
+            if (question.id, index) not in file.samples:
+                yield Request(
+                    key=f"{question.id}:{index}",
+                    prompt_ids=prompts.ids[question.id],
+                    seed=sample_seed(settings.seed, question.id, index),
+                    max_tokens=prompts.room(question.id, settings.max_tokens),
+                )
+
+
+def _say_what_is_there(sets: Sequence[QuestionSet], settings: Settings, missing: int) -> None:
+    wanted = sum(len(found.questions) for found in sets) * settings.samples
+    there = f"{wanted - missing:,} of {wanted:,} samples are there; " if missing < wanted else ""
+    print(f"{there}starting vLLM for {missing:,}", flush=True)
+
+
+def _sample_set(
+    found: QuestionSet,
+    file: SampleFile,
+    requests: Sequence[Request],
+    settings: Settings,
+    sampler: Sampler,
+    sandbox: Mapping[str, Any],
+) -> None:
+    if not requests:
+        return
+    questions = {question.id: question for question in found.questions}
+    seeds = {request.key: request.seed for request in requests}
+    wanted = [(question.id, index) for question in found.questions for index in range(settings.samples)]
+    known = [file.samples[key] for key in wanted if key in file.samples]
+    with Progress(found.name, len(wanted), known) as progress:
+        for completions in sampler(requests):
+            asked = [questions[completion.key.rpartition(":")[0]] for completion in completions]
+            scores = grade(asked, completions, sandbox)
+            progress.update(
+                file.append(
+                    _line(question, completion, seeds[completion.key], score)
+                    for question, completion, score in zip(asked, completions, scores, strict=True)
+                )
+            )
+
+
+def _line(question: Question, completion: Completion, seed: int, scores: Mapping[str, Any]) -> dict[str, Any]:
+    from gcpo.rewards import extracted_answer
+
+    answer = extracted_answer(question.data_source, completion.text, question.ground_truth)
+    return {
+        "question": question.id,
+        "row": question.row,
+        "sample": int(completion.key.rpartition(":")[2]),
+        "seed": seed,
+        "text": completion.text,
+        "tokens": completion.tokens,
+        "finish_reason": completion.finish_reason,
+        "answer": answer if question.has_answer else None,
+        "scores": dict(scores),
+    }
+
+
+def _check_sandbox(sets: Sequence[QuestionSet], sandbox: Mapping[str, Any]) -> None:
+    """Before anything is generated: programs can be graded, if there are any."""
+    from gcpo.rewards import grader_of
+    from gcpo.rewards.sandbox import SandboxError, check
+
+    questions = [question for found in sets for question in found.questions]
+    try:
+        if any(grader_of(question.data_source, question.ground_truth) == "code" for question in questions):
+            print(f"programs run in the sandbox {check(**sandbox)}", flush=True)
+    except (SandboxError, ValueError) as error:
+        raise EvaluationError(str(error)) from error
+
+
+def grade(
+    questions: Sequence[Question], completions: Sequence[Completion], sandbox: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Grade samples with the reward function of training.
+
+    Raises:
+        EvaluationError: nothing can be graded here, for example since programs can't be confined.
+    """
+    from gcpo.rewards import GraderError, grade_many
+
+    try:
+        return grade_many(
+            [completion.text for completion in completions],
+            [question.ground_truth for question in questions],
+            [question.data_source for question in questions],
+            [question.extra_info for question in questions],
+            **(sandbox or {}),
+        )
+    except GraderError as error:
+        raise EvaluationError(str(error)) from error
+
+
+def sum_up(found: QuestionSet, file: SampleFile, samples: int) -> list[metrics.Question]:
+    """What was found for every question, from its first ``samples`` samples."""
+    from gcpo.rewards import same_answer
+
+    return [
+        metrics.of_question(
+            question.id,
+            [file.samples[question.id, index] for index in range(samples)],
+            same_answer if question.has_answer else None,
+        )
+        for question in found.questions
+    ]
+
+
+# ---- results -------------------------------------------------------------------------------------------------------
+
+
+def _write_results(output: Path, results: Mapping[str, Sequence[metrics.Question]]) -> None:
+    """Sets that this call didn't ask for keep what an earlier one found."""
+    path = output / RESULTS_FILE
+    sets = read_json(path)["sets"] if path.is_file() else {}
+    for name, questions in results.items():
+        sets[name] = {
+            "summary": dataclasses.asdict(metrics.summarize(questions)),
+            "questions": [dataclasses.asdict(question) for question in questions],
+        }
+    write_json(path, {"sets": sets})
+
+
+def read_results(output: Path) -> dict[str, list[metrics.Question]]:
+    """What an evaluation found, by set.
+
+    Raises:
+        EvaluationError: ``output`` holds no finished set.
+    """
+    path = output / RESULTS_FILE
+    if not path.is_file():
+        unfinished = (output / SETTINGS_FILE).is_file()
+        why = "it is not finished; run it again and it goes on" if unfinished else "give the --output of an evaluation"
+        raise EvaluationError(f"{output} holds no results: {why}")
+    try:
+        sets = read_json(path)["sets"]
+        return {name: [metrics.Question(**one) for one in found["questions"]] for name, found in sets.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{path} is no results file: {error!r}") from error
+
+
+# ---- progress ------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar where there is a terminal, else a line every 10 % and every minute."""
+
+    def __init__(self, name: str, total: int, known: Sequence[metrics.Sample]) -> None:
+        """``known`` are the samples that are there already, of ``total``."""
+        self._name = name
+        self._total = total
+        self._done = len(known)
+        self._right = sum(sample.right for sample in known)
+        self._tokens = 0
+        self._started = time.monotonic()
+        self._line_at = (self._done, self._started)
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+            from rich import progress
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeRemainingColumn()
+            )
+            self._task = self._bar.add_task(self._text, total=self._total, completed=self._done)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, samples: Sequence[metrics.Sample]) -> None:
+        """Count new samples."""
+        self._done += len(samples)
+        self._right += sum(sample.right for sample in samples)
+        self._tokens += sum(sample.tokens for sample in samples)
+        if self._bar is not None:
+            self._bar.update(self._task, description=self._text, completed=self._done)
+            return
+        now = time.monotonic()
+        shown, shown_at = self._line_at
+        if self._done == self._total or self._done - shown >= self._total / 10 or now - shown_at >= 60:
+            self._line_at = (self._done, now)
+            print(self._text, flush=True)
+
+    @property
+    def _text(self) -> str:
+        right = f"  pass@1 {100 * self._right / self._done:.1f} %" if self._done else ""
+        seconds = time.monotonic() - self._started
+        speed = f"  {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
+        return f"{self._name}  {self._done:,}/{self._total:,} samples{right}{speed}"

@@ -1,0 +1,191 @@
+"""Sampling with vLLM's offline engine; everything else sees `Request`, `Completion` and a `Sampler`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gcpo.tools.evaluate import EvaluationError
+from gcpo.tools.evaluate.models import Model
+from gcpo.tools.evaluate.questions import QuestionSet
+
+WAITING = 1024
+"""Requests that the engine holds at a time; it batches as many of them as fit."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample that is asked for."""
+
+    key: str
+    prompt_ids: list[int]
+    seed: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample that is finished; ``finish_reason`` is ``length`` where it was cut, else ``stop``."""
+
+    key: str
+    text: str
+    tokens: int
+    finish_reason: str
+
+
+Sampler = Callable[[Sequence[Request]], Iterator[list[Completion]]]
+"""Yields what is finished as soon as it is, in any order."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The token ids of every question's prompt.
+
+    Attributes:
+        ids: by the question's id.
+        context: tokens that the model can hold; ``None`` where its configuration doesn't say.
+    """
+
+    ids: dict[str, list[int]]
+    context: int | None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.ids.values()))
+
+    def room(self, question: str, max_tokens: int) -> int:
+        """Tokens that a response to this question may have."""
+        if self.context is None:
+            return max_tokens
+        return min(max_tokens, self.context - len(self.ids[question]))
+
+
+def make_prompts(model: Model, sets: Sequence[QuestionSet]) -> Prompts:
+    """The prompts as training makes them: the model's chat template, and the header of its answer.
+
+    Raises:
+        EvaluationError: the model's configuration or tokenizer can't be loaded, it has no chat template, or a prompt
+            leaves no room for an answer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(model.path)
+        tokenizer = AutoTokenizer.from_pretrained(model.path)
+    except Exception as error:  # OSError, ValueError, the hub's own errors, whatever remote files hold
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EvaluationError(f"the model {model.path} can't be loaded: {reason}") from error
+    if not tokenizer.chat_template:
+        raise EvaluationError(f"the model {model.path} has no chat template, and the questions are chats")
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    prompts = Prompts({}, context)
+    for found in sets:
+        for question in found.questions:
+            text = tokenizer.apply_chat_template(question.prompt, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if context is not None and len(ids) >= context:
+                raise EvaluationError(
+                    f"the prompt in row {question.row} of {found.path} has {len(ids)} tokens and the model's context "
+                    f"is {context}: no room for an answer; leave the row out or take another model"
+                )
+            prompts.ids[question.id] = ids
+    return prompts
+
+
+def vllm_sampler(
+    model: Model, log: Path, *, temperature: float, top_p: float, max_model_len: int, tensor_parallel_size: int = 1
+) -> Sampler:
+    """Start vLLM with the model.
+
+    Args:
+        model: what to load.
+        log: what vLLM and its processes print is added to this file.
+        temperature: 0 is greedy.
+        top_p: smallest set of tokens with this probability.
+        max_model_len: longest prompt with its response, in tokens.
+        tensor_parallel_size: GPUs that the model is spread over.
+
+    Raises:
+        EvaluationError: vLLM can't load it.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from gcpo.cpu import is_cpu_profile
+
+    settings: dict[str, Any] = {}
+    if is_cpu_profile():
+        # A CPU generator can't be rewound, as vLLM does with that of a seeded request whose prompt it chunks.
+        settings = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+    try:
+        with _printing_into(log):
+            from vllm import LLM, SamplingParams
+            from vllm.sampling_params import RequestOutputKind
+
+            llm = LLM(
+                model=model.path, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size, **settings
+            )
+    except Exception as error:  # whatever the engine's processes die of
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EvaluationError(f"vLLM can't load {model.path}: {reason} (all of it is in {log})") from error
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # from here on this process prints to the terminal again
+    engine = llm.llm_engine
+
+    def add(request: Request) -> None:
+        # The model's generation_config.json says nothing here: what isn't set is off, as in training.
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        engine.add_request(request.key, {"prompt_token_ids": request.prompt_ids}, params)
+
+    def sample(requests: Sequence[Request]) -> Iterator[list[Completion]]:
+        rest = iter(requests)
+        waiting = 0
+        while True:
+            while waiting < WAITING and (request := next(rest, None)) is not None:
+                add(request)
+                waiting += 1
+            if not waiting:
+                return
+            try:
+                finished = [output for output in engine.step() if output.finished]
+            except Exception as error:
+                raise EvaluationError(f"vLLM stopped: {error} (see {log}); the same command goes on") from error
+            waiting -= len(finished)
+            if finished:
+                yield [_completion(output) for output in finished]
+
+    return sample
+
+
+@contextlib.contextmanager
+def _printing_into(log: Path) -> Iterator[None]:
+    """Send what is printed here to a file, and what processes that are started here print, as long as they live."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    try:
+        with log.open("ab") as file:
+            for number in kept:
+                os.dup2(file.fileno(), number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def _completion(output: Any) -> Completion:
+    (sample,) = output.outputs
+    return Completion(output.request_id, sample.text, len(sample.token_ids), str(sample.finish_reason))

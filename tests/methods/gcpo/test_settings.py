@@ -1,0 +1,129 @@
+"""The ``gcpo:`` group: presets, parsing, and values that are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.settings import ConfigError
+
+YAML = Path(__file__).parents[3] / "gcpo" / "config" / "base.yaml"
+
+
+def resolve(n: int = 8, response_length: int = 100, **config: Any) -> GCPOConfig:
+    return GCPOConfig.from_config(config, n=n, response_length=response_length)
+
+
+@pytest.mark.parametrize(
+    ("preset", "draws", "shared", "marginal", "generations", "source", "target", "fraction"),
+    [
+        ("paper", "shared", 8, 0, 8, "response", "projection", 1.0),
+        ("balanced", "leave_one_out", 1, 1, 1, "prompt", "projection", 0.5),
+        ("light", "leave_one_out", 1, 1, 1, "prompt", "group_mean", 0.25),
+    ],
+)
+def test_presets(
+    preset: str, draws: str, shared: int, marginal: int, generations: int, source: str, target: str, fraction: float
+) -> None:
+    """The paper's, and those of the study: states of prompts; the group's mean and no context for Upsilon."""
+    config = resolve(preset=preset)
+    found = config.collider
+    assert (found.draws, found.num_draws, config.marginal_draws) == (draws, shared, marginal)
+    assert (found.num_generations, config.features.source, found.projection) == (generations, source, "inclusive")
+    assert (config.weighting.target, config.reference.fraction) == (target, fraction)
+    assert config.needs_generations == (preset == "paper")
+    assert config.causal_target_on == (preset != "light")
+    assert found.max_tokens == config.conditioned.max_tokens == config.blocks.max_tokens == 100
+
+
+def test_a_given_value_wins_over_the_preset() -> None:
+    """A field that is set stays; another draws option brings its own number of leave-one-out draws."""
+    config = resolve(preset="paper", collider={"num_draws": 3, "draws": "leave_one_out"}, blocks={"max_tokens": 7})
+    assert config.collider.num_draws == 3 and config.marginal_draws == 1 and config.blocks.max_tokens == 7
+    assert resolve(preset="balanced", collider={"draws": "shared", "num_draws": 2}).marginal_draws == 0
+
+
+@pytest.mark.parametrize("off", ["off", False, {"target": "off"}, {"target": False}])
+def test_weighting_off(off: Any) -> None:
+    """`off` is a string on the command line and False in yaml; with kappa = 0 the run is GRPO and draws nothing."""
+    config = resolve(weighting=off)
+    assert not config.weighting_on and config.needs_rollout and not config.needs_generations
+    assert resolve(weighting=off, kappa=0).is_grpo
+    assert not resolve(weighting=off, kappa=0.0).needs_rollout
+
+
+def test_group_mean_needs_no_draws() -> None:
+    """Without kappa a target made of the group's own states needs no generation, only a forward."""
+    config = resolve(weighting={"target": "group_mean"}, kappa=0)
+    assert config.weighting_on and not config.needs_rollout and not config.is_grpo
+
+
+REFUSED = [
+    ({"kapa": 0.1}, "gcpo.kapa is not a setting.*gcpo.kappa"),
+    ({"collider": {"num_draw": 2}}, "gcpo.collider.num_draw .*num_draws"),
+    ({"preset": "fast"}, "gcpo.preset.*paper, balanced, light"),
+    ({"alpha": "two"}, "gcpo.alpha.*number"),
+    ({"alpha": -1}, "gcpo.alpha"),
+    ({"alpha": float("nan")}, "gcpo.alpha"),
+    ({"kappa": float("inf")}, "gcpo.kappa"),
+    ({"kappa": True}, "gcpo.kappa"),
+    ({"seed": 1.5}, "gcpo.seed.*whole"),
+    ({"blocks": {"drop_think": "yes"}}, "gcpo.blocks.drop_think.*true or false"),
+    ({"blocks": {"candidate": "[Answer]"}}, "gcpo.blocks.candidate.*label"),
+    ({"blocks": {"max_tokens": 0}}, "gcpo.blocks.max_tokens"),
+    ({"collider": 3}, "gcpo.collider must be a group"),
+    ({"collider": {"draws": "shared", "num_draws": 1}}, "L = 1 with shared draws"),
+    ({"collider": {"num_draws": 9}}, "L = 9 is more than the 8"),
+    ({"collider": {"num_draws": 0}}, "gcpo.collider.num_draws"),
+    ({"collider": {"num_generations": 0}}, "gcpo.collider.num_generations"),
+    ({"collider": {"draws": "leave_one_out", "num_marginal_draws": 0}}, "gcpo.collider.num_marginal_draws"),
+    ({"conditioned": {"max_tokens": 0}}, "gcpo.conditioned.max_tokens"),
+    ({"weighting": {"similarity": "dot"}}, "gcpo.weighting.similarity"),
+    ({"advantage": {"form": "sum"}}, "gcpo.advantage.form"),
+    ({"reference": {"max_kl": 0}}, "gcpo.reference.max_kl"),
+    ({"reference": {"floor": 0}}, "gcpo.reference.floor"),
+    ({"reference": {"relative_floor": 1}}, "gcpo.reference.relative_floor"),
+    ({"metrics": {"graded_fraction": 2}}, "gcpo.metrics.graded_fraction"),
+    ({"metrics": {"dump_fraction": -0.1}}, "gcpo.metrics.dump_fraction"),
+    ({"metrics": {"max_missing": 1.5}}, "gcpo.metrics.max_missing"),
+    ({"metrics": {"max_missing": float("nan")}}, "gcpo.metrics.max_missing"),
+    ({"weighting": {"missing": "zero"}}, "gcpo.weighting.missing.*mean, one"),
+    ({"scoring": {"max_token_len_per_gpu": 0}}, "gcpo.scoring.max_token_len_per_gpu"),
+    ({"preset": "paper", "features": {"source": "prompt"}}, "gcpo.features.source"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED, ids=[str(c) for c, _ in REFUSED])
+def test_impossible_values_are_refused(config: dict, message: str) -> None:
+    """Each gives one sentence that names the setting."""
+    with pytest.raises(ConfigError, match=message):
+        resolve(**config)
+
+
+def test_a_group_of_one_is_refused() -> None:
+    """n = 1 leaves nothing to compare, except for plain GRPO."""
+    with pytest.raises(ConfigError, match="rollout.n is 1"):
+        resolve(n=1)
+    assert resolve(n=1, weighting="off", kappa=0).is_grpo
+
+
+def test_the_yaml_has_every_field_and_the_defaults() -> None:
+    """base.yaml shows exactly the fields of the dataclass, with their defaults (its preset is the paper's)."""
+    shown = yaml.safe_load(YAML.read_text())["gcpo"]
+
+    def compare(cls: Any, group: dict, where: str) -> None:
+        assert set(group) == {f.name for f in dataclasses.fields(cls)}, where
+        for f in dataclasses.fields(cls):
+            default = getattr(cls, f.name)
+            if dataclasses.is_dataclass(default):
+                compare(default, group[f.name], f"{where}.{f.name}")
+            elif f.name != "preset":
+                assert group[f.name] == default, f"{where}.{f.name}"
+
+    compare(GCPOConfig(), shown, "gcpo")
+    assert GCPOConfig.from_config(shown, n=8, response_length=64).preset == "paper"
