@@ -27,7 +27,16 @@ def register() -> None:
         from gcpo.weight_socket import cluster_token
 
         cluster_token()  # in a Ray process this leaves the token to the vLLM processes that it starts
-        from gcpo.adapters import engine, gc2po, registry, trainer  # noqa: F401  (importing them registers)
+        from verl.trainer.ppo.core_algos import get_policy_loss_fn, register_policy_loss
+
+        from gcpo.adapters import engine, registry  # noqa: F401  (importing the engine registers it)
+        from gcpo.adapters.trainer import MethodTrainer
+        from gcpo.methods import method_names
+
+        for name in method_names():
+            registry.register(name, MethodTrainer)
+        # The surrogate of Eq. 10 is verl's own; the engine adds the kappa term.
+        register_policy_loss("gcpo")(get_policy_loss_fn("vanilla"))
 
         if is_cpu_profile():
             patches.apply_in_worker()

@@ -8,6 +8,7 @@ import inspect
 import re
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,25 +41,25 @@ def test_symbol_exists(module: str, name: str) -> None:
 
 def overridden() -> list[tuple[type, str]]:
     """Methods that our subclasses of verl's classes override."""
-    from gcpo.adapters.base import GroupTrainer
+    from gcpo.adapters.dataset import EpisodePromptDataset
     from gcpo.adapters.engine import GCPOFSDPEngine
-    from gcpo.adapters.gc2po import EpisodePromptDataset, GC2POActorRolloutRefWorker, GC2POTrainer
     from gcpo.adapters.group_client import GroupClient
     from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
-    from gcpo.adapters.trainer import GCPOTrainer
-    from gcpo.adapters.workers import GCPOActorRolloutRefWorker
+    from gcpo.adapters.trainer import MethodTrainer, OwnFieldsTrainer
+    from gcpo.adapters.worker import MethodWorker
 
     names = {
         GCPOFSDPEngine: ["prepare_model_inputs", "prepare_model_outputs", "forward_backward_batch", "train_batch"],
         GCPOAgentLoopWorkerPlain: ["_run_agent_loop", "_run_prompt", "_compute_score", "_agent_loop_postprocess"],
         GroupClient: ["_acquire_server", "_release_server"],
-        GCPOActorRolloutRefWorker: ["init_model"],
-        GroupTrainer: ["_init_resource_pool_mgr", "_build_replay_buffer", "on_train_begin", "_balance_batch"],
-        GC2POActorRolloutRefWorker: ["init_model"],
-        GC2POTrainer: ["_setup", "_balance_batch", "_compute_old_log_prob", "_compute_advantage"],
+        MethodWorker: ["init_model"],
         EpisodePromptDataset: ["maybe_filter_out_long_prompts"],
-        GCPOTrainer: [
+        OwnFieldsTrainer: ["_compute_ref_log_prob", "_compute_values", "_update_critic"],
+        MethodTrainer: [
             "_setup",
+            "_init_resource_pool_mgr",
+            "_build_replay_buffer",
+            "on_train_begin",
             "_balance_batch",
             "_compute_old_log_prob",
             "_compute_advantage",
@@ -87,11 +88,10 @@ def test_plug_in_is_registered() -> None:
     from verl.trainer.ppo.v1 import get_trainer_cls
     from verl.workers.engine import EngineRegistry
 
-    assert get_adv_estimator_fn("gcpo").__name__ == "compute_gcpo_advantage"
-    assert get_policy_loss_fn("gcpo").__name__ == "compute_policy_loss_gcpo"
-    assert get_trainer_cls("gcpo").__name__ == "GCPOTrainer"
-    assert get_adv_estimator_fn("gc2po").__name__ == "compute_gc2po_advantage"
-    assert get_trainer_cls("gc2po").__name__ == "GC2POTrainer"
+    for name in ("gcpo", "gc2po"):
+        assert get_adv_estimator_fn(name).__name__ == "method_advantage"
+        assert get_trainer_cls(name).__name__ == "MethodTrainer"
+    assert get_policy_loss_fn("gcpo") is get_policy_loss_fn("vanilla")
     assert EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__ == "GCPOFSDPEngine"
     assert {e.value for e in entry_points(group="verl.plugins") if e.name == "gcpo"} == {"gcpo.plugin"}
     assert {e.value for e in entry_points(group="vllm.general_plugins")} >= {"gcpo.cpu.patches:apply_in_vllm"}
@@ -109,15 +109,15 @@ def test_the_trainer_answers_sync() -> None:
     """verl compares ``trainer_mode`` with "sync" to choose its buffer and its checkpoints."""
     from verl.trainer.ppo.v1 import trainer_base
 
-    from gcpo.adapters.gc2po import GC2POTrainer
-    from gcpo.adapters.trainer import GCPOTrainer
+    from gcpo.adapters.trainer import MethodTrainer
 
     assert 'self.trainer_mode == "sync"' in inspect.getsource(trainer_base.PPOTrainer)
-    for mode, cls in (("gcpo", GCPOTrainer), ("gc2po", GC2POTrainer)):
-        trainer = object.__new__(cls)
+    for mode in ("gcpo", "gc2po"):
+        trainer = object.__new__(MethodTrainer)
+        trainer.method = SimpleNamespace(name=mode)
         trainer.trainer_mode = mode
         assert trainer.trainer_mode == "sync"
-        with pytest.raises(ValueError, match=f"trainer mode {mode}"):
+        with pytest.raises(ValueError, match=f"the mode {mode}, not 'sync'"):
             trainer.trainer_mode = "sync"
 
 
@@ -126,7 +126,11 @@ def test_estimator_is_verls_grpo_bit_for_bit() -> None:
     import numpy as np
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-    from gcpo.adapters.registry import causal_weights, compute_gcpo_advantage
+    from gcpo.adapters.registry import credited, method_advantage
+    from gcpo.methods.gcpo.credit import CausalCredit
+
+    def credit(weight: torch.Tensor, form: str = "product") -> CausalCredit:
+        return CausalCredit(weight, torch.ones(12, dtype=torch.bool), form)
 
     generator = torch.Generator().manual_seed(0)
     mask = (torch.rand(12, 5, generator=generator) < 0.8).long()
@@ -134,16 +138,16 @@ def test_estimator_is_verls_grpo_bit_for_bit() -> None:
     rewards = torch.rand(12, 5, generator=generator) * mask
     index = np.array(["a", "b", "c"] * 4, dtype=object)
     wanted, _ = compute_grpo_outcome_advantage(rewards.clone(), mask, index)
-    for weight in (None, torch.ones(12)):
-        with causal_weights(weight):
-            found, returns = compute_gcpo_advantage(rewards.clone(), mask, index)
+    for given in (None, credit(torch.ones(12))):
+        with credited(given):
+            found, returns = method_advantage(rewards.clone(), mask, index)
         assert torch.equal(found, wanted) and torch.equal(found, returns)
     upsilon = torch.rand(12, generator=generator) * 2
-    with causal_weights(upsilon):
-        weighted, _ = compute_gcpo_advantage(rewards.clone(), mask, index)
+    with credited(credit(upsilon)):
+        weighted, _ = method_advantage(rewards.clone(), mask, index)
     torch.testing.assert_close(weighted, wanted * upsilon[:, None])
-    with causal_weights(upsilon, "signed"):
-        signed, _ = compute_gcpo_advantage(rewards.clone(), mask, index)
+    with credited(credit(upsilon, "signed")):
+        signed, _ = method_advantage(rewards.clone(), mask, index)
     mean = torch.stack([upsilon[i % 3 :: 3].mean() for i in range(12)])
     torch.testing.assert_close(signed, wanted * (1 + wanted.sign() * (upsilon - mean)[:, None]))
 
@@ -152,10 +156,10 @@ def test_estimator_outside_our_trainer_is_refused() -> None:
     """Nothing else computes Upsilon, so the estimator does not fall back to GRPO silently."""
     import numpy as np
 
-    from gcpo.adapters.registry import compute_gcpo_advantage
+    from gcpo.adapters.registry import method_advantage
 
     with pytest.raises(RuntimeError, match="trainer.v1.trainer_mode=gcpo"):
-        compute_gcpo_advantage(torch.ones(2, 1), torch.ones(2, 1), np.array(["a", "a"], dtype=object))
+        method_advantage(torch.ones(2, 1), torch.ones(2, 1), np.array(["a", "a"], dtype=object))
 
 
 def test_policy_loss_is_vanilla() -> None:

@@ -10,8 +10,9 @@ from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData
 from verl.utils import tensordict_utils as tu
 
-from gcpo.adapters.fields import nested, split_rows
 from gcpo.adapters.packed import filler, packed_batch, packed_rows
+from gcpo.adapters.schema import nested
+from gcpo.methods.fields import split as split_rows
 
 
 def policy_slot(lengths: torch.Tensor) -> int:

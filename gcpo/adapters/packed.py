@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from gcpo.adapters.fields import nested
+from gcpo.adapters.schema import nested
 from gcpo.scoring import PrefixForest, TreePack
 
 

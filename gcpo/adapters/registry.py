@@ -1,6 +1,6 @@
-"""The advantage estimator and the policy loss ``gcpo``, in verl's registries.
+"""Methods in verl's registries: the advantage estimator and the trainer mode of each.
 
-Both call verl's own functions: A_i is verl's GRPO advantage and the surrogate is verl's ``vanilla`` policy loss.
+A_i is verl's own GRPO advantage.
 """
 
 from __future__ import annotations
@@ -14,46 +14,37 @@ import numpy as np
 import torch
 from verl.trainer.ppo.core_algos import (
     compute_grpo_outcome_advantage,
-    get_policy_loss_fn,
     register_adv_est,
-    register_policy_loss,
 )
+from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-from gcpo.algorithms import causal_advantage
+from gcpo.methods.base import Credit, Outcome
 
-_weights: ContextVar[tuple[torch.Tensor | None, str, torch.Tensor | None] | None] = ContextVar(
-    "gcpo_weights", default=None
-)
+_NO_TRAINER = object()
+_credit: ContextVar[Any] = ContextVar("gcpo_credit", default=_NO_TRAINER)
 
 
 @contextmanager
-def causal_weights(
-    weight: torch.Tensor | None, form: str = "product", has_target: torch.Tensor | None = None
-) -> Iterator[None]:
-    """Give the estimator ``gcpo`` the causal weights of the batch that verl is about to compute advantages for.
+def credited(credit: Credit | None) -> Iterator[None]:
+    """Within, the advantages are those of ``credit``; with ``None`` they are GRPO's.
 
-    Args:
-        weight: Upsilon of every row, shape [B], in the order of the batch; ``None`` where weighting is off.
-        form: ``advantage.form``.
-        has_target: bool [B], which rows have a target; ``None``: all. The weight of the others is a placeholder, which
-            must not enter the mean of ``signed``.
+    verl calls an estimator by its name and passes only the batch, so the credit goes around it.
     """
-    token = _weights.set((weight, form, has_target))
+    token = _credit.set(credit)
     try:
         yield
     finally:
-        _weights.reset(token)
+        _credit.reset(token)
 
 
-@register_adv_est("gcpo")
-def compute_gcpo_advantage(
+def method_advantage(
     token_level_rewards: torch.Tensor,
     response_mask: torch.Tensor,
     index: np.ndarray,
     config: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """B_i = A_i * Upsilon_i for every token of response i (Eq. 8, 10, 11).
+    """The advantage estimator of every method.
 
     Args:
         token_level_rewards: [B, T], the outcome reward on one token of each response.
@@ -62,41 +53,28 @@ def compute_gcpo_advantage(
         config: verl's algorithm configuration; ``norm_adv_by_std_in_grpo`` is honoured.
 
     Returns:
-        (advantages, returns), both [B, T]. With Upsilon = 1 exactly what verl's ``grpo`` gives.
+        (advantages, returns), both [B, T].
 
     Raises:
-        RuntimeError: outside the trainer mode ``gcpo``, where nothing computes Upsilon.
+        RuntimeError: outside the trainer mode of a method, where nothing gives credit.
     """
-    weights = _weights.get()
-    if weights is None:
+    credit = _credit.get()
+    if credit is _NO_TRAINER:
+        name = "gcpo" if config is None else config.get("adv_estimator", "gcpo")
         raise RuntimeError(
-            "algorithm.adv_estimator=gcpo works in the trainer mode gcpo alone: set trainer.v1.trainer_mode=gcpo"
+            f"algorithm.adv_estimator={name} works only in the trainer mode {name}: set trainer.v1.trainer_mode={name}"
         )
-    weight, form, has_target = weights
     norm_by_std = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
-    advantages, returns = compute_grpo_outcome_advantage(
+    grpo, returns = compute_grpo_outcome_advantage(
         token_level_rewards, response_mask, index, norm_adv_by_std_in_grpo=norm_by_std
     )
-    if weight is None:
-        return advantages, returns
-    # A_i stands on every token of the response; rows of one group are weighted together.
-    has_token = response_mask.bool().any(dim=-1)
-    first = response_mask.bool().int().argmax(dim=-1, keepdim=True)
-    scalar = advantages.gather(1, first).squeeze(1)
-    weighted = torch.where(has_token, scalar, torch.zeros_like(scalar))
-    for group in dict.fromkeys(index.tolist()):
-        rows = torch.from_numpy(np.flatnonzero(index == group))
-        weighted[rows] = causal_advantage(
-            weighted[rows],
-            weight[rows].to(weighted),
-            form=form,
-            has_target=None if has_target is None else has_target[rows].to(weighted.device),
-        )
-    advantages = weighted.unsqueeze(-1) * response_mask
+    if credit is None:
+        return grpo, returns
+    advantages = credit.advantages(Outcome(grpo, token_level_rewards, response_mask, index))
     return advantages, advantages
 
 
-@register_policy_loss("gcpo")
-def compute_policy_loss_gcpo(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The surrogate of Eq. 10 on B_i: verl's ``vanilla`` loss. The KL terms are added by verl and by the engine."""
-    return get_policy_loss_fn("vanilla")(*args, **kwargs)
+def register(name: str, trainer: type) -> None:
+    """Register a method's estimator and trainer mode under its name."""
+    register_adv_est(name)(method_advantage)
+    register_trainer(name)(trainer)

@@ -1,35 +1,30 @@
-"""Collider draws and leave-one-out generations, issued as soon as a group is complete.
+"""verl's agent-loop workers with the sampling hook of a method, which is called as soon as a group is complete.
 
 ``GCPOAgentLoopManager`` is named by ``actor_rollout_ref.rollout.agent.agent_loop_manager_class``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import ray
-import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from gcpo.adapters.fields import dump_fields, flat_field
+from gcpo.adapters import hooks
 from gcpo.adapters.group_client import GroupClient
 from gcpo.adapters.processes import is_death
 from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
+from gcpo.adapters.schema import to_batch
 from gcpo.adapters.scores import checked_info, number, score_problem
-from gcpo.collider.admission import Admission
-from gcpo.collider.draws import KINDS, ColliderStage, Draw, GroupResult
-from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
-from gcpo.faults import ServerLostError
-from gcpo.methods.gcpo.settings import GCPOConfig
-from gcpo.seeding import request_seed, seeded
+from gcpo.faults import RunStoppedError, ServerLostError
+from gcpo.methods.base import RowFields, SampledGroup, Sampling
+from gcpo.seeding import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -63,26 +58,30 @@ _PlainWorker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
 
 class GCPOAgentLoopWorkerPlain(_PlainWorker):
-    """verl's agent-loop worker; the last session of a group to arrive does the collider stage of the group.
+    """verl's agent-loop worker; when the last session of a group arrives, the method's `on_group` is called.
 
-    The state of the group is published as finished by verl only when all its sessions have returned, so the stage is
-    over before the trainer can take the group. No session waits for another: one that fails counts as arrived.
+    verl publishes the state of a group as finished only when all its sessions have returned, so the hook is over before
+    the trainer can take the group. No session waits for another: one that fails counts as arrived.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         rollout = self.config.actor_rollout_ref.rollout
-        self.gcpo = GCPOConfig.from_config(
-            self.config.get("gcpo"), n=rollout.n, response_length=rollout.response_length
-        )
+        self.method = hooks.make_method(self.config)
         self.groups: dict[str, Group] = {}
         self.questions = QuestionCounter()
-        self.admit = Admission(cache_share(self.gcpo.collider.cache_tokens, self.config))
-        self.prompts = make_prompts(self.gcpo, self.tokenizer, self.config)
+        if not self.method.samples:
+            return
         generation = self.model_config.generation_config
         eos = getattr(generation, "eos_token_id", None) if generation is not None else None
-        extra = eos if isinstance(eos, list | tuple) else [eos]
-        self.end_ids = self.prompts.end_ids | {int(i) for i in extra if i is not None}
+        ends = eos if isinstance(eos, list | tuple) else [eos]
+        sampling = Sampling(
+            self.tokenizer,
+            {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k},
+            rollout.get("max_model_len") or self.model_config.hf_config.max_position_embeddings,
+            frozenset(int(i) for i in ends if i is not None),
+        )
+        hooks.call(self.method, "start_rollout", sampling)
 
     async def generate_sequences(self, batch: TensorDict) -> None:
         """verl's dispatch; rows that are alike are numbered here where the manager did not do it."""
@@ -94,7 +93,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         uid, session = kwargs["uid"], int(kwargs["session_id"])
         step = "val" if trajectory["validate"] else trajectory["step"]
         question = question_key(kwargs, trajectory.get(OCCURRENCE, 0))
-        params = seeded(sampling_params, self.gcpo.seed, "plain", step, question, session)
+        params = seeded(sampling_params, self.method.run.seed, "plain", step, question, session)
         try:
             return await super()._run_agent_loop(params, trajectory, **kwargs)
         finally:
@@ -107,7 +106,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         """verl runs the sessions of one question; this opens their group."""
         occurrence = prompt.pop(OCCURRENCE, 0)
         trajectory = {**trajectory, OCCURRENCE: occurrence}
-        if trajectory["validate"] or not self.gcpo.needs_rollout:
+        if trajectory["validate"] or not self.method.samples:
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
             return
         uid = prompt["uid"]
@@ -165,133 +164,48 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             await self._finish_group(uid, group, kwargs)
 
     async def _finish_group(self, uid: str, group: Group, kwargs: dict[str, Any]) -> None:
-        """Run the collider stage and store its results beside the rows of the group.
-
-        An error in the stage costs the group its causal part, and nothing else: its rows are stored without contexts,
-        and every draw that it needed counts as failed.
-        """
+        """Let the method sample more for the group, and store its fields beside the rows of the group."""
         ids = sorted(group.sessions)
         sessions = [group.sessions[i] for i in ids]
-        rewards = [session.reward for session in sessions]
-        key = (kwargs["global_steps"], question_key(kwargs, group.occurrence))
-        result = self._empty_result(len(ids))
-        if len(ids) > 1:
-            rollout, client = self.config.actor_rollout_ref.rollout, GroupClient(self.llm_client, f"{uid}-gcpo")
-            stage = ColliderStage(
-                self.gcpo,
-                self.prompts,
-                client.ask,
-                {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k},
-                rollout.get("max_model_len") or self.model_config.hf_config.max_position_embeddings,
-                self.end_ids,
-                self.admit,
-            )
-            equal = None not in rewards and len(set(rewards)) == 1
-            try:
-                result = await stage.run(
-                    list(kwargs["raw_prompt"]),
-                    [session.response_ids for session in sessions],
-                    seed_parts=key,
-                    equal_rewards=equal,
-                )
-            except ServerLostError:
-                raise
-            except Exception as error:
-                logger.exception("gcpo: the collider stage of question %s failed and is left out", key[1])
-                result = stage.failed(len(ids), error, seed_parts=key, equal_rewards=equal)
-            finally:
-                await client.close()
-            await self._grade(result, sessions[0], key, kwargs)
-        await self._store(uid, ids, sessions, result, key)
 
-    def _empty_result(self, count: int) -> GroupResult:
-        slots = self.gcpo.collider.num_draws + self.gcpo.marginal_draws
-        generations = slots * self.gcpo.collider.num_generations
-        nothing = [[[]] * slots] * count, [[[]] * generations] * count
-        return GroupResult(*nothing, draws=[], stats={"skipped": 1.0}, kl_weight=[0.0] * count)
-
-    async def _grade(
-        self, result: GroupResult, session: Session, seed_parts: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Grade the valid draws of a share of the groups, for our metrics alone."""
-        fraction = self.gcpo.metrics.graded_fraction
-        chosen = request_seed(self.gcpo.seed, "graded", *seed_parts) / 0x7FFFFFFF < fraction
-        if not chosen or kwargs.get("ability") == "code":
-            return
-
-        async def grade(draw: Draw) -> None:
-            output = session.output.model_copy(deep=False)
-            output.response_ids, output.response_mask = draw.token_ids, [1] * len(draw.token_ids)
+        async def grade(token_ids: Sequence[int]) -> float | None:
+            output = sessions[0].output.model_copy(deep=False)
+            output.response_ids, output.response_mask = list(token_ids), [1] * len(token_ids)
             output.reward_score, output.response_logprobs = None, None
-            output.extra_fields, output.metrics = {}, session.output.metrics.model_copy()
+            output.extra_fields, output.metrics = {}, sessions[0].output.metrics.model_copy()
             await self._compute_score([output], kwargs=kwargs)
-            draw.reward = output.reward_score
+            return output.reward_score
 
-        valid = [draw for draw in result.draws if draw.valid]
-        for outcome in await asyncio.gather(*(grade(draw) for draw in valid), return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                logger.warning("gcpo: an auxiliary generation could not be graded: %s", outcome)
-
-    async def _store(
-        self,
-        uid: str,
-        ids: list[int],
-        sessions: list[Session],
-        result: GroupResult,
-        seed_parts: tuple[Any, ...],
-    ) -> None:
-        stats = dict(result.stats)
-        for kind in KINDS:
-            graded = [draw.reward for draw in result.draws if draw.kind == kind and draw.reward is not None]
-            stats[f"{kind}/graded"] = float(len(graded))
-            stats[f"{kind}/reward"] = float(sum(graded))
-        stats["graded_response_reward"] = (
-            float(np.mean([s.reward for s in sessions if s.reward is not None] or [0.0]))
-            if stats["collider/graded"]
-            else 0.0
+        sampled = SampledGroup(
+            list(kwargs["raw_prompt"]),
+            [session.response_ids for session in sessions],
+            [session.reward for session in sessions],
+            (kwargs["global_steps"], question_key(kwargs, group.occurrence)),
+            kwargs.get("ability"),
+            grade,
         )
-        entry = {"stats": stats, "layout": result.plan, "causes": result.causes}
-        dumping = bool(self.config.trainer.get("rollout_data_dir")) and self.gcpo.metrics.dump_fraction > 0
-        chosen = request_seed(self.gcpo.seed, "dump", *seed_parts) / 0x7FFFFFFF < self.gcpo.metrics.dump_fraction
-        fields = []
-        for row, _ in enumerate(ids):
-            first = row == 0
-            fields.append(
-                {
-                    **flat_field("gcpo_contexts", "gcpo_context_lengths", result.contexts[row]),
-                    **flat_field("gcpo_outputs", "gcpo_output_lengths", result.outputs[row]),
-                    "gcpo_kl_weight": torch.tensor([result.kl_weight[row]]),
-                    "gcpo_group": entry if first else {},
-                    # TransferQueue leaves out a field that a row lacks: where one group is dumped, every row has it.
-                    **(dump_fields(result.draws if first and chosen else []) if dumping else {}),
-                }
-            )
+        if len(ids) > 1:
+            rows = await self._ask_method(sampled, GroupClient(self.llm_client, f"{uid}-gcpo"))
+        else:
+            rows = hooks.call(self.method, "empty_fields", 1)
         await tq.async_kv_batch_put(
-            keys=[f"{uid}_{session_id}_0" for session_id in ids],
-            fields=list_of_dict_to_tensordict(fields),
-            partition_id="train",
+            keys=[f"{uid}_{session_id}_0" for session_id in ids], fields=to_batch(rows), partition_id="train"
         )
 
-
-def cache_share(tokens: int | None, config: Any) -> float | None:
-    """What one of the agent-loop workers may have of ``tokens`` with every server; ``None`` without a limit."""
-    if tokens is None:
-        return None
-    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
-    of_a_server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
-    servers = max(1, trainer.n_gpus_per_node * trainer.nnodes // of_a_server)
-    return tokens * servers / rollout.agent.num_workers
-
-
-def make_prompts(gcpo: GCPOConfig, tokenizer: Any, config: Any) -> CandidatePrompts:
-    """The prompt builder that ``config`` asks for."""
-    blocks = gcpo.blocks
-    return CandidatePrompts(
-        tokenizer,
-        BlockBudget(blocks.max_tokens, blocks.truncation, blocks.drop_think),
-        PromptTemplate(blocks.intro, blocks.candidate, blocks.collider, blocks.outro),
-        config.data.get("apply_chat_template_kwargs") or {},
-    )
+    async def _ask_method(self, group: SampledGroup, client: GroupClient) -> list[RowFields]:
+        """The fields of a group. An error of the hook is logged; the method decides whether the run goes on."""
+        try:
+            return await self.method.on_group(group, client.ask)
+        except (RunStoppedError, ServerLostError):
+            raise
+        except Exception as error:
+            logger.exception("%s; question %s", hooks.hook_error(self.method, "on_group", error), group.key[1])
+            try:
+                return self.method.on_group_failed(group, error)
+            except Exception as again:
+                raise hooks.hook_error(self.method, "on_group", again) from error
+        finally:
+            await client.close()
 
 
 GCPOAgentLoopWorker = ray.remote(GCPOAgentLoopWorkerPlain)

@@ -14,8 +14,8 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from gcpo.adapters.fields import nested
 from gcpo.adapters.packed import filler, packed_batch, packed_rows
+from gcpo.adapters.schema import nested
 
 
 @dataclass(frozen=True)

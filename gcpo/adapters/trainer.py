@@ -1,237 +1,302 @@
-"""verl's synchronous trainer with the two stages of GCPO: causal scoring, and the objective of Eq. 10."""
+"""One trainer for all methods, over verl's synchronous one: it calls the method's hooks at the stations of a step."""
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import ray
 import torch
 import transfer_queue as tq
-from omegaconf import OmegaConf, open_dict
-from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
-from gcpo.adapters.base import GroupTrainer
-from gcpo.adapters.causal_stage import CausalStage
-from gcpo.adapters.dump import fetch_dump
-from gcpo.adapters.fields import dump_fields, flat_field, nested
+from gcpo.adapters import hooks
+from gcpo.adapters.checkpoints import WholeCheckpoints
+from gcpo.adapters.liveness import WatchedTrainer
 from gcpo.adapters.losses import CONDITIONED_TOKENS
-from gcpo.adapters.registry import causal_weights
-from gcpo.adapters.workers import GCPOActorRolloutRefWorker
-from gcpo.checks import check_run
-from gcpo.collider.plan import LeaveOneOutPlan
+from gcpo.adapters.registry import credited
+from gcpo.adapters.schema import QueueBatch, from_data, is_padding, method_fields, session_of, to_columns
+from gcpo.adapters.stability import StableTrainer
+from gcpo.adapters.worker import METHOD_CALL, MethodWorker
+from gcpo.adapters.zero_rewards import zero_reward_warning
+from gcpo.checks import check_gc2po_run, check_run
+from gcpo.checks.reading import OUR_REWARD
 from gcpo.faults import RunStoppedError
+from gcpo.methods.base import Credit
+from gcpo.methods.fields import EXTRA_FIELDS, INDEX, PROMPTS, RAW_PROMPT
+from gcpo.notices import notice
 
-_CAUSAL_FIELDS = ("gcpo_contexts", "gcpo_context_lengths", "gcpo_outputs", "gcpo_output_lengths", "gcpo_kl_weight")
+logger = logging.getLogger(__name__)
+
+_ACTOR_ROLES = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
 
 
-@register_trainer("gcpo")
-class GCPOTrainer(GroupTrainer):
-    """Trainer mode ``gcpo``.
+class OwnFieldsTrainer(PPOTrainerSync):
+    """verl's synchronous trainer; its stages fetch no field of a method, and the update those that it reads.
 
-    Between verl's old log-probabilities and its advantages the actor scores the contexts of every group; the weights
-    Upsilon then go to the advantage estimator and the reference to the update.
+    A worker fetches every field that the batch names, for every one of its rows. The fields of a method hold contexts,
+    generations and states of a whole group, and most of verl's stages read none of them.
     """
 
-    mode = "gcpo"
-    worker_class = GCPOActorRolloutRefWorker
+    update_inputs: Collection[str] = ()
+
+    @contextmanager
+    def _only_verls_fields(self, batch: KVBatchMeta, keep: Collection[str] = ()) -> Iterator[None]:
+        before = batch.fields
+        known = before
+        if known is None:
+            # What one row has, all have.
+            known = list(tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id).keys())
+        own = method_fields()
+        batch.fields = [name for name in known if name not in own or name in keep]
+        try:
+            yield
+        finally:
+            batch.fields = before
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._only_verls_fields(batch):
+            return super()._compute_old_log_prob(batch, metrics)
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._only_verls_fields(batch):
+            return super()._compute_ref_log_prob(batch, metrics)
+
+    def _compute_values(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._only_verls_fields(batch):
+            return super()._compute_values(batch, metrics)
+
+    def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._only_verls_fields(batch):
+            return super()._update_critic(batch, metrics)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._only_verls_fields(batch, self.update_inputs):
+            return super()._update_actor(batch, metrics)
+
+
+class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTrainer):
+    """The trainer mode of every method.
+
+    Between verl's old log-probabilities and its advantages the actor scores what the method asks about; the method's
+    credit then goes to the advantage estimator, and its fields to the update.
+    """
+
+    _credit: Credit | None = None
+    _rewards_seen = False
 
     def __init__(self, config: Any) -> None:
-        self.gcpo = check_run(config)
-        self._weight: torch.Tensor | None = None
-        self._has_target: torch.Tensor | None = None
+        check_gc2po_run(config) if config.algorithm.adv_estimator == "gc2po" else check_run(config)
+        self.method = hooks.make_method(config)
         super().__init__(config)
+
+    @property
+    def trainer_mode(self) -> str:
+        """verl compares the mode with "sync" to choose its buffer and what goes into a checkpoint."""
+        return "sync"
+
+    @trainer_mode.setter
+    def trainer_mode(self, value: str) -> None:
+        if value != self.method.name:
+            raise ValueError(f"this trainer was made for the mode {self.method.name}, not {value!r}")
 
     # ---- set-up ---------------------------------------------------------------------------------------------------
 
     def _setup(self) -> None:
-        # Workers are given actor_rollout_ref alone.
-        with open_dict(self.config):
-            self.config.actor_rollout_ref.gcpo = OmegaConf.create(self.gcpo.to_dict())
+        hooks.send_to_workers(self.method, self.config)
         super()._setup()
 
-    # ---- stages of a step -----------------------------------------------------------------------------------------
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in _ACTOR_ROLES:
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(MethodWorker)
+
+    def _build_replay_buffer(self) -> ReplayBuffer:
+        buffer = super()._build_replay_buffer()
+        if self.config.trainer.device == "cpu":
+            # A step of the embedded task is shorter than verl's two seconds between looks.
+            buffer.poll_interval = 0.1
+        return buffer
+
+    def on_train_begin(self) -> None:
+        super().on_train_begin()
+        # What stands at the start stays; a full collection that looks at all of it takes half a second every few steps.
+        gc.collect()
+        gc.freeze()
+
+    # ---- layout ---------------------------------------------------------------------------------------------------
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
-        """Whole groups meet in a mini-batch; padding rows have no contexts."""
+        """verl's balancing, of rows in an order that does not depend on which response came first."""
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[INDEX, RAW_PROMPT])
+        known = from_data(data, [INDEX, RAW_PROMPT])
+        # verl's own agent-loop manager does not number questions that are alike.
+        questions = getattr(getattr(self, "agent_loop_manager", None), "questions", None)
+        occurrence = questions.of_uid if questions is not None else {}
+        names = []
+        for index, prompt, key in zip(known[INDEX], known[RAW_PROMPT], batch.keys, strict=True):
+            uid, session = session_of(key)
+            names.append((str(index), str(prompt), occurrence.get(uid, 0), session))
+        batch.reorder(sorted(range(len(names)), key=names.__getitem__))
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
-        if self.gcpo.needs_rollout:
+        if self.method.whole_groups:
             self._keep_groups_together(batch, metrics)
-            self._clear_padding(batch)
+        self._clear_padding(batch)
         return batch
+
+    def _keep_groups_together(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """Reorder rows so that a group's meet on one rank in one mini-batch, where they share prefixes.
+
+        The balance is over whole groups then. A batch whose groups do not divide evenly, because sessions failed or
+        rows were added, stays as verl balanced it: less is shared, nothing else changes.
+        """
+        # Padding rows are counted with their group here: the batch is not whole then.
+        groups: dict[str, list[int]] = {}
+        for row, key in enumerate(batch.keys):
+            groups.setdefault(session_of(key)[0], []).append(row)
+        actor, size = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout.n
+        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        share = actor.ppo_mini_batch_size * size // ranks
+        whole = all(len(rows) == size for rows in groups.values()) and not len(batch) % share and not share % size
+        metrics[f"{self.method.name}/balance/whole_groups"] = float(whole)
+        if not whole:
+            return
+        workload = calculate_workload(torch.tensor([tag["seq_len"] for tag in batch.tags], dtype=torch.int64))
+        members = list(groups.values())
+        loads = [int(workload[rows].sum()) for rows in members]
+        parts = get_seqlen_balanced_partitions(loads, k_partitions=len(batch) // share, equal_size=True)
+        in_order = [sorted(rows, key=lambda row: session_of(batch.keys[row])[1]) for rows in members]
+        batch.reorder([row for part in parts for group in part for row in in_order[group]])
 
     def _clear_padding(self, batch: KVBatchMeta) -> None:
-        """Padding rows are copies of a real row; they get no contexts, so that nothing is scored for them.
+        """Padding rows are copies of a real row, with its fields; the method gives them fields of their own."""
+        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if is_padding(tag)]
+        rows = hooks.call(self.method, "empty_fields", len(keys)) if keys and self.method.samples else []
+        if rows and rows[0]:
+            columns = {field: [row[field] for row in rows] for field in rows[0] if field.dtype is not None}
+            tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=to_columns(columns, len(keys)))
 
-        Nor do they keep the draws that the dump is to show once.
-        """
-        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding", False)]
-        if not keys:
-            return
-        slots = self.gcpo.collider.num_draws + self.gcpo.marginal_draws
-        empty = {
-            **flat_field("gcpo_contexts", "gcpo_context_lengths", [[]] * slots),
-            **flat_field("gcpo_outputs", "gcpo_output_lengths", [[]] * slots * self.gcpo.collider.num_generations),
-        }
-        fields = {name: nested([value] * len(keys)) for name, value in empty.items()}
-        if self._dumps:
-            fields |= {name: nested([value] * len(keys)) for name, value in dump_fields([]).items()}
-        tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(keys)))
-
-    @property
-    def _dumps(self) -> bool:
-        """Whether the rollout stores draws for the dump."""
-        folder = self.config.trainer.get("rollout_data_dir")
-        return self.gcpo.needs_rollout and bool(folder) and self.gcpo.metrics.dump_fraction > 0
+    # ---- score and credit -----------------------------------------------------------------------------------------
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """verl's old log-probabilities, then the causal stage, which needs them as pi_old(y | q)."""
+        """verl's old log-probabilities, then the method's scoring and credit, which may read them."""
         self._count_reward_errors(batch, metrics)
         batch = super()._compute_old_log_prob(batch, metrics)
-        self._weight = self._has_target = None
-        if self.gcpo.is_grpo:
-            return batch
-        groups = self._groups(batch)
-        with marked_timer("gcpo_score", self.timing_raw, color="blue"):
-            entries = self._check_rollout(batch, groups) if self.gcpo.needs_rollout else {}
-            self._score(batch)
-        with marked_timer("gcpo_stage", self.timing_raw, color="brown"):
-            norm_by_std = self.config.algorithm.get("norm_adv_by_std_in_grpo", True)
-            stage = CausalStage(self.gcpo, batch, groups, entries, step=self.global_steps, norm_by_std=norm_by_std)
-            self._weight, self._has_target = stage.run(metrics)
+        rows, name = QueueBatch(batch, self.global_steps), self.method.name
+        if self.method.score_inputs:
+            with marked_timer(f"{name}_score", self.timing_raw, color="blue"):
+                hooks.call(self.method, "before_score", rows, self.tokenizer, metrics)
+                self._score(batch)
+        with marked_timer(f"{name}_credit", self.timing_raw, color="brown"):
+            self._credit = hooks.call(self.method, "credit", rows, metrics)
         return batch
 
-    def _check_rollout(self, batch: KVBatchMeta, groups: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
-        """The rollout's report about every group, by uid.
-
-        TransferQueue leaves out a field that a row lacks.
-
-        Raises:
-            RuntimeError: another agent-loop manager made the rows.
-            ValueError: the contexts of a group are not those of its plan.
-        """
-        names = ["index", "gcpo_context_lengths", "gcpo_group"]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-        if "gcpo_context_lengths" not in data.keys():
-            raise RunStoppedError(
-                "the batch lacks collider draws: is actor_rollout_ref.rollout.agent.agent_loop_manager_class set to "
-                "gcpo.adapters.rollout.GCPOAgentLoopManager?"
-            )
-        lengths, known = list(data["gcpo_context_lengths"]), list(data["gcpo_group"])
-        entries = {}
-        for uid, rows in groups.items():
-            entry = next((known[row] for row in rows if known[row]), {})
-            entries[uid] = entry
-            layout = entry.get("layout")
-            if layout:
-                rows = sorted(rows, key=lambda row: int(batch.keys[row].rsplit("_", 2)[1]))
-                plan = LeaveOneOutPlan.from_dict(layout["plan"])
-                plan.check_lengths([lengths[row].tolist() for row in rows], layout["frame"], layout["blocks"])
-        return entries
-
     def _score(self, batch: KVBatchMeta) -> None:
-        config = self.gcpo
-        fields = ["prompts", "responses"]
-        if config.needs_rollout:
-            fields.extend(_CAUSAL_FIELDS)
         request = KVBatchMeta(
             partition_id=batch.partition_id,
             keys=list(batch.keys),
             tags=list(batch.tags),
-            fields=fields,
-            extra_info={
-                "temperature": self.config.actor_rollout_ref.rollout.temperature,
-                "gcpo_scoring": {
-                    "states": config.weighting_on,
-                    "contexts": config.needs_rollout,
-                    "conditioned": config.causal_target_on,
-                    "log_probs": config.reference_on,
-                    "source": config.features.source,
-                    "context": config.features.context,
-                    "token": config.features.token,
-                    "layer": config.features.layer,
-                },
-            },
+            fields=[str(field) for field in self.method.score_inputs],
+            extra_info={METHOD_CALL: self.global_steps},
         )
-        self.actor_rollout_wg.score_contexts(request)
+        self.actor_rollout_wg.score(request)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """verl's advantage stage; the estimator ``gcpo`` finds the weights of this batch."""
-        with causal_weights(self._weight, self.gcpo.advantage.form, self._has_target):
-            return super()._compute_advantage(batch, metrics)
+        """verl's advantage stage; the estimator finds the credit of this batch."""
+        with credited(self._credit):
+            batch = super()._compute_advantage(batch, metrics)
+        if self._credit is not None:
+            metrics.update(self._credit.metrics())
+        return batch
+
+    # ---- update ---------------------------------------------------------------------------------------------------
 
     @property
-    def update_fields(self) -> tuple[str, ...]:
-        """The kappa term's, and the contexts where the policy is conditioned on them."""
-        if not self.gcpo.reference_on:
-            return ()
-        names = ("gcpo_log_ref", "gcpo_kl_mask", "gcpo_kl_weight")
-        if self.gcpo.reference.policy_context == "query":
-            return names
-        return (*names, "gcpo_contexts", "gcpo_context_lengths")
+    def update_inputs(self) -> Collection[str]:
+        """The method's fields that the update reads."""
+        return self.method.update_inputs
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """verl's update with the settings of the kappa term; see ``GCPOFSDPEngine``."""
-        if self.gcpo.is_grpo:
+        """verl's update with the settings of the method's own term; see ``GCPOFSDPEngine``."""
+        settings = hooks.call(self.method, "update_settings", self.global_steps)
+        if settings is None:
             return super()._update_actor(batch, metrics)
-        batch.extra_info["gcpo"] = self._update_settings()
+        name, actor = self.method.name, self.config.actor_rollout_ref.actor
+        batch.extra_info[name] = {
+            **settings,
+            "loss_agg_mode": actor.loss_agg_mode,
+            "loss_scale_factor": actor.loss_scale_factor,
+            "micro_batch_size": self.method.run.micro_batch_size,
+        }
         try:
             batch = super()._update_actor(batch, metrics)
         finally:
-            batch.extra_info.pop("gcpo", None)
-        for name in [name for name in metrics if name.startswith("actor/gcpo/")]:
-            metrics[name.removeprefix("actor/")] = metrics.pop(name)
+            batch.extra_info.pop(name, None)
+        for key in [key for key in metrics if key.startswith(f"actor/{name}/")]:
+            metrics[key.removeprefix("actor/")] = metrics.pop(key)
         # verl's metrics are means over the updates of a step.
-        actor = self.config.actor_rollout_ref.actor
-        rows = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        rows = actor.ppo_mini_batch_size * self.method.run.n
         updates = len(batch) // rows * actor.ppo_epochs
         metrics[CONDITIONED_TOKENS] = metrics.get(CONDITIONED_TOKENS, 0.0) * updates
-        lengths = [tag["seq_len"] for tag in batch.tags if not tag.get("is_padding", False)]
-        metrics["gcpo/tokens/trained/plain"] = float(sum(lengths) * actor.ppo_epochs)
+        lengths = [tag["seq_len"] for tag in batch.tags if not is_padding(tag)]
+        metrics[f"{name}/tokens/trained/plain"] = float(sum(lengths) * actor.ppo_epochs)
         return batch
 
-    def _update_settings(self) -> dict[str, Any]:
-        actor, reference = self.config.actor_rollout_ref.actor, self.gcpo.reference
-        every = self.gcpo.metrics.grad_norm_every
-        parts = []
-        if every and self.global_steps % every == 0:
-            parts = ["policy"]
-            parts += ["beta"] if actor.use_kl_loss else []
-            parts += ["kappa"] if self.gcpo.reference_on else []
-        return {
-            "kappa": self.gcpo.kappa,
-            "max_kl": reference.max_kl,
-            "policy_context": reference.policy_context,
-            "num_shared": self.gcpo.collider.num_draws,
-            "loss_agg_mode": actor.loss_agg_mode,
-            "loss_scale_factor": actor.loss_scale_factor,
-            "max_token_len_per_gpu": int(self.gcpo.scoring.max_token_len_per_gpu or actor.ppo_max_token_len_per_gpu),
-            "packing": self.gcpo.scoring.packing,
-            "min_shared_tokens": self.gcpo.scoring.min_shared_tokens,
-            "micro_batch_size": None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
-            "measure_parts": parts,
-        }
+    # ---- report ---------------------------------------------------------------------------------------------------
 
-    # ---- the rollout dump -----------------------------------------------------------------------------------------
+    def _count_reward_errors(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """Responses that the reward function could not grade, and the means of what it said of the others.
+
+        A step in which it graded none ends the run.
+        """
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[EXTRA_FIELDS])
+        infos = [
+            entry.get("reward_extra_info", {})
+            for entry, tag in zip(list(data[EXTRA_FIELDS]), batch.tags, strict=True)
+            if not is_padding(tag)
+        ]
+        errors = [info.get("reward_error", 0.0) for info in infos]
+        for name in ("acc", "format"):
+            values = [float(info[name]) for info in infos if name in info]
+            if values:
+                metrics[f"{self.method.name}/reward/{name}"] = sum(values) / len(values)
+        metrics[f"{self.method.name}/reward/errors"] = float(sum(errors))
+        reward = self.config.reward.custom_reward_function.path
+        if errors and sum(errors) == len(errors):
+            raise RunStoppedError(
+                f"the reward function {reward} raised or returned no finite number on all {len(errors)} responses of "
+                f'step {self.global_steps}; the first causes are in the log of the agent loop ("gcpo: the reward '
+                'function")'
+            )
+        if not self._rewards_seen:
+            self._rewards_seen = True
+            for line in zero_reward_warning(batch, self.tokenizer, ours=reward == OUR_REWARD):
+                notice(logger, line)
 
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
         """verl's dump of the plain responses, and one of the auxiliary generations in ``auxiliary/``."""
         super()._log_rollout_data(batch, timing_raw, rollout_data_dir)
-        draws = fetch_dump(batch) if self._dumps else []
+        rows = QueueBatch(batch, self.global_steps)
+        draws = hooks.call(self.method, "dump", rows)
         if not draws:
             return
         decode = self.tokenizer.decode
+        prompts = rows.fetch([draw["row"] for draw in draws], [PROMPTS])[PROMPTS]
         self._dump_generations(
-            inputs=[decode(prompt, skip_special_tokens=True) for _, prompt, _ in draws],
-            outputs=[decode(draw["token_ids"], skip_special_tokens=True) for _, _, draw in draws],
+            inputs=[decode(prompt.tolist(), skip_special_tokens=True) for prompt in prompts],
+            outputs=[decode(draw["token_ids"], skip_special_tokens=True) for draw in draws],
             gts=[None] * len(draws),
-            scores=[draw["reward"] for _, _, draw in draws],
-            reward_extra_infos_dict={
-                "uid": [uid for uid, _, _ in draws],
-                "kind": [draw["kind"] for _, _, draw in draws],
-                "outcome": [draw["outcome"] for _, _, draw in draws],
-            },
+            scores=[draw["reward"] for draw in draws],
+            reward_extra_infos_dict={name: [draw[name] for draw in draws] for name in ("uid", "kind", "outcome")},
             dump_path=os.path.join(rollout_data_dir, "auxiliary"),
         )

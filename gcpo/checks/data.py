@@ -18,7 +18,7 @@ from gcpo.settings import ConfigError
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
 """What verl's data set reads."""
-OUR_DATASET = "pkg://gcpo.adapters.gc2po"
+OUR_DATASET = "pkg://gcpo.adapters.dataset"
 _GRADED = (None, OUR_REWARD)
 """Reward functions that compare with the ground truth: verl's and ours. Another one may read it as it likes."""
 BATCH, STEPS, EPOCHS = "data.train_batch_size", "trainer.total_training_steps", "trainer.total_epochs"

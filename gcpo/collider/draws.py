@@ -59,7 +59,7 @@ class GroupResult:
     kl_weight: list[float]
     """Weight of every response's kappa term; 0: it has none."""
     plan: dict[str, Any] | None = None
-    """The order of the blocks (``plan``), and the tokens of the ``frame`` and of the ``blocks``."""
+    """Tokens of the ``frame`` and of every candidate's block (``blocks``)."""
 
     @property
     def causes(self) -> dict[str, int]:
@@ -194,7 +194,7 @@ class ColliderStage:
         stats["response_variance"] = float(np.var([len(ids) for ids in responses], ddof=1))
         stats["waited_seconds"] = started - asked
         stats["seconds"] = time.monotonic() - started
-        layout = {"plan": plan.to_dict(), "frame": frame, "blocks": sizes}
+        layout = {"frame": frame, "blocks": sizes}
         return GroupResult(contexts, outputs, draws, stats, kl_weight, layout)
 
     def failed(self, n: int, error: Exception, *, seed_parts: tuple[Any, ...], equal_rewards: bool) -> GroupResult:

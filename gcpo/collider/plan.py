@@ -13,7 +13,6 @@ import heapq
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 Block = tuple[str, int]
 """("candidate", k) or ("collider", l)."""
@@ -70,32 +69,6 @@ class LeaveOneOutPlan:
         place = {k: p for p, k in enumerate(self.permutation)}
         return tuple(sorted(self.leaves, key=lambda i: [place[k] for k in self.candidate_order(i)]))
 
-    def check_lengths(self, contexts: Sequence[Sequence[int]], frame: int, blocks: Sequence[int]) -> None:
-        """Refuse contexts that were not built on this plan.
-
-        Args:
-            contexts: tokens of every context [n][draws]; 0 where there is none.
-            frame: tokens around the blocks.
-            blocks: tokens of every candidate's block [n].
-
-        Raises:
-            ValueError: there are other numbers of candidates, draws or tokens than the plan's.
-        """
-        shape = (len(contexts), {len(row) for row in contexts}, len(blocks))
-        if shape != (self.n, {self.draws}, self.n):
-            raise ValueError(
-                f"the plan is of {self.n} candidates with {self.draws} draws each and does not belong to this group of "
-                f"{shape[0]} responses with {' or '.join(map(str, sorted(shape[1])))} contexts and {shape[2]} blocks."
-            )
-        for i, row in enumerate(contexts):
-            least = frame + sum(blocks) - blocks[i]
-            for draw, length in enumerate(row):
-                if 0 < length <= least:
-                    raise ValueError(
-                        f"the plan does not belong to this group: context {draw} of response {i} has {length} tokens, "
-                        f"and the other candidates' blocks alone take {least}."
-                    )
-
     def unique_blocks(self) -> int:
         """Number of nodes of the prefix tree over the leaves' orders, collider and scored blocks left out."""
         return len(self._prefixes())
@@ -104,27 +77,6 @@ class LeaveOneOutPlan:
         """Summed length of the nodes that `unique_blocks` counts, for candidate blocks of these lengths."""
         _check_lengths(lengths, self.n)
         return sum(lengths[prefix[-1]] for prefix in self._prefixes())
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as lists, numbers and strings, ready for JSON."""
-        orders = [[[list(block) for block in blocks] for blocks in contexts] for contexts in self.orders]
-        return {
-            "n": self.n,
-            "draws": self.draws,
-            "orders": orders,
-            "permutation": list(self.permutation),
-            "leaves": list(self.leaves),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> LeaveOneOutPlan:
-        """The plan that `to_dict` wrote; a ValueError where its orders are not those of a plan."""
-        orders = tuple(
-            tuple(tuple((str(kind), int(k)) for kind, k in blocks) for blocks in contexts)
-            for contexts in data["orders"]
-        )
-        permutation, leaves = (tuple(int(k) for k in data[name]) for name in ("permutation", "leaves"))
-        return cls(int(data["n"]), int(data["draws"]), orders, permutation, leaves)
 
     def _prefixes(self) -> set[tuple[int, ...]]:
         """Every prefix of every leaf's candidate order: the nodes of the tree, each named by the path to it."""

@@ -1,1 +1,36 @@
 """The methods: a folder each, over the interface in `gcpo.methods.base`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gcpo.methods.base import Method
+
+_registered: dict[str, type[Method]] = {}
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Make a method of another package known by its name; use it as a decorator, then `gcpo.plugin.register`."""
+    _registered[method.name] = method
+    return method
+
+
+def method_names() -> list[str]:
+    """The folders of this package, and the methods that are registered."""
+    return sorted({entry.name for entry in pkgutil.iter_modules(__path__) if entry.ispkg} | _registered.keys())
+
+
+def method_class(name: str) -> type[Method]:
+    """The method of that name: ``METHOD`` in the module ``method`` of its folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name not in method_names():
+        raise ValueError(f"there is no method {name!r}; the methods are {', '.join(method_names())}")
+    return importlib.import_module(f"{__name__}.{name}.method").METHOD

@@ -17,8 +17,9 @@ import torch
 import transfer_queue
 from tensordict import TensorDict
 
-from gcpo.adapters import causal_stage
-from gcpo.adapters.fields import nested
+from gcpo.adapters.schema import QueueBatch, nested
+from gcpo.methods.base import Run
+from gcpo.methods.gcpo.credit import CausalStage
 from gcpo.methods.gcpo.settings import GCPOConfig
 
 GROUPS, N, LONGEST, SIZE = 256, 8, 16384, 64
@@ -59,7 +60,7 @@ class Queue:
         self.written = 0
 
     def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> TensorDict:
-        rows = [int(key) for key in keys]
+        rows = [int(group) * N + int(session) for group, session, _ in (key.split("_") for key in keys)]
         columns = {name: nested([self.fields[name][row] for row in rows]) for name in select_fields}
         return TensorDict(columns, batch_size=len(rows))
 
@@ -101,17 +102,15 @@ def main() -> None:
     transfer_queue.kv_batch_get, transfer_queue.kv_batch_put = queue.kv_batch_get, queue.kv_batch_put
     lengths = [len(mask) for mask in queue.fields["response_mask"]]
     batch = transfer_queue.KVBatchMeta(
-        keys=[str(row) for row in range(ROWS)],
+        keys=[f"{row // N}_{row % N}_0" for row in range(ROWS)],
         tags=[{"response_len": length} for length in lengths],
         partition_id="train",
     )
-    groups = {f"g{group}": list(range(group * N, (group + 1) * N)) for group in range(GROUPS)}
     stats = {"collider/draws": 8.0, "collider/ok": 8.0, "equal_rewards": 0.0}
-    stage = causal_stage.CausalStage(
-        config, batch, groups, {uid: {"stats": stats} for uid in groups}, step=1, norm_by_std=True
-    )
+    rows = QueueBatch(batch, step=1)
+    stage = CausalStage(config, Run(N, LONGEST), rows, {uid: {"stats": stats} for uid in rows.groups})
     metrics: dict[str, float] = {}
-    taken = growth(lambda: stage.run(metrics))
+    taken = growth(lambda: stage.credit(metrics))
     # Of a table of the batch in float64 a quarter is enough to be seen.
     table = ROWS * config.collider.num_draws * LONGEST * 8
     seen = growth(lambda: (torch.ones(table // 32), time.sleep(0.05)))

@@ -83,18 +83,18 @@ def build_worker(config: Any, role: str = "actor", *, lr: float = 0.0, engine_cl
         lr: constant learning rate.
         engine_class: an engine in the place of the one that verl's registry has for this device.
     """
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
-    from gcpo.adapters.workers import GCPOActorRolloutRefWorker
-    from gcpo.methods.gcpo.settings import GCPOConfig
+    from gcpo.adapters import hooks
+    from gcpo.adapters.worker import MethodWorker
 
-    gcpo = GCPOConfig.from_config(config.gcpo, n=config.actor_rollout_ref.rollout.n, response_length=64)
-    config = copy.deepcopy(config.actor_rollout_ref)
+    config = copy.deepcopy(config)
+    hooks.send_to_workers(hooks.make_method(config), config)
+    config = config.actor_rollout_ref
     with open_dict(config):
-        config.gcpo = OmegaConf.create(gcpo.to_dict())
         config.actor.optim.update({"lr": lr, "weight_decay": 0.0, "clip_grad": 1e9, "total_training_steps": 10})
         config.actor.optim.lr_warmup_steps = 0
-    worker = GCPOActorRolloutRefWorker(config, role=role)
+    worker = MethodWorker(config, role=role)
     worker.init_model()
     if engine_class is not None:
         inner = worker.actor
@@ -175,7 +175,7 @@ def pack(rows: list[dict[str, torch.Tensor]], **non_tensor: Any) -> TensorDict:
     """Rows of 1-D tensors as the batch that a worker gets out of TransferQueue."""
     from verl.utils import tensordict_utils as tu
 
-    from gcpo.adapters.fields import nested
+    from gcpo.adapters.schema import nested
 
     batch = TensorDict({name: nested([row[name] for row in rows]) for name in rows[0]}, batch_size=len(rows))
     tu.assign_non_tensor(batch, **non_tensor)

@@ -13,14 +13,15 @@ from verl.utils import tensordict_utils as tu
 
 from examples.arithmetic.warm_start import Recipe, make_tokenizer
 from gcpo.adapters.conditioned import conditioned_packs
-from gcpo.adapters.fields import flat_field
 from gcpo.adapters.packed import packed_rows
-from gcpo.adapters.scoring import Score, ScoreRequest
-from gcpo.adapters.workers import SCORED_KINDS, score_rows
 from gcpo.collider.draws import ColliderStage
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
+from gcpo.methods.fields import flat
+from gcpo.methods.fields import lengths as lengths_of
 from gcpo.methods.gcpo.rollout_metrics import rollout_metrics
+from gcpo.methods.gcpo.scoring import SCORED_KINDS, score_rows
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.scoring.requests import Score, ScoreRequest
 from gcpo.tools.cost import Step, step_tokens
 from gcpo.tools.cost_report import compare, measured_texts, of_log
 from tests.adapters.ranks import pack
@@ -111,22 +112,15 @@ def simulate(config: GCPOConfig, n: int, budget: int, block: int) -> tuple[dict[
                     "gcpo_kl_weight": torch.tensor([result.kl_weight[i]]),
                     "gcpo_kl_mask": torch.full((len(response),), int(valid)),
                     "gcpo_log_ref": torch.zeros(len(response)),
-                    **flat_field("gcpo_contexts", "gcpo_context_lengths", result.contexts[i]),
-                    **flat_field("gcpo_outputs", "gcpo_output_lengths", result.outputs[i]),
+                    "gcpo_contexts": flat(result.contexts[i]),
+                    "gcpo_context_lengths": lengths_of(result.contexts[i]),
+                    "gcpo_outputs": flat(result.outputs[i]),
+                    "gcpo_output_lengths": lengths_of(result.outputs[i]),
                 }
             )
-    wanted = SimpleNamespace(
-        states=config.weighting_on,
-        contexts=config.needs_rollout,
-        conditioned=config.causal_target_on,
-        log_probs=config.reference_on,
-        source=config.features.source,
-        context=config.features.context,
-        token="last",
-        layer=-1,
-    )
     scorer = CountingScorer(budget, config.scoring.min_shared_tokens)
-    scored = torch.stack(list(score_rows(pack(rows), wanted, scorer, tokenizer)["gcpo_scored_tokens"])).sum(0).tolist()
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    scored = torch.stack(score_rows(columns, config, scorer, {END})["gcpo_scored_tokens"]).sum(0).tolist()
     data = pack(rows)
     tu.assign_non_tensor(data, gcpo={"num_shared": config.collider.num_draws})
     settings = {"max_token_len_per_gpu": budget, "min_shared_tokens": config.scoring.min_shared_tokens}

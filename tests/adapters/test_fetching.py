@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from gcpo.adapters.fetching import OWN_PREFIXES, OwnFieldsTrainer
-from gcpo.adapters.fields import DUMP_FIELDS, dump_fields, dumped_draws
-from gcpo.adapters.gc2po import GC2POTrainer
+from gcpo.adapters.schema import method_fields
 from gcpo.adapters.stability import StableTrainer
-from gcpo.adapters.trainer import GCPOTrainer
+from gcpo.adapters.trainer import MethodTrainer, OwnFieldsTrainer
 from gcpo.collider.draws import Draw
+from gcpo.methods import method_class
+from gcpo.methods.gcpo.fields import DUMP as DUMP_FIELDS
+from gcpo.methods.gcpo.rollout import dump_fields, dumped_draws
 from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.test_pipeline import GENERATED, QUESTIONS, Server, make_trainer, real, roll_out, take_step
@@ -46,7 +48,7 @@ class Workers:
 
 
 def own(names: set[str]) -> set[str]:
-    return {name for name in names if name.startswith(OWN_PREFIXES)}
+    return names & method_fields()
 
 
 STAGES = ("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_values", "_update_critic", "_update_actor")
@@ -90,13 +92,14 @@ def test_stages_fetch_what_they_read(
             assert workers.fetched - own(workers.fetched) == rows - own(rows), stage
 
 
-def test_gc2po_keeps_its_fields_from_verl() -> None:
-    """Its trainer goes through the same stages, and its update reads no field of its own."""
-    assert issubclass(GC2POTrainer, OwnFieldsTrainer) and GC2POTrainer.update_fields.fget(None) == ()
-    for stage in ("_compute_ref_log_prob", "_compute_values", "_update_critic", "_update_actor"):
-        before = GC2POTrainer.__mro__[: GC2POTrainer.__mro__.index(OwnFieldsTrainer)]
-        # The check of the updates wraps the update, and calls it.
-        assert [cls for cls in before if stage in vars(cls)] in ([], [StableTrainer])
+def test_every_stage_goes_through_the_selection() -> None:
+    """No class in front of it replaces a stage without calling it; GC2PO's update reads no field of its own."""
+    assert "update_inputs" not in vars(method_class("gc2po"))
+    for stage in ("_compute_ref_log_prob", "_compute_values", "_update_critic"):
+        before = MethodTrainer.__mro__[: MethodTrainer.__mro__.index(OwnFieldsTrainer)]
+        assert not [cls for cls in before if stage in vars(cls)]
+    # The check of the updates wraps the update, and calls it.
+    assert "_update_actor" in vars(StableTrainer)
     assert all(name in vars(OwnFieldsTrainer) for name in STAGES)
 
 
@@ -162,7 +165,7 @@ def test_a_dump_of_few_groups(
     batch, _ = take_step(trainer, queue)
     assert len(real(batch)) == N * QUESTIONS
     dumped: list[Any] = []
-    monkeypatch.setattr(type(trainer).__mro__[1], "_log_rollout_data", lambda *args: None)
+    monkeypatch.setattr(PPOTrainerSync.__mro__[1], "_log_rollout_data", lambda *args: None)
     monkeypatch.setattr(trainer, "_dump_generations", lambda **kwargs: dumped.append(kwargs), raising=False)
     trainer._log_rollout_data(batch, {}, str(tmp_path))
     assert dumped == []
@@ -187,12 +190,11 @@ def test_dump_fields() -> None:
     assert dumped_draws(*dump_fields([Draw([], "collider", "empty")]).values())[0]["token_ids"] == []
 
 
-def test_without_fields_of_the_trainer() -> None:
-    """A trainer that keeps no field hides all of them, whatever they are called after the prefix."""
-    from gcpo.adapters.fetching import without_own_fields
-
-    batch = SimpleNamespace(fields=["prompts", "gcpo_new", "gc2po_new", "gcpo_kept"])
-    with without_own_fields(batch, ("gcpo_kept",)):
-        assert batch.fields == ["prompts", "gcpo_kept"]
-    assert batch.fields == ["prompts", "gcpo_new", "gc2po_new", "gcpo_kept"]
-    assert GCPOTrainer.update_fields is not OwnFieldsTrainer.update_fields
+def test_fields_of_other_methods() -> None:
+    """The fields of every method are hidden, those that are kept are not."""
+    trainer = object.__new__(MethodTrainer)
+    names = ["prompts", "gcpo_z", "gc2po_index", "gcpo_kl_mask"]
+    batch = SimpleNamespace(fields=names)
+    with trainer._only_verls_fields(batch, ("gcpo_kl_mask",)):
+        assert batch.fields == ["prompts", "gcpo_kl_mask"]
+    assert batch.fields == names

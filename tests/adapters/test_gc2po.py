@@ -6,28 +6,39 @@ also run on the real engine, on one rank and on two.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from gcpo.adapters.fields import flat_field
-from gcpo.adapters.gc2po import GC2POTrainer, batch_episodes, compute_gc2po_advantage, score_rows
 from gcpo.adapters.perturbed import EpisodeScore
+from gcpo.adapters.registry import credited, method_advantage
+from gcpo.adapters.trainer import MethodTrainer
+from gcpo.adapters.worker import METHOD_CALL
 from gcpo.algorithms import episode_reward, group_relative_advantage, token_advantage
+from gcpo.methods.base import Run
+from gcpo.methods.fields import flat, lengths
 from gcpo.methods.gc2po.credit import effectiveness
 from gcpo.methods.gc2po.episodes import TokenReader, split_response
+from gcpo.methods.gc2po.method import EpisodeCredit
 from gcpo.methods.gc2po.pack import EpisodeRequest
 from gcpo.methods.gc2po.settings import GC2POConfig
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.ranks import pack, run_on_ranks
-from tests.adapters.test_pipeline import Actor, Grader, Server, groups_of, log_probs_of, questions, real, roll_out
+from tests.adapters.test_pipeline import (
+    Grader,
+    Server,
+    groups_of,
+    log_probs_of,
+    make_trainer,
+    questions,
+    real,
+    roll_out,
+)
 
 N = 4
 OVERRIDES = ("device=cpu", f"actor_rollout_ref.rollout.n={N}", "data.max_prompt_length=64", "data.episode_prompt=null")
@@ -105,40 +116,12 @@ class Scorer:
         ]
 
 
-class EpisodeActor(Actor):
-    """The worker group, with ``score_episodes`` on all rows at once."""
-
-    def __init__(self, queue: MemoryQueue, tokenizer: Any, config: GC2POConfig) -> None:
-        super().__init__(queue, tokenizer)
-        self.gc2po, self.scorer = config, Scorer()
-
-    def score_episodes(self, request: Any) -> Any:
-        from verl.utils import tensordict_utils as tu
-
-        self.calls.append("score_episodes")
-        data = self.queue.kv_batch_get(request.keys, request.partition_id, request.fields)
-        tu.assign_non_tensor(data, **request.extra_info)
-        found = score_rows(
-            data,
-            self.gc2po,
-            self.scorer,
-            TokenReader(self.tokenizer),
-            end_ids={self.tokenizer.eos_token_id},
-            size=2,
-            gather=list,
-        )
-        return self.queue.kv_batch_put(request.keys, request.partition_id, found)
-
-
-def take_step(config: Any, queue: MemoryQueue, tokenizer: Any) -> tuple[GC2POTrainer, Any, dict[str, float]]:
+def take_step(config: Any, queue: MemoryQueue, tokenizer: Any) -> tuple[MethodTrainer, Any, dict[str, float]]:
     """The stages of verl's step on everything that has been rolled out."""
-    from omegaconf import OmegaConf
-
-    trainer = object.__new__(GC2POTrainer)
-    trainer.config, trainer.global_steps, trainer.timing_raw = config, 1, {}
-    trainer.gc2po = GC2POConfig.from_config(OmegaConf.to_container(config.gc2po, resolve=True), n=N)
-    trainer.tokenizer, trainer.use_critic = tokenizer, False
-    trainer.actor_rollout_wg = EpisodeActor(queue, tokenizer, trainer.gc2po)
+    trainer = make_trainer(config, queue, tokenizer, Scorer())
+    engine = trainer.actor_rollout_wg.engine
+    engine.layers, engine.tree_problem = 2, lambda: None
+    trainer.method.start_actor(engine)
     batch, metrics = queue.meta(queue.finished_rows(), "train"), {}
     batch = trainer._balance_batch(batch, metrics)
     for stage in (trainer._compute_old_log_prob, trainer._compute_advantage, trainer._update_actor):
@@ -188,7 +171,7 @@ def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, form:
     roll_out(config, Writer(tokenizer), GRADER)
     trainer, batch, metrics = take_step(config, queue, tokenizer)
     actor = trainer.actor_rollout_wg
-    assert actor.calls == ["compute_log_prob", "score_episodes", "update_actor"]
+    assert actor.calls == ["compute_log_prob", "score", "update_actor"]
     ((*requests,),) = actor.scorer.calls
     assert len(batch) == 16 and len(requests) == len(real(batch)) == 12
     by_tokens = {str(r.response.tolist()) + str(r.prompt.tolist()): r for r in requests}
@@ -280,9 +263,9 @@ def test_the_estimator_outside_our_trainer_is_refused() -> None:
     """Nothing else finds episodes, so it does not fall back to GRPO silently."""
     arguments = (torch.ones(2, 1), torch.ones(2, 1), np.array(["a", "a"], dtype=object))
     with pytest.raises(RuntimeError, match="trainer.v1.trainer_mode=gc2po"):
-        compute_gc2po_advantage(*arguments)
-    with batch_episodes(SimpleNamespace(rows=[], groups=[])):
-        assert compute_gc2po_advantage(*arguments)[0].tolist() == [[0.0], [0.0]]
+        method_advantage(*arguments, config={"adv_estimator": "gc2po"})
+    with credited(EpisodeCredit(GC2POConfig(), [], [])):
+        assert method_advantage(*arguments)[0].tolist() == [[0.0], [0.0]]
 
 
 def test_the_prompt_asks_for_tags(recipe_config: Callable, tmp_path: Path, tokenizer: Any) -> None:
@@ -325,34 +308,28 @@ def make_rows(tokenizer: Any) -> list[dict[str, torch.Tensor]]:
                 "prompts": encode(f"What is {12 if row < 4 else 34} + 81?"),
                 "responses": torch.cat([encode(texts[row % 4]), torch.tensor([tokenizer.eos_token_id])]),
                 "gc2po_place": torch.tensor([1, row // 4, row]),
-                **flat_field("gc2po_answers", "gc2po_answer_lengths", [encode(a).tolist() for a in answers]),
+                "gc2po_answers": flat([encode(a).tolist() for a in answers]),
+                "gc2po_answer_lengths": lengths([encode(a).tolist() for a in answers]),
+                "gc2po_probe": encode(" \\boxed{"),
             }
         )
     return rows
 
 
-def score_on_ranks(
-    rank: int, world: int, config: Any, rows: list[dict[str, torch.Tensor]], probe: list[int], runs: list[dict]
-) -> Any:
-    """``score_episodes`` of a real worker with other settings in turn; the fields of this rank's rows as lists."""
-    from omegaconf import OmegaConf, open_dict
+def score_on_ranks(rank: int, world: int, config: Any, rows: list[dict[str, torch.Tensor]], runs: list[dict]) -> Any:
+    """``score`` of a real worker with other settings in turn; the fields of this rank's rows as lists."""
+    from tests.adapters.ranks import build_worker
 
-    from gcpo.adapters.gc2po import GC2POActorRolloutRefWorker
-
-    part = copy.deepcopy(config.actor_rollout_ref)
-    with open_dict(part):
-        part.gc2po = OmegaConf.create(GC2POConfig.from_config({}, n=N).to_dict())
-        part.actor.optim.update({"lr": 0.0, "weight_decay": 0.0, "total_training_steps": 10, "lr_warmup_steps": 0})
-    worker = GC2POActorRolloutRefWorker(part, role="actor")
-    worker.init_model()
+    worker = build_worker(config)
     found = []
     for settings in runs:
         order = settings.pop("order", list(range(len(rows))))
         raw = {"episodes": {"separator": " "}, **settings}
-        worker.gc2po = GC2POConfig.from_config(raw, n=N)
-        worker.layer = worker.gc2po.layer_of(2)
+        method = worker.method
+        method.settings = method.parse(raw, Run(n=N, response_length=64))
+        method.start_actor(worker.scoring_engine)
         mine = [rows[i] for i in order[rank * len(order) // world : (rank + 1) * len(order) // world]]
-        fields = worker.score_episodes(pack(mine, temperature=1.0, gc2po_step=3, gc2po_probe=tuple(probe)))
+        fields = worker.score(pack(mine, **{METHOD_CALL: 3}))
         found.append({name: [value.tolist() for value in fields[name].unbind()] for name in fields.keys()})
     return found
 
@@ -379,8 +356,7 @@ def scored(
 ) -> dict[str, dict]:
     """The fields of all rows, in their own order, for every run."""
     config = recipe_config(*OVERRIDES, f"actor_rollout_ref.model.path={tiny_model}", name="gc2po_trainer")
-    probe = tokenizer.encode(" \\boxed{", add_special_tokens=False)
-    ranks = run_on_ranks(request.param, score_on_ranks, config, make_rows(tokenizer), probe, list(RUNS.values()))
+    ranks = run_on_ranks(request.param, score_on_ranks, config, make_rows(tokenizer), list(RUNS.values()))
     found = {}
     for at, (name, settings) in enumerate(RUNS.items()):
         order = settings.get("order", range(8))

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from transfer_queue import KVBatchMeta
 
-from gcpo.adapters.base import GroupTrainer
-from gcpo.adapters.trainer import GCPOTrainer
+from gcpo.adapters.trainer import MethodTrainer
 from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.test_pipeline import Server, groups_of, make_trainer, questions, roll_out
 
 
-class Trainer(GroupTrainer):
-    mode = "gcpo"
+class Trainer(MethodTrainer):
+    method = SimpleNamespace(name="gcpo")
 
     def __init__(self, n: int, mini_batch: int, ranks: int) -> None:
         actor = SimpleNamespace(ppo_mini_batch_size=mini_batch)
@@ -88,7 +87,7 @@ def test_the_trainer_keeps_groups_together(
     config = make_config("gcpo.preset=light", "actor_rollout_ref.actor.ppo_mini_batch_size=4")
     roll_out(config, Server(), batch=questions(8))
     trainer = make_trainer(config, queue, tokenizer)
-    together = GCPOTrainer._keep_groups_together
+    together = MethodTrainer._keep_groups_together
     scatters = []
 
     def spy(self: Any, batch: Any, metrics: dict) -> None:
@@ -96,7 +95,7 @@ def test_the_trainer_keeps_groups_together(
         together(self, batch, metrics)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GCPOTrainer, "_keep_groups_together", spy)
+        patch.setattr(MethodTrainer, "_keep_groups_together", spy)
         metrics: dict[str, float] = {}
         batch = trainer._balance_batch(queue.meta(queue.finished_rows(), "train"), metrics)
     assert max(scatters) > 2, "verl's balancing left the groups whole; the test shows nothing"

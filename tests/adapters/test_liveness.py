@@ -17,9 +17,9 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from gcpo.adapters import liveness
-from gcpo.adapters.base import GroupTrainer
 from gcpo.adapters.liveness import WAKE_SIGNAL, Watchdog, driver_sentence, faults_in_a_sentence
 from gcpo.adapters.processes import Watch
+from gcpo.adapters.trainer import MethodTrainer
 from gcpo.checkpoints import MANIFEST
 from gcpo.faults import RunStoppedError
 
@@ -151,10 +151,10 @@ def test_nothing_is_interrupted_outside() -> None:
 # ---- the trainer -----------------------------------------------------------------------------------------------------
 
 
-class Trainer(GroupTrainer):
+class Trainer(MethodTrainer):
     """Ours without verl's set-up; ``work`` is what verl's trainer does."""
 
-    mode = "gcpo"
+    method = SimpleNamespace(name="gcpo")
 
     def __init__(self, folder: Path, looks: Looks) -> None:
         self.config = OmegaConf.create({"trainer": {"default_local_dir": str(folder), "resume_mode": "auto"}})

@@ -145,7 +145,10 @@ def test_a_missing_share_warns(
     _, metrics = take_step(trainer, queue)
     assert [metrics[f"gcpo/missing/{part}_frac"] for part in ("draws", "targets", "references")] == [0.25] * 3
     assert "lacks" not in caplog.text
-    trainer.gcpo = dataclasses.replace(trainer.gcpo, metrics=dataclasses.replace(trainer.gcpo.metrics, max_missing=0.2))
+    settings = trainer.method.settings
+    trainer.method.settings = dataclasses.replace(
+        settings, metrics=dataclasses.replace(settings.metrics, max_missing=0.2)
+    )
     take_step(trainer, queue)
     (said,) = [record.getMessage() for record in caplog.records if "lacks" in record.getMessage()]
     assert "step 1 lacks 25 % of the draws, 25 % of the targets and 25 % of the references" in said

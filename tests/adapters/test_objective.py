@@ -62,7 +62,8 @@ def advantages(lengths: list[int], estimator: str, upsilon: torch.Tensor | None,
     from verl import DataProto
     from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 
-    from gcpo.adapters.registry import causal_weights
+    from gcpo.adapters.registry import credited
+    from gcpo.methods.gcpo.credit import CausalCredit
 
     mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     rewards = torch.zeros(len(lengths), max(lengths))
@@ -77,9 +78,11 @@ def advantages(lengths: list[int], estimator: str, upsilon: torch.Tensor | None,
             "uid": np.array([key.rsplit("_", 2)[0] for key in keys], dtype=object),
         }
     )
+    credit = None
     if upsilon is not None:
-        upsilon = torch.cat([upsilon, torch.ones(len(lengths) - ROWS)])
-    with causal_weights(upsilon, form):
+        has_target = torch.arange(len(lengths)) < ROWS
+        credit = CausalCredit(torch.cat([upsilon, torch.ones(len(lengths) - ROWS)]), has_target, form)
+    with credited(credit):
         data = compute_advantage_for_multi_trajectories(data, keys, estimator, config={})
     return data.batch["advantages"]
 
@@ -164,8 +167,8 @@ def update(
     """
     from transfer_queue import KVBatchMeta
 
-    from gcpo.adapters.trainer import GCPOTrainer
-    from gcpo.methods.gcpo.settings import GCPOConfig
+    from gcpo.adapters import hooks
+    from gcpo.adapters.trainer import MethodTrainer
 
     config = copy.deepcopy(config)
     config.actor_rollout_ref.actor.ppo_mini_batch_size = len(fields) // SIZE // minis
@@ -177,9 +180,9 @@ def update(
     def update_actor(batch: KVBatchMeta) -> Any:
         return worker.update_actor(pack(fields[rank * share :][:share], **copy.deepcopy(batch.extra_info)))
 
-    trainer = object.__new__(GCPOTrainer)
+    trainer = object.__new__(MethodTrainer)
     trainer.config, trainer.global_steps = config, step
-    trainer.gcpo = GCPOConfig.from_config(config.gcpo, n=SIZE, response_length=8)
+    trainer.method = hooks.make_method(config)
     trainer.actor_rollout_wg = SimpleNamespace(update_actor=update_actor)
     tags = [{"seq_len": len(row["input_ids"])} for row in fields]
     keys = [str(i) for i in range(len(fields))]
@@ -517,7 +520,7 @@ def three_updates(rank: int, world: int, config: Any, rows: list[dict[str, Any]]
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.utils.losses import ppo_loss
 
-    from gcpo.adapters.trainer import GCPOTrainer
+    from gcpo.adapters.trainer import MethodTrainer
 
     off = {"kappa": 0.0, "weighting": {"target": "off"}}
     runs = []
@@ -532,7 +535,7 @@ def three_updates(rank: int, world: int, config: Any, rows: list[dict[str, Any]]
             {key: value for key, value in row.items() if not key.startswith("gcpo")}
             for row in training_rows(rows, estimator=estimator, upsilon=upsilon)
         ]
-        ours = GCPOTrainer._update_actor
+        ours = MethodTrainer._update_actor
         if name == "verl":
             worker = build_worker(
                 with_changes(settings, {"actor.policy_loss.loss_mode": "vanilla"}),
@@ -540,7 +543,7 @@ def three_updates(rank: int, world: int, config: Any, rows: list[dict[str, Any]]
                 engine_class=FSDPEngineWithLMHead,
             )
             worker.actor.set_loss_fn(partial(ppo_loss, config=worker.loss_fn.keywords["config"]))
-            GCPOTrainer._update_actor = PPOTrainerSync._update_actor
+            MethodTrainer._update_actor = PPOTrainerSync._update_actor
         else:
             worker = build_worker(settings, lr=1e-2)
         try:
@@ -548,7 +551,7 @@ def three_updates(rank: int, world: int, config: Any, rows: list[dict[str, Any]]
                 update(settings, worker, rank, world, fields, minis=2, micro=THREE, step=step) for step in (1, 2, 3)
             ]
         finally:
-            GCPOTrainer._update_actor = ours
+            MethodTrainer._update_actor = ours
         runs.append(
             {
                 "engine": type(worker.actor.engine).__name__,

@@ -19,14 +19,19 @@ from typing import Any
 import pytest
 import torch
 
-from gcpo.adapters.causal_stage import CausalStage
-from gcpo.adapters.fields import DUMP_FIELDS, dumped_draws, nested, split_rows
+from gcpo.adapters import hooks
 from gcpo.adapters.rollout import GCPOAgentLoopManager, GCPOAgentLoopWorkerPlain
-from gcpo.adapters.scoring import Score, ScoreRequest
-from gcpo.adapters.trainer import GCPOTrainer
-from gcpo.adapters.workers import score_rows
+from gcpo.adapters.schema import from_data, nested, to_columns
+from gcpo.adapters.trainer import MethodTrainer
+from gcpo.adapters.worker import METHOD_CALL
 from gcpo.algorithms import causal_advantage, causal_reference, causal_target, causal_weight, group_relative_advantage
+from gcpo.methods.base import Method
+from gcpo.methods.fields import split as split_rows
+from gcpo.methods.gcpo.credit import CausalStage
+from gcpo.methods.gcpo.fields import DUMP as DUMP_FIELDS
+from gcpo.methods.gcpo.rollout import dumped_draws
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.scoring.requests import Score, ScoreRequest
 from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
 
@@ -164,10 +169,17 @@ class Scorer:
 
 
 class Actor:
-    """The worker group: verl's three calls and our ``score_contexts``, each on all rows at once."""
+    """The worker group: verl's three calls and our ``score``, each on all rows at once."""
 
-    def __init__(self, queue: MemoryQueue, tokenizer: Any, world: int = 2) -> None:
-        self.queue, self.tokenizer = queue, tokenizer
+    def __init__(self, queue: MemoryQueue, tokenizer: Any, method: Method, scorer: Any = None, world: int = 2) -> None:
+        self.queue, self.method, self.scorer = queue, method, scorer or Scorer()
+        self.engine = SimpleNamespace(
+            tokenizer=tokenizer,
+            hidden_size=2,
+            scorer=lambda layer, **options: self.scorer,
+            perturbed_scorer=lambda layer, **options: self.scorer,
+            gather=list,
+        )
         self._dispatch_info = {"actor": list(range(world))}
         self.calls: list[str] = []
         self.update: dict[str, Any] = {}
@@ -185,15 +197,12 @@ class Actor:
         fields = {"log_probs": nested(values), "entropy": nested([torch.ones_like(v) for v in values])}
         return self.queue.kv_batch_put(batch.keys, batch.partition_id, TensorDict(fields, batch_size=len(values)))
 
-    def score_contexts(self, request: Any) -> Any:
-        from verl.utils import tensordict_utils as tu
-
-        self.calls.append("score_contexts")
+    def score(self, request: Any) -> Any:
+        self.calls.append("score")
         data = self.queue.kv_batch_get(request.keys, request.partition_id, request.fields)
-        tu.assign_non_tensor(data, **request.extra_info)
-        wanted = SimpleNamespace(**tu.get_non_tensor_data(data, "gcpo_scoring", None))
-        found = score_rows(data, wanted, Scorer(), self.tokenizer)
-        return self.queue.kv_batch_put(request.keys, request.partition_id, found)
+        self.engine.step = request.extra_info[METHOD_CALL]
+        found = self.method.score(from_data(data, self.method.score_inputs), self.engine)
+        return self.queue.kv_batch_put(request.keys, request.partition_id, to_columns(found, len(data)))
 
     def update_actor(self, batch: Any) -> Any:
         from verl.utils import tensordict_utils as tu
@@ -204,17 +213,19 @@ class Actor:
         return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics})
 
 
-def make_trainer(config: Any, queue: MemoryQueue, tokenizer: Any) -> GCPOTrainer:
+def make_trainer(config: Any, queue: MemoryQueue, tokenizer: Any, scorer: Any = None) -> MethodTrainer:
     """Our trainer after verl's set-up, as far as a step needs it."""
-    trainer = object.__new__(GCPOTrainer)
+    trainer = object.__new__(MethodTrainer)
     trainer.config, trainer.global_steps, trainer.timing_raw = config, 1, {}
-    trainer.gcpo = GCPOConfig.from_config(config.gcpo, n=N, response_length=config.data.max_response_length)
-    trainer._weight, trainer.use_critic = None, False
-    trainer.tokenizer, trainer.actor_rollout_wg = tokenizer, Actor(queue, tokenizer)
+    trainer.method, trainer.use_critic = hooks.make_method(config), False
+    trainer.tokenizer = tokenizer
+    trainer.actor_rollout_wg = Actor(queue, tokenizer, trainer.method, scorer)
     return trainer
 
 
-def take_step(trainer: GCPOTrainer, queue: MemoryQueue, keys: list[str] | None = None) -> tuple[Any, dict[str, float]]:
+def take_step(
+    trainer: MethodTrainer, queue: MemoryQueue, keys: list[str] | None = None
+) -> tuple[Any, dict[str, float]]:
     """The stages of verl's step on everything that has been rolled out."""
     batch, metrics = queue.meta(keys or queue.finished_rows(), "train"), {}
     batch = trainer._balance_batch(batch, metrics)
@@ -309,13 +320,13 @@ def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overr
     batch, metrics = take_step(trainer, queue)
     assert len(batch) == 16 and len(real(batch)) == N * QUESTIONS
     groups = [[queue.fields["train"][key] for key in keys] for keys in groups_of(real(batch)).values()]
-    expected = [expected_group(rows, trainer.gcpo) for rows in groups]
+    expected = [expected_group(rows, trainer.method.settings) for rows in groups]
     weights = [wanted["weight"][wanted["has_target"]] for wanted in expected]
     assert any(not wanted["has_target"].all() for wanted in expected) == ("gcpo.collider.max_tokens=5" in overrides)
     filler = 1.0 if "gcpo.weighting.missing=one" in overrides else float(torch.cat(weights).mean())
     for rows, wanted in zip(groups, expected, strict=True):
         upsilon = torch.where(wanted["has_target"], wanted["weight"], filler)
-        form = trainer.gcpo.advantage.form
+        form = trainer.method.settings.advantage.form
         advantages = causal_advantage(wanted["advantage"], upsilon, form=form, has_target=wanted["has_target"])
         for fields, b, (log_ref, has_reference) in zip(rows, advantages, wanted["references"], strict=True):
             torch.testing.assert_close(fields["advantages"], b.expand(len(fields["responses"])))
@@ -331,9 +342,11 @@ def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, overr
         assert fields["advantages"].tolist() == [0.0] and fields["gcpo_kl_mask"].tolist() == [0]
         assert fields["gcpo_context_lengths"].sum() == 0 and fields["gcpo_output_lengths"].sum() == 0
     chosen = [float(fields["gcpo_kl_weight"]) for fields in queue.fields["train"].values()]
-    assert sum(chosen[: N * QUESTIONS]) == N * QUESTIONS and (0.0 in chosen) == (trainer.gcpo.preset != "paper")
+    assert sum(chosen[: N * QUESTIONS]) == N * QUESTIONS and (0.0 in chosen[: N * QUESTIONS]) == (
+        trainer.method.settings.preset != "paper"
+    )
     assert all(math.isfinite(value) for value in metrics.values())
-    assert trainer.actor_rollout_wg.calls == ["compute_log_prob", "score_contexts", "update_actor"]
+    assert trainer.actor_rollout_wg.calls == ["compute_log_prob", "score", "update_actor"]
 
 
 def test_the_mean_state_is_that_of_all_responses(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
@@ -491,7 +504,7 @@ def test_ablations(
     rows = [queue.fields["train"][key] for key in real(batch)]
     stored = [draw for row in rows if kinds for draw in dumped_draws(*(row[name] for name in DUMP_FIELDS))]
     assert {draw["kind"] for draw in stored} == kinds
-    assert ("score_contexts" in trainer.actor_rollout_wg.calls) == calls
+    assert ("score" in trainer.actor_rollout_wg.calls) == calls
     weighted = "gcpo/upsilon/mean" in metrics
     assert weighted == ("gcpo.weighting=off" not in overrides)
     with_reference = "gcpo/reference/kl_mean" in metrics
@@ -511,6 +524,18 @@ def test_validation_draws_nothing(make_config: Callable, queue: MemoryQueue) -> 
     assert seeds[0] == seeds[1]
     assert "train" not in queue.fields
     assert not [name for fields in queue.fields["val"].values() for name in fields if name.startswith("gcpo")]
+
+
+def test_draws_are_sampled_as_the_responses_are(make_config: Callable, queue: MemoryQueue) -> None:
+    """Temperature, top-p and top-k of the rollout, and the longest sequence that the server takes."""
+    params = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    overrides = [f"actor_rollout_ref.rollout.{name}={value}" for name, value in params.items()]
+    server = Server()
+    worker = roll_out(make_config(*GENERATED, *overrides), server)
+    assert len(server.requests) > N * QUESTIONS
+    assert all(vars(request).items() >= params.items() for request in server.requests)
+    assert worker.method.sampling.max_model_len == 1024
+    assert END in worker.method.end_ids
 
 
 def test_a_group_has_one_server(make_config: Callable, queue: MemoryQueue) -> None:

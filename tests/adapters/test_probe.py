@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,10 +170,9 @@ def test_bfloat16_in_the_middle_of_training(tiny_model: Path) -> None:
 
 def loaded(rank: int, world: int, config: Any) -> list[Any]:
     """What is probed when workers load their models, and what a worker of GC2PO says."""
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
     from gcpo.adapters import engine as engine_module
-    from gcpo.adapters.gc2po import GC2POActorRolloutRefWorker
 
     probes: list[int] = []
 
@@ -191,12 +189,10 @@ def loaded(rank: int, world: int, config: Any) -> list[Any]:
         if packing == "tree":
             assert engine.tree_problem == "of a reason"
             found.append(len(probes))
-    part = copy.deepcopy(config.actor_rollout_ref)
-    with open_dict(part):
-        part.gc2po = OmegaConf.create({})
-        part.actor.optim.update({"weight_decay": 0.0, "total_training_steps": 10, "lr_warmup_steps": 0})
+    with open_dict(config):
+        config.trainer.v1.trainer_mode = "gc2po"
     try:
-        GC2POActorRolloutRefWorker(part, role="actor").init_model()
+        build_worker(config)
     except RuntimeError as error:
         found.append(str(error))
     return found

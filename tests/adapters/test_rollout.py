@@ -14,8 +14,10 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters import rollout
 from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
-from gcpo.collider.admission import Admission
 from gcpo.collider.draws import ColliderStage, Draw, GroupResult
+from gcpo.methods.base import Run, Sampling
+from gcpo.methods.fields import flat, lengths, split
+from gcpo.methods.gcpo.method import GCPO
 from gcpo.methods.gcpo.settings import GCPOConfig
 
 PARENT = rollout._PlainWorker
@@ -32,11 +34,11 @@ class Worker(GCPOAgentLoopWorkerPlain):
                 "trainer": {"rollout_data_dir": None},
             }
         )
-        self.gcpo = GCPOConfig.from_config({"preset": "light", **config}, n=3, response_length=8)
-        self.groups, self.prompts, self.end_ids = {}, None, frozenset({2})
-        self.admit = Admission(None)
-        self.llm_client = LLMServerClient(self.config)
-        self.config.actor_rollout_ref.rollout.max_model_len = 128
+        settings = GCPOConfig.from_config({"preset": "light", **config}, n=3, response_length=8)
+        self.method = GCPO(settings, Run(n=3, response_length=8))
+        self.method.prompts, self.method.end_ids = None, frozenset({2})
+        self.method.sampling = Sampling(None, {}, 128, frozenset({2}))
+        self.groups, self.llm_client = {}, LLMServerClient(self.config)
 
 
 @pytest.fixture
@@ -162,9 +164,16 @@ def test_grading_of_draws(monkeypatch: pytest.MonkeyPatch, ability: str | None) 
     )
     before = output.model_copy(deep=True)
     draws = [Draw([7, 2], "collider", "ok"), Draw([8, 8], "collider", "cut")]
-    result = GroupResult([], [], draws, {}, [])
+    result = GroupResult([[]] * 2, [[]] * 2, draws, {}, [1.0] * 2)
+
+    async def sampled(*args, **kwargs):
+        return result
+
+    monkeypatch.setattr(ColliderStage, "run", sampled)
+    monkeypatch.setattr(rollout.tq, "async_kv_batch_put", sampled)
     worker = Worker(metrics={"graded_fraction": 1.0})
-    asyncio.run(worker._grade(result, rollout.Session([5], [10, 2], 0.5, output), (1, "q"), {"ability": ability}))
+    sessions = {i: rollout.Session([5], [10, 2], 0.5, output) for i in range(2)}
+    asyncio.run(worker._finish_group("u", rollout.Group(2, sessions=sessions), {**PROMPT, "ability": ability}))
     assert [draw.reward for draw in draws] == [None if ability == "code" else 7.0, None]
     assert output == before
 
@@ -175,24 +184,6 @@ def test_only_known_rewards_are_equal(world: SimpleNamespace) -> None:
         world.reward, world.stages = reward, []
         run(Worker())
         assert world.stages[0][1] is equal
-
-
-def test_draws_are_sampled_as_the_responses_are(monkeypatch: pytest.MonkeyPatch, world: SimpleNamespace) -> None:
-    """Temperature, top-p and top-k of the rollout, and the longest sequence that the server takes."""
-    stages = []
-    run_stage = ColliderStage.run
-
-    async def spy(self, *args, **kwargs):
-        stages.append(self)
-        return await run_stage(self, *args, **kwargs)
-
-    monkeypatch.setattr(ColliderStage, "run", spy)
-    worker = Worker()
-    worker.config.actor_rollout_ref.rollout.update({"temperature": 0.7, "top_p": 0.9, "top_k": 20})
-    run(worker)
-    (stage,) = stages
-    assert stage.sampling_params == {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
-    assert stage.max_model_len == 128 and stage.end_ids == {2}
 
 
 @pytest.mark.parametrize(
@@ -215,31 +206,6 @@ def test_a_reward_that_fails_scores_zero_and_is_counted(monkeypatch: pytest.Monk
 
 def test_flat_fields() -> None:
     """An empty row is one token that no length counts."""
-    from gcpo.adapters.fields import flat_field, split_rows
-
-    field = flat_field("ids", "lengths", [[1, 2], [], [3]])
-    assert [piece.tolist() for piece in split_rows(field["ids"], field["lengths"])] == [[1, 2], [], [3]]
-    empty = flat_field("ids", "lengths", [[], []])
-    assert len(empty["ids"]) == 1 and torch.equal(empty["lengths"], torch.tensor([0, 0]))
-
-
-@pytest.mark.parametrize(
-    ("gpus", "tensor_parallel", "workers", "share"), [(1, 1, 1, 900), (8, 2, 8, 450), (8, 1, 2, 3600)]
-)
-def test_share_of_the_caches(gpus: int, tensor_parallel: int, workers: int, share: float) -> None:
-    """Every worker has an equal part of the tokens of all servers."""
-    config = OmegaConf.create(
-        {
-            "trainer": {"n_gpus_per_node": gpus, "nnodes": 1},
-            "actor_rollout_ref": {
-                "rollout": {
-                    "tensor_model_parallel_size": tensor_parallel,
-                    "data_parallel_size": 1,
-                    "pipeline_model_parallel_size": 1,
-                    "agent": {"num_workers": workers},
-                }
-            },
-        }
-    )
-    assert rollout.cache_share(900, config) == share
-    assert rollout.cache_share(None, config) is None
+    pieces = [[1, 2], [], [3]]
+    assert [piece.tolist() for piece in split(flat(pieces), lengths(pieces))] == pieces
+    assert len(flat([[], []])) == 1 and torch.equal(lengths([[], []]), torch.tensor([0, 0]))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gcpo.adapters.scoring import DenseScorer, Score, ScoreRequest, TreeScorer, make_scorer
-from gcpo.adapters.workers import score_rows
-from tests.adapters.ranks import build_engine, pack, run_on_ranks
+from gcpo.adapters.scoring import DenseScorer, TreeScorer, make_scorer
+from gcpo.methods.gcpo.scoring import score_rows
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.scoring.requests import Score, ScoreRequest
+from tests.adapters.ranks import build_engine, run_on_ranks
 
 PACKINGS = pytest.mark.parametrize("packing", ["tree", "dense"])
 
@@ -282,17 +283,9 @@ class FakeScorer:
         ]
 
 
-def layout(weight: float = 1.0, control: bool = False, **changes: Any) -> dict[str, list[list[float]]]:
-    wanted = dict(
-        states=True,
-        contexts=True,
-        conditioned=True,
-        log_probs=True,
-        source="response",
-        context="response",
-        token="last",
-        layer=-1,
-    )
+def layout(weight: float = 1.0, end_ids: tuple[int, ...] = (2,), **changes: Any) -> dict[str, list[list[float]]]:
+    preset = {"preset": "balanced", "features": {"source": "response", **changes.pop("features", {})}}
+    config = GCPOConfig.from_config({**preset, **changes}, n=4, response_length=8)
     eos = 2
     row = {
         "prompts": torch.tensor([10, 11]),
@@ -303,9 +296,7 @@ def layout(weight: float = 1.0, control: bool = False, **changes: Any) -> dict[s
         "gcpo_outputs": torch.tensor([50, 51, eos, 60]),
         "gcpo_output_lengths": torch.tensor([3, 0, 1]),
     }
-    control = {21: SimpleNamespace(special=True)} if control else {}
-    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=0, added_tokens_decoder=control)
-    batch = score_rows(pack([row]), SimpleNamespace(**{**wanted, **changes}), FakeScorer(), tokenizer)
+    batch = score_rows({name: [value] for name, value in row.items()}, config, FakeScorer(), end_ids)
     return {name: [value[0].tolist()] for name, value in batch.items()}
 
 
@@ -320,12 +311,12 @@ def test_row_layout() -> None:
 
 def test_row_options() -> None:
     """Last content token, prompt and response, and the state at the end of the prompt."""
-    assert layout(token="last_content")["gcpo_z"] == [[21.0, 0.0]]
-    assert layout(token="last_content", control=True)["gcpo_z"] == [[20.0, 0.0]]
-    fields = layout(context="prompt_response")
+    assert layout(features={"token": "last_content"})["gcpo_z"] == [[21.0, 0.0]]
+    assert layout(features={"token": "last_content"}, end_ids=(2, 21))["gcpo_z"] == [[20.0, 0.0]]
+    fields = layout(features={"context": "prompt_response"})
     assert fields["gcpo_z"] == [[2.0, 2.0]]
     assert fields["gcpo_z_conditioned"] == [[2.0, 3.0, 0.0, 0.0, 60.0, 1.0]]
-    assert layout(source="prompt")["gcpo_z_conditioned"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]
-    assert "gcpo_log_p" not in layout(log_probs=False)
+    assert layout(features={"source": "prompt"})["gcpo_z_conditioned"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]
+    assert "gcpo_log_p" not in layout(kappa=0.0)
     assert layout(weight=0.0)["gcpo_log_p"] == [[0.0] * 9]
-    assert layout(weight=0.0, source="prompt")["gcpo_z_conditioned"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]
+    assert layout(weight=0.0, features={"source": "prompt"})["gcpo_z_conditioned"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]

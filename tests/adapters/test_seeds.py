@@ -12,6 +12,7 @@ import torch
 from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
 from gcpo.adapters.rollout import GCPOAgentLoopManager
 from gcpo.checks import check_run
+from gcpo.methods.fields import PROMPTS, RESPONSES
 from gcpo.settings import ConfigError
 from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
@@ -200,8 +201,9 @@ def test_gc2po_without_seeds(recipe_config: Callable) -> None:
     """The perturbations then follow from the step and the tokens only; one override turns both seeds off."""
     from omegaconf import OmegaConf
 
-    from gcpo.adapters.gc2po import _read
+    from gcpo.methods.gc2po import fields as own
     from gcpo.methods.gc2po.episodes import TokenReader
+    from gcpo.methods.gc2po.scoring import RowReader
     from gcpo.methods.gc2po.settings import GC2POConfig
 
     settings = OmegaConf.to_container(recipe_config("gcpo.seed=null", name="gc2po_trainer"), resolve=True)
@@ -209,9 +211,11 @@ def test_gc2po_without_seeds(recipe_config: Callable) -> None:
     assert config.seed is None
 
     def seed(step: int, *response: int) -> int:
-        fields = [torch.tensor(value) for value in ([5, 6], response, [1, 0, 0], [0], [0])]
+        names = (PROMPTS, RESPONSES, own.PLACE, own.ANSWERS, own.ANSWER_LENGTHS, own.PROBE)
+        values = ([5, 6], response, [1, 0, 0], [0], [0], [4])
+        row = {name: torch.tensor(value) for name, value in zip(names, values, strict=True)}
         reader = TokenReader(SimpleNamespace(decode=lambda ids, **options: "a" * len(ids)))
-        return _read(tuple(fields), config, reader, set(), step, torch.tensor([])).seed
+        return RowReader(config, reader, set(), step).read(row).seed
 
     assert seed(1, 7, 8) == seed(1, 7, 8)
     assert len({seed(1, 7, 8), seed(2, 7, 8), seed(1, 7, 9)}) == 3

@@ -13,9 +13,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from gcpo import weight_socket
-from gcpo.adapters import weight_socket as adapter
-from gcpo.adapters.gc2po import GC2POActorRolloutRefWorker
-from gcpo.adapters.workers import GCPOActorRolloutRefWorker
+from gcpo.adapters.worker import MethodWorker
 from gcpo.cpu import patches
 
 JOB = "01000000"
@@ -34,7 +32,7 @@ def in_cluster(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
 
 
-def sender(monkeypatch: pytest.MonkeyPatch, kind: type, address: str) -> str:
+def sender(monkeypatch: pytest.MonkeyPatch, address: str) -> str:
     """The name that a worker sends to, after verl's set-up of the rollout."""
     in_cluster(monkeypatch, address)
     handle = f"ipc:///tmp/rl-colocate-zmq-{JOB}-replica-0-rank-0.sock"
@@ -43,7 +41,7 @@ def sender(monkeypatch: pytest.MonkeyPatch, kind: type, address: str) -> str:
         self.rollout = SimpleNamespace(zmq_handle=handle)
 
     monkeypatch.setattr(ActorRolloutRefWorker, "init_model", set_up)
-    worker = kind.__new__(kind)
+    worker = MethodWorker.__new__(MethodWorker)
     worker._is_actor = False
     worker.init_model()
     return worker.rollout.zmq_handle
@@ -61,11 +59,10 @@ def receiver(monkeypatch: pytest.MonkeyPatch, address: str) -> str:
     return vLLMColocateWorkerExtension._get_zmq_handle(worker)
 
 
-@pytest.mark.parametrize("kind", [GCPOActorRolloutRefWorker, GC2POActorRolloutRefWorker])
-def test_sender_and_receiver_agree_and_runs_differ(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+def test_sender_and_receiver_agree_and_runs_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     names = set()
     for address in ("10.0.0.1:6379", "10.0.0.1:6380"):
-        name = sender(monkeypatch, kind, address)
+        name = sender(monkeypatch, address)
         assert name == receiver(monkeypatch, address) and JOB in name
         names.add(name)
     assert len(names) == 2
@@ -73,10 +70,10 @@ def test_sender_and_receiver_agree_and_runs_differ(monkeypatch: pytest.MonkeyPat
 
 def test_without_our_plug_in_in_vllm_both_keep_verls_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    name = sender(monkeypatch, GCPOActorRolloutRefWorker, "10.0.0.1:6379")
+    name = sender(monkeypatch, "10.0.0.1:6379")
     assert name == f"ipc:///tmp/rl-colocate-zmq-{JOB}-replica-0-rank-0.sock" == receiver(monkeypatch, "10.0.0.1:6379")
     monkeypatch.setenv("VLLM_PLUGINS", f"other,{weight_socket.PLUGIN}")
-    assert sender(monkeypatch, GCPOActorRolloutRefWorker, "10.0.0.1:6379") != name
+    assert sender(monkeypatch, "10.0.0.1:6379") != name
 
 
 def test_a_name_of_another_form_is_an_error() -> None:
@@ -87,4 +84,3 @@ def test_a_name_of_another_form_is_an_error() -> None:
 def test_a_vllm_that_is_not_verls_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     patches.apply_in_vllm()
     assert weight_socket.JOB_VARIABLE not in os.environ and "gcpo.plugin" in sys.modules
-    assert adapter.OwnSocketWorker in GCPOActorRolloutRefWorker.__mro__

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import NonTensorStack, TensorDict
 
-from gcpo.adapters.base import GroupTrainer
+from gcpo.adapters.trainer import MethodTrainer
 from gcpo.adapters.zero_rewards import zero_reward_warning
 from tests.adapters.memory_queue import MemoryQueue
 
@@ -88,8 +88,8 @@ def test_padding_rows_do_not_count(monkeypatch):
 
 
 def test_only_the_first_step_is_looked_at(monkeypatch, caplog):
-    class Trainer(GroupTrainer):
-        mode = "gcpo"
+    class Trainer(MethodTrainer):
+        method = SimpleNamespace(name="gcpo")
 
         def __init__(self):
             function = SimpleNamespace(path="pkg://gcpo.rewards")

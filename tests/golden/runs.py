@@ -188,29 +188,23 @@ class InProcessGroup:
 
 def build_trainer(config: Any, queue: Any, tokenizer: Any) -> Any:
     """The trainer of the configured mode, with a worker of its own for the actor and for the reference."""
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
     from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 
-    from gcpo.methods.gc2po.settings import GC2POConfig
-    from gcpo.methods.gcpo.settings import GCPOConfig
+    from gcpo.adapters import hooks
+    from gcpo.adapters.worker import MethodWorker
 
-    trainer_class = get_trainer_cls(config.trainer.v1.trainer_mode)
-    trainer, size = object.__new__(trainer_class), config.actor_rollout_ref.rollout.n
-    if trainer_class.mode == "gcpo":
-        settings = GCPOConfig.from_config(config.gcpo, n=size, response_length=config.data.max_response_length)
-        trainer.gcpo, trainer._weight = settings, None
-    else:
-        settings = GC2POConfig.from_config(OmegaConf.to_container(config.gc2po, resolve=True), n=size)
-        trainer.gc2po = settings
+    trainer = object.__new__(get_trainer_cls(config.trainer.v1.trainer_mode))
+    trainer.method = hooks.make_method(config)
     trainer.config, trainer.timing_raw, trainer.tokenizer = config, {}, tokenizer
     trainer.use_critic, trainer.ref_in_actor = False, False
+    hooks.send_to_workers(trainer.method, config)
 
     def build(role: str) -> Any:
         part = copy.deepcopy(config.actor_rollout_ref)
         with open_dict(part):
-            part[trainer_class.mode] = OmegaConf.create(settings.to_dict())
             part.actor.optim.update({"lr": LEARNING_RATE, "total_training_steps": 10, "lr_warmup_steps": 0})
-        worker = trainer_class.worker_class(part, role=role)
+        worker = MethodWorker(part, role=role)
         worker.init_model()
         return worker
 
@@ -293,7 +287,7 @@ def _step(trainer: Any, queue: Any) -> dict[str, Any]:
     batch = trainer._balance_batch(batch, metrics)
     for stage in ("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_advantage"):
         batch = getattr(trainer, stage)(batch, metrics)
-    weight = getattr(trainer, "_weight", None)
+    weight = getattr(trainer._credit, "weight", None)
     upsilon = {} if weight is None else dict(zip(batch.keys, weight.tolist(), strict=True))
     batch = trainer._update_actor(batch, metrics)
     rows = {}

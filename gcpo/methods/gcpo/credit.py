@@ -1,270 +1,189 @@
-"""From the hidden states of a batch to Upsilon and the metrics about it, with torch only.
-
-The trainer fetches the fields of the batch, this module applies ``gcpo.algorithms`` group by group. The reference is in
-``gcpo.methods.gcpo.reference``, the counts of the rollout in ``gcpo.methods.gcpo.rollout_metrics``.
-"""
+"""Upsilon and the causal reference of a batch, from the fields that the rollout and the actor wrote."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gcpo.algorithms import (
-    causal_advantage,
-    causal_diagnostics,
-    causal_target,
-    causal_weight,
-    conditioned_target,
-    group_mean_target,
+from gcpo.algorithms import causal_advantage, group_relative_advantage
+from gcpo.methods.base import Batch, Credit, Outcome, Run
+from gcpo.methods.fields import OLD_LOG_PROBS, RESPONSE_MASK, REWARDS, Field
+from gcpo.methods.gcpo.fields import (
+    CONTEXT_LENGTHS,
+    KL_MASK,
+    KL_WEIGHT,
+    LOG_P,
+    LOG_REF,
+    OUTPUT_LENGTHS,
+    SCORED_TOKENS,
+    Z_REGENERATED,
+    Z,
 )
+from gcpo.methods.gcpo.missing import Missing
+from gcpo.methods.gcpo.reference import ReferenceStage
+from gcpo.methods.gcpo.rollout_metrics import rollout_metrics
+from gcpo.methods.gcpo.scoring import SCORED_KINDS
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.methods.gcpo.upsilon import BatchWeights, GroupFeatures, batch_weights, noise_warning
+from gcpo.seeding import request_seed
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass
-class GroupFeatures:
-    """Features of one group of n responses.
-
-    Attributes:
-        z: [n, d].
-        conditioned: [n, L + L', M, d], shared draws first; ``None`` where no context is needed.
-        valid: [n, L + L', M].
-    """
-
-    z: Tensor
-    conditioned: Tensor | None = None
-    valid: Tensor | None = None
-
-    def split(self, num_shared: int) -> dict[str, Tensor | None]:
-        """Arguments of ``causal_target`` for the shared and the leave-one-out draws."""
-        marginal = self.conditioned.shape[1] > num_shared
-        return {
-            "z_conditioned": self.conditioned[:, :num_shared],
-            "valid": self.valid[:, :num_shared],
-            "z_marginal": self.conditioned[:, num_shared:] if marginal else None,
-            "valid_marginal": self.valid[:, num_shared:] if marginal else None,
-        }
-
-    def centered(self, mean: Tensor) -> GroupFeatures:
-        """The group with ``mean`` [d] subtracted from every state."""
-        return GroupFeatures(self.z - mean, None if self.conditioned is None else self.conditioned - mean, self.valid)
-
-
-@dataclass(frozen=True)
-class BatchWeights:
-    """Upsilon of a batch.
+class CausalCredit(Credit):
+    """B_i = A_i * Upsilon_i for every token of response i (Eq. 8, 10, 11).
 
     Attributes:
-        weights: [n] of every group.
-        has_target: bool [n] of every group; the weights of the other responses are ``weighting.missing``.
-        metrics: under ``gcpo/upsilon/``, ``gcpo/similarity/``, ``gcpo/causal/`` and ``gcpo/advantage/``.
+        weight: Upsilon [B]; 1 in padding rows.
+        has_target: bool [B]. The weight of a row without a target is a placeholder, which must not enter the mean of
+            ``signed``.
+        form: ``advantage.form``.
     """
 
-    weights: list[Tensor]
-    has_target: list[Tensor]
-    metrics: dict[str, float]
+    def __init__(self, weight: Tensor, has_target: Tensor, form: str) -> None:
+        self.weight, self.has_target, self.form = weight, has_target, form
+
+    def advantages(self, outcome: Outcome) -> Tensor:
+        """[B, T]. With Upsilon = 1 exactly what verl's ``grpo`` gives."""
+        # A_i stands on every token of the response; rows of one group are weighted together.
+        mask = outcome.mask.bool()
+        first = mask.int().argmax(dim=-1, keepdim=True)
+        scalar = outcome.grpo.gather(1, first).squeeze(1)
+        weighted = torch.where(mask.any(dim=-1), scalar, torch.zeros_like(scalar))
+        for group in dict.fromkeys(outcome.groups.tolist()):
+            rows = torch.from_numpy(np.flatnonzero(outcome.groups == group))
+            weighted[rows] = causal_advantage(
+                weighted[rows],
+                self.weight[rows].to(weighted),
+                form=self.form,
+                has_target=self.has_target[rows].to(weighted.device),
+            )
+        return weighted.unsqueeze(-1) * outcome.mask
 
 
-@dataclass(frozen=True)
-class _GroupWeights:
-    """Of one group: Upsilon, the similarity before alpha, has_target and cos(z, zbar), [n] each, and diagnostics."""
-
-    weight: Tensor
-    similarity: Tensor
-    has_target: Tensor
-    cos_to_mean: Tensor
-    shift: float
-    split_half: float
-
-
-def group_weight(group: GroupFeatures, config: GCPOConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Upsilon of one group.
-
-    Returns:
-        weight [n], 1 without a target; similarity before alpha [n]; has_target [n].
-    """
-    num_shared = config.collider.num_draws
-    if config.weighting.target == "group_mean":
-        target, has_target = group_mean_target(group.z), torch.ones(len(group.z), dtype=torch.bool)
-    elif config.weighting.target == "conditioned":
-        target, has_target = conditioned_target(**group.split(num_shared), projection=config.collider.projection)
-    else:
-        target, has_target = causal_target(group.z, **group.split(num_shared), projection=config.collider.projection)
-    options = {
-        "similarity": config.weighting.similarity,
-        "clamp_at_zero": config.features.center == "batch",
-    }
-    weight = causal_weight(group.z, target, has_target, alpha=config.alpha, **options)
-    similarity = causal_weight(group.z, target, has_target, alpha=1.0, **options)
-    return weight, similarity, has_target
-
-
-def filled(weights: Sequence[Tensor], has_target: Sequence[Tensor], missing: str) -> list[Tensor]:
-    """Upsilon with ``weighting.missing`` where a response has no target.
-
-    With alpha = 2 and cosines near 0.9 a weight of 1 would halve the step of exactly those responses whose draws were
-    cut, which are the long ones.
+class CausalStage:
+    """The causal part of one step.
 
     Args:
-        weights: [n] of every group; the values in rows without a target are not read.
-        has_target: [n] of every group.
-        missing: ``mean``: the mean over all responses of the batch that have a target, 1 if none has; ``one``: 1.
+        config: the resolved settings.
+        run: the settings of verl.
+        batch: the rows, after the actor has scored them.
+        entries: the rollout's report about every group by its id; empty without collider draws.
     """
-    value = 1.0
-    if missing == "mean":
-        known = torch.cat([weight[has] for weight, has in zip(weights, has_target, strict=True)])
-        value = float(known.double().mean()) if len(known) else 1.0
-    return [torch.where(has, weight, value) for weight, has in zip(weights, has_target, strict=True)]
 
+    def __init__(self, config: GCPOConfig, run: Run, batch: Batch, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        self.config, self.run, self.batch = config, run, batch
+        self.groups = list(batch.groups.values())
+        self.entries = [entries.get(uid) or {} for uid in batch.groups]
+        self.missing = Missing()
 
-def controlled(
-    weights: Sequence[Tensor], has_target: Sequence[Tensor], advantages: Sequence[Tensor], control: str, seed: int
-) -> list[Tensor]:
-    """Upsilon [n] of every group under ``weighting.control``.
+    def credit(self, metrics: dict[str, float]) -> CausalCredit | None:
+        """Upsilon of the batch, ``None`` where weighting is off; the reference of every row is stored for the update.
 
-    ``mean`` is the mean of the responses whose advantage is not 0, since it scales a step as Upsilon does; those
-    without a target enter with the weight that they have, that of ``weighting.missing``. ``shuffled`` permutes the
-    weights among the responses of a group that have a target; the others keep theirs.
-    """
-    if control == "mean":
-        everything, matters = torch.cat(list(weights)), torch.cat(list(advantages)) != 0
-        mean = everything[matters].mean() if matters.any() else everything.mean()
-        return [torch.full_like(weight, float(mean)) for weight in weights]
-    if control == "shuffled":
-        generator = torch.Generator().manual_seed(seed)
-        shuffled = []
-        for weight, has in zip(weights, has_target, strict=True):
-            known = weight[has]
-            weight = weight.clone()
-            weight[has] = known[torch.randperm(len(known), generator=generator)]
-            shuffled.append(weight)
-        return shuffled
-    return list(weights)
+        Raises:
+            NothingValidError: no draw, no target or no reference that was asked for is valid.
+        """
+        self._count(metrics)
+        credit = self._weights(metrics) if self.config.weighting_on else None
+        if self.config.reference_on:
+            self._reference(metrics)
+        metrics.update(self.missing.metrics())
+        self.missing.check(self.batch.step)
+        warning = self.missing.warning(self.batch.step, self.config.metrics.max_missing)
+        if warning:
+            logger.warning(warning)
+        return credit
 
+    def _count(self, metrics: dict[str, float]) -> None:
+        """Count the tokens of the rollout and the scoring, and the draws that are missing."""
+        tokens = self.batch.fetch(range(self.batch.size), [SCORED_TOKENS])[SCORED_TOKENS]
+        scored, *by_kind = torch.stack(tokens).sum(0).tolist()
+        metrics["gcpo/tokens/scored"] = scored
+        metrics["gcpo/tokens/scored_unshared"] = sum(by_kind)
+        for kind, count in zip(SCORED_KINDS, by_kind, strict=True):
+            metrics[f"gcpo/tokens/scored_unshared/{kind}"] = count
+        if not self.config.needs_rollout:
+            return
+        known = [entry for entry in self.entries if entry]
+        for entry in known:
+            self.missing.add_draws(entry)
+        stats = [entry["stats"] for entry in known]
+        responses = sum(self.batch.response_lengths[row] for rows in self.groups for row in rows)
+        metrics.update(rollout_metrics(stats, responses))
+        metrics["gcpo/timing/rollout_tail_s"] = max((entry.get("seconds", 0.0) for entry in stats), default=0.0)
 
-def batch_weights(
-    groups: Iterable[GroupFeatures],
-    advantages: Sequence[Tensor],
-    config: GCPOConfig,
-    *,
-    mean: Tensor | None = None,
-    seed: int = 0,
-) -> BatchWeights:
-    """Upsilon of every group, and the metrics that tell whether it says anything.
-
-    Args:
-        groups: features of every group; one at a time is looked at, and none is kept.
-        advantages: A_i [n] of every group.
-        config: the resolved configuration.
-        mean: [d], the mean state of the batch's responses; used only with ``features.center: batch``.
-        seed: of the permutation where ``weighting.control`` is ``shuffled``.
-
-    Raises:
-        ValueError: ``features.center`` is ``batch`` and ``mean`` is not given.
-    """
-    if config.features.center == "batch" and mean is None:
-        raise ValueError("features.center=batch needs the mean state of the batch.")
-    found = [
-        _group_weights(group.centered(mean) if config.features.center == "batch" else group, config) for group in groups
-    ]
-    has_target = [group.has_target for group in found]
-    weights = filled([group.weight for group in found], has_target, config.weighting.missing)
-    weights = controlled(weights, has_target, advantages, config.weighting.control, seed)
-    metrics = {
-        **_upsilon_metrics(found),
-        **_causal_metrics(found),
-        **_advantage_metrics(weights, has_target, advantages, config.advantage.form),
-    }
-    return BatchWeights(weights, has_target, {name: value for name, value in metrics.items() if math.isfinite(value)})
-
-
-def _group_weights(group: GroupFeatures, config: GCPOConfig) -> _GroupWeights:
-    weight, similarity, has_target = group_weight(group, config)
-    mean = group.z.mean(0, keepdim=True)
-    shift = split_half = math.nan
-    if config.causal_target_on and has_target.any():
-        found = causal_diagnostics(
-            group.z, **group.split(config.collider.num_draws), projection=config.collider.projection
+    def _weights(self, metrics: dict[str, float]) -> CausalCredit:
+        advantages = []
+        for data in self.batch.by_group(REWARDS):
+            scores = torch.stack([row.sum() for row in data[REWARDS]])
+            label = torch.zeros(len(scores), dtype=torch.long)
+            advantages.append(group_relative_advantage(scores, label, norm_by_std=self.run.norm_by_std))
+        found = batch_weights(
+            self._features(),
+            advantages,
+            self.config,
+            mean=self._mean_state() if self.config.features.center == "batch" else None,
+            seed=request_seed(self.config.seed, "control", self.batch.step),
         )
-        shift, split_half = float(found["shift"]), float(found["split_half"])
-    cos_to_mean = torch.cosine_similarity(group.z, mean, dim=-1)
-    return _GroupWeights(weight, similarity, has_target, cos_to_mean, shift, split_half)
+        metrics.update(found.metrics)
+        warning = noise_warning(found.metrics)
+        if warning:
+            logger.warning(warning)
+        self._count_targets(found)
+        weight, has_target = torch.ones(self.batch.size), torch.zeros(self.batch.size, dtype=torch.bool)
+        for rows, values, has in zip(self.groups, found.weights, found.has_target, strict=True):
+            weight[rows], has_target[rows] = values, has
+        return CausalCredit(weight, has_target, self.config.advantage.form)
 
+    def _count_targets(self, found: BatchWeights) -> None:
+        """Targets that are missing; groups whose rewards are equal, and those of one response, ask for none."""
+        if not self.config.causal_target_on:
+            return
+        for entry, has_target in zip(self.entries, found.has_target, strict=True):
+            if entry.get("stats", {}).get("equal_rewards") == 0.0:
+                self.missing.targets.add(len(has_target), int((~has_target).sum()))
 
-def _upsilon_metrics(groups: Sequence[_GroupWeights]) -> dict[str, float]:
-    """Over the responses with a target."""
-    has_target = torch.cat([group.has_target for group in groups])
-    upsilon, similarity, cos_to_mean = (
-        torch.cat([getattr(group, name) for group in groups])[has_target]
-        for name in ("weight", "similarity", "cos_to_mean")
-    )
-    spreads = [float(group.weight[group.has_target].std()) for group in groups if group.has_target.sum() > 1]
-    metrics = {
-        "gcpo/upsilon/without_target_share": float((~has_target).float().mean()),
-        **_distribution("gcpo/upsilon", upsilon),
-        **_distribution("gcpo/similarity", similarity),
-        "gcpo/upsilon/spread_in_group": _mean(spreads),
-    }
-    if len(upsilon):
-        metrics["gcpo/upsilon/negative_share"] = float((upsilon < 0).float().mean())
-        metrics["gcpo/upsilon/cos_to_mean_correlation"] = _correlation(upsilon, cos_to_mean)
-    return metrics
+    def _mean_state(self) -> Tensor:
+        """The mean state [d] of the batch's responses."""
+        return torch.stack([z for data in self.batch.by_group(Z) for z in data[Z]]).mean(0)
 
+    def _features(self) -> Iterator[GroupFeatures]:
+        """Features of one group after another."""
+        if not self.config.causal_target_on:
+            yield from (GroupFeatures(torch.stack(data[Z])) for data in self.batch.by_group(Z))
+            return
+        from_prompt = self.config.features.source == "prompt"
+        slots = self.config.collider.num_draws + self.config.marginal_draws
+        generations = 1 if from_prompt else self.config.collider.num_generations
+        lengths: Field = CONTEXT_LENGTHS if from_prompt else OUTPUT_LENGTHS
+        for data in self.batch.by_group(Z, Z_REGENERATED, lengths):
+            z, conditioned = torch.stack(data[Z]), torch.stack(data[Z_REGENERATED])
+            valid = torch.stack(data[lengths]) > 0
+            yield GroupFeatures(
+                z, conditioned.view(len(z), slots, generations, -1), valid.view(len(z), slots, generations)
+            )
 
-def _causal_metrics(groups: Sequence[_GroupWeights]) -> dict[str, float]:
-    halves = [group.split_half for group in groups if math.isfinite(group.split_half)]
-    metrics = {"gcpo/causal/shift": _mean([group.shift for group in groups]), "gcpo/causal/split_half": _mean(halves)}
-    if len(halves) > 1:
-        metrics["gcpo/causal/split_half_standard_error"] = float(torch.tensor(halves).std()) / math.sqrt(len(halves))
-    return metrics
-
-
-def _advantage_metrics(
-    weights: Sequence[Tensor], has_target: Sequence[Tensor], advantages: Sequence[Tensor], form: str
-) -> dict[str, float]:
-    """How far B is from A, in direction and in length."""
-    before = torch.cat(list(advantages)).float()
-    after = torch.cat(
-        [
-            causal_advantage(a, weight, form=form, has_target=has)
-            for a, weight, has in zip(advantages, weights, has_target, strict=True)
-        ]
-    ).float()
-    if not (before.abs().sum() > 0 and after.abs().sum() > 0):
-        return {}
-    return {
-        "gcpo/advantage/cosine_to_grpo": float(torch.cosine_similarity(before, after, dim=0)),
-        "gcpo/advantage/norm_ratio": float(after.norm() / before.norm()),
-    }
-
-
-def noise_warning(metrics: dict[str, float]) -> str | None:
-    """A sentence where the causal part cannot be told from noise: its split-half reliability is within 2 SE of 0."""
-    reliability = metrics.get("gcpo/causal/split_half")
-    error = metrics.get("gcpo/causal/split_half_standard_error")
-    if reliability is None or error is None or reliability > 2 * error:
-        return None
-    return (
-        f"gcpo: the causal part of the target cannot be told from noise (split-half reliability {reliability:.2f} "
-        f"+- {error:.2f}); Upsilon is then close to the cosine to the group's mean"
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
-
-
-def _distribution(name: str, values: Tensor) -> dict[str, float]:
-    if not len(values):
-        return {}
-    return {f"{name}/{kind}": float(getattr(values, kind)()) for kind in ("mean", "min", "max")}
-
-
-def _correlation(x: Tensor, y: Tensor) -> float:
-    if len(x) < 2 or x.std() == 0 or y.std() == 0:
-        return math.nan
-    return float(torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1])
+    def _reference(self, metrics: dict[str, float]) -> None:
+        """Store log pi'_ref and the mask of the kappa term for the update."""
+        stage = ReferenceStage(self.config)
+        names = (RESPONSE_MASK, OLD_LOG_PROBS, CONTEXT_LENGTHS, LOG_P, KL_WEIGHT)
+        for rows in self.batch.row_pieces():
+            data = self.batch.fetch(rows, names)
+            references = []
+            for mask, old, lengths, log_p, weight in zip(*(data[name] for name in names), strict=True):
+                log_p = log_p.view(len(lengths), len(mask))
+                references.append(stage.add(log_p, lengths > 0, old, mask, chosen=bool(weight > 0)))
+            self.batch.put(
+                rows,
+                {
+                    LOG_REF: [log_ref for log_ref, _ in references],
+                    KL_MASK: [kl_mask.long() for _, kl_mask in references],
+                },
+            )
+        self.missing.references = stage.count
+        metrics.update(stage.metrics())

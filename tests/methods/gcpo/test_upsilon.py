@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from gcpo.methods.gcpo.credit import BatchWeights, GroupFeatures, batch_weights, controlled, filled, noise_warning
 from gcpo.methods.gcpo.reference import ReferenceStage
 from gcpo.methods.gcpo.rollout_metrics import rollout_metrics
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.methods.gcpo.upsilon import BatchWeights, GroupFeatures, batch_weights, controlled, filled, noise_warning
 
 
 def config(**changes) -> GCPOConfig:

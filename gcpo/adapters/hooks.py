@@ -1,0 +1,56 @@
+"""The way to a method: its object in every process, and its hooks with errors that name them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from gcpo.collider.draws import one_line
+from gcpo.faults import RunStoppedError, ServerLostError
+from gcpo.methods import method_class
+from gcpo.methods.base import Method, Run
+
+_KEY = "gcpo_method"
+"""In ``actor_rollout_ref``, which is all that the actor's workers are given."""
+
+
+def call(method: Method, hook: str, *args: Any) -> Any:
+    """Call a hook.
+
+    Raises:
+        RunStoppedError: the hook raised; the sentence names the method and the hook.
+    """
+    try:
+        return getattr(method, hook)(*args)
+    except (RunStoppedError, ServerLostError):
+        raise
+    except Exception as error:
+        raise hook_error(method, hook, error) from error
+
+
+def hook_error(method: Method, hook: str, error: Exception) -> RunStoppedError:
+    """The error of a hook that raised."""
+    return RunStoppedError(f"the method {method.name} failed in its hook {hook} ({one_line(error)})")
+
+
+def make_method(config: DictConfig) -> Method:
+    """The method of a run, from verl's whole configuration."""
+    method, run = method_class(config.trainer.v1.trainer_mode), Run.of(config)
+    settings = OmegaConf.to_container(config[method.name], resolve=True) if method.name in config else {}
+    return method(method.parse(settings, run), run)
+
+
+def send_to_workers(method: Method, config: DictConfig) -> None:
+    """Put the method where the actor's workers find it."""
+    sent = {"name": method.name, "settings": method.settings.to_dict(), "run": dataclasses.asdict(method.run)}
+    with open_dict(config):
+        config.actor_rollout_ref[_KEY] = OmegaConf.create(sent)
+
+
+def received(config: DictConfig) -> Method:
+    """The method in a worker, from ``actor_rollout_ref``."""
+    sent = OmegaConf.to_container(config[_KEY])
+    method, run = method_class(sent["name"]), Run(**sent["run"])
+    return method(method.parse(sent["settings"], run), run)

@@ -1,0 +1,142 @@
+"""Batch fields in verl's batches: every read and write goes through here, and is checked against the declaration.
+
+The fields are declared in `gcpo.methods.fields` (verl's, as far as methods read them) and in the folder of each method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from gcpo.methods import fields as common
+from gcpo.methods import method_class, method_names
+from gcpo.methods.base import Batch
+from gcpo.methods.fields import Field, FieldError
+
+
+def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A jagged tensor of rows of different length."""
+    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+
+
+def all_fields() -> list[Field]:
+    """The fields of verl and of every method."""
+    verls = [value for value in vars(common).values() if isinstance(value, Field)]
+    return [*verls, *(field for name in method_names() for field in method_class(name).fields)]
+
+
+def method_fields() -> frozenset[str]:
+    """The names of the fields that methods write."""
+    return frozenset(str(field) for name in method_names() for field in method_class(name).fields)
+
+
+def markdown_table(fields: Iterable[Field]) -> str:
+    """The fields as a table for the documentation."""
+    lines = ["| field | type and shape of a row | written by | read by | meaning |", "|---|---|---|---|---|"]
+    for field in fields:
+        kind = f"{str(field.dtype).removeprefix('torch.')} {field.shape}" if field.dtype else field.shape or "object"
+        lines.append(f"| `{field}` | {kind} | {field.writer} | {field.readers} | {field.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def session_of(key: str) -> tuple[str, int]:
+    """The group and the number of the session in the key of a row, which verl writes ``{uid}_{session}_{output}``."""
+    uid, session, _ = key.rsplit("_", 2)
+    return uid, int(session)
+
+
+def is_padding(tag: Mapping[str, Any]) -> bool:
+    """Whether a row is a copy that verl added so that the rows of a batch divide evenly."""
+    return bool(tag.get("is_padding", False))
+
+
+# ---- from fields to verl's batches, and back -------------------------------------------------------------------------
+
+
+def to_batch(rows: Sequence[Mapping[Field, Any]]) -> TensorDict:
+    """Fields row by row, as the rollout has them.
+
+    Raises:
+        FieldError: a value is not what its field declares, or rows have different fields.
+    """
+    for row in rows:
+        if row.keys() != rows[0].keys():
+            raise FieldError(f"a row of a group lacks the batch field {min(row.keys() ^ rows[0].keys())}")
+        for field, value in row.items():
+            field.check(value)
+    return list_of_dict_to_tensordict([{str(field): value for field, value in row.items()} for row in rows])
+
+
+def to_columns(fields: Mapping[Field, Sequence[torch.Tensor]], size: int) -> TensorDict:
+    """Fields column by column, as the actor has them.
+
+    Raises:
+        FieldError: a value is not what its field declares, or a column has not ``size`` rows.
+    """
+    for field, values in fields.items():
+        if len(values) != size:
+            raise FieldError(f"the batch field {field} has {len(values)} values for {size} rows")
+        for value in values:
+            field.check(value)
+    return TensorDict({str(field): nested(values) for field, values in fields.items()}, batch_size=size)
+
+
+def from_data(data: TensorDict, fields: Sequence[Field]) -> dict[Field, list[Any]]:
+    """Some fields, a list with an entry for each row.
+
+    Raises:
+        FieldError: a field is missing, or its values are not what it declares.
+    """
+    found: dict[Field, list[Any]] = {}
+    for field in fields:
+        if field not in data.keys():
+            raise FieldError(f"the batch lacks the field {field}, which {field.writer} should have written")
+        value = data[field]
+        # At once: to index a nested tensor takes it apart every time.
+        values = list(value.unbind()) if isinstance(value, torch.Tensor) else list(value)
+        found[field] = [field.check(entry) for entry in values]
+    return found
+
+
+class QueueBatch(Batch):
+    """The rows of a step in verl's queue.
+
+    Args:
+        meta: verl's batch.
+        step: number of the step.
+    """
+
+    def __init__(self, meta: KVBatchMeta, step: int) -> None:
+        self.meta, self.step, self.size = meta, step, len(meta.keys)
+        self.groups = groups_of(meta)
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """From verl's tags."""
+        return [tag["response_len"] for tag in self.meta.tags]
+
+    def fetch(self, rows: Sequence[int], fields: Sequence[Field]) -> dict[Field, list[Any]]:
+        """See `Batch.fetch`; the queue leaves out a field that any of the rows lacks."""
+        keys = [self.meta.keys[row] for row in rows]
+        data = tq.kv_batch_get(keys=keys, partition_id=self.meta.partition_id, select_fields=[str(f) for f in fields])
+        return from_data(data, fields)
+
+    def put(self, rows: Sequence[int], fields: Mapping[Field, Sequence[Any]]) -> None:
+        """See `Batch.put`."""
+        keys = [self.meta.keys[row] for row in rows]
+        tq.kv_batch_put(keys=keys, partition_id=self.meta.partition_id, fields=to_columns(fields, len(keys)))
+
+
+def groups_of(meta: KVBatchMeta) -> dict[str, list[int]]:
+    """The rows of every group by its id, in the order of their sessions; padding rows are in none."""
+    groups: dict[str, list[int]] = {}
+    for row, (key, tag) in enumerate(zip(meta.keys, meta.tags, strict=True)):
+        if not is_padding(tag):
+            groups.setdefault(session_of(key)[0], []).append(row)
+    return {uid: sorted(rows, key=lambda row: session_of(meta.keys[row])[1]) for uid, rows in groups.items()}

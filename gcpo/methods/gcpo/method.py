@@ -1,0 +1,234 @@
+"""GCPO at the stations of a step: collider draws, states and log-probabilities, Upsilon and pi'_ref, the kappa term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gcpo.collider.draws import ColliderStage, GroupResult
+from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
+from gcpo.faults import RunStoppedError
+from gcpo.methods.base import Batch, Engine, Generate, Method, RowFields, Run, SampledGroup, Sampling
+from gcpo.methods.fields import PROMPTS, RESPONSES, Field, FieldError
+from gcpo.methods.gcpo import fields as own
+from gcpo.methods.gcpo.credit import CausalCredit, CausalStage
+from gcpo.methods.gcpo.rollout import dumped_draws, empty_result, grade_draws, is_chosen, row_fields
+from gcpo.methods.gcpo.scoring import score_rows
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.tokens import control_ids
+
+
+class GCPO(Method):
+    """Group Causal Policy Optimization (Eq. 10)."""
+
+    name = "gcpo"
+    settings_class = GCPOConfig
+    fields = own.ALL
+    settings: GCPOConfig
+
+    # ---- sample -----------------------------------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> bool:
+        """Upsilon or the reference needs collider draws."""
+        return self.settings.needs_rollout
+
+    def start_rollout(self, sampling: Sampling) -> None:
+        """Make the prompt builder of the worker."""
+        self.prompts = make_prompts(self.settings, sampling.tokenizer, self.run)
+        self.sampling = sampling
+        self.end_ids = self.prompts.end_ids | sampling.end_ids
+
+    def _sampler(self, generate: Generate) -> ColliderStage:
+        return ColliderStage(
+            self.settings,
+            self.prompts,
+            generate,
+            self.sampling.params,
+            self.sampling.max_model_len,
+            self.end_ids,
+        )
+
+    async def on_group(self, group: SampledGroup, generate: Generate) -> list[RowFields]:
+        """The collider draws, and the generations over them."""
+        result = await self._sampler(generate).run(
+            group.messages, group.responses, seed_parts=group.key, equal_rewards=group.equal_rewards
+        )
+        graded = is_chosen(self.settings, "graded", group.key, self.settings.metrics.graded_fraction)
+        if graded and group.ability != "code":
+            await grade_draws(group, result)
+        return self._row_fields(result, group)
+
+    def on_group_failed(self, group: SampledGroup, error: Exception) -> list[RowFields]:
+        """The group trains without its causal part; every draw that it needed counts as failed.
+
+        A step in which that happens to all groups stops the run (`gcpo.methods.gcpo.missing`).
+        """
+
+        async def no_server(*_: Any) -> Any:
+            raise AssertionError("nothing is generated for a group that failed")
+
+        result = self._sampler(no_server).failed(
+            len(group.responses), error, seed_parts=group.key, equal_rewards=group.equal_rewards
+        )
+        return self._row_fields(result, group)
+
+    def _row_fields(self, result: GroupResult, group: SampledGroup) -> list[RowFields]:
+        chosen = is_chosen(self.settings, "dump", group.key, self.settings.metrics.dump_fraction)
+        return row_fields(result, group.rewards, dumps=self._dumps, dump_this=chosen)
+
+    def empty_fields(self, count: int) -> list[RowFields]:
+        """Rows without contexts, so that nothing is scored for them and no draw is dumped twice."""
+        return row_fields(empty_result(self.settings, count), [], dumps=self._dumps, dump_this=False)
+
+    @property
+    def _dumps(self) -> bool:
+        return self.run.dumps and self.settings.needs_rollout and self.settings.metrics.dump_fraction > 0
+
+    # ---- score ------------------------------------------------------------------------------------------------------
+
+    @property
+    def score_inputs(self) -> tuple[Field, ...]:
+        """The responses and their contexts; nothing where the run is plain GRPO."""
+        if self.settings.is_grpo:
+            return ()
+        if not self.settings.needs_rollout:
+            return (PROMPTS, RESPONSES)
+        sampled = (own.CONTEXTS, own.CONTEXT_LENGTHS, own.OUTPUTS, own.OUTPUT_LENGTHS, own.KL_WEIGHT)
+        return (PROMPTS, RESPONSES, *sampled)
+
+    def start_actor(self, engine: Engine) -> None:
+        """Probe the model on packed trees before training starts, where it is to be scored on them."""
+        if self.settings.scoring.packing == "tree":
+            engine.tree_problem()
+
+    def before_score(self, batch: Batch, tokenizer: Any, metrics: dict[str, float]) -> None:
+        """Check that the rows have draws, and that the contexts of every group are as long as its blocks say.
+
+        Raises:
+            RunStoppedError: another agent-loop manager made the rows.
+            ValueError: the contexts of a group are not those of its plan.
+        """
+        self._entries: dict[str, dict[str, Any]] = {}
+        if not self.settings.needs_rollout:
+            return
+        try:
+            for uid, data in zip(batch.groups, batch.by_group(own.CONTEXT_LENGTHS, own.GROUP), strict=True):
+                self._entries[uid] = next((entry for entry in data[own.GROUP] if entry), {})
+                check_layout(self._entries[uid].get("layout"), data[own.CONTEXT_LENGTHS])
+        except FieldError as error:
+            raise RunStoppedError(
+                f"the batch lacks collider draws ({error}): is "
+                "actor_rollout_ref.rollout.agent.agent_loop_manager_class set to "
+                "gcpo.adapters.rollout.GCPOAgentLoopManager?"
+            ) from error
+
+    def score(self, rows: Mapping[Field, Sequence[Tensor]], engine: Engine) -> Mapping[Field, Sequence[Tensor]]:
+        """Hidden states, and log-probabilities under the contexts."""
+        config = self.settings
+        scorer = engine.scorer(
+            config.features.layer,
+            packing=config.scoring.packing,
+            min_shared=config.scoring.min_shared_tokens,
+            max_tokens=self.max_tokens,
+        )
+        return score_rows(rows, config, scorer, control_ids(engine.tokenizer))
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a micro-batch of scoring and of the kappa term."""
+        return int(self.settings.scoring.max_token_len_per_gpu or self.run.max_tokens)
+
+    # ---- credit -----------------------------------------------------------------------------------------------------
+
+    def credit(self, batch: Batch, metrics: dict[str, float]) -> CausalCredit | None:
+        """Upsilon; the reference goes into the batch."""
+        if self.settings.is_grpo:
+            return None
+        return CausalStage(self.settings, self.run, batch, self._entries).credit(metrics)
+
+    # ---- update -----------------------------------------------------------------------------------------------------
+
+    @property
+    def update_inputs(self) -> tuple[Field, ...]:
+        """The kappa term's, and the contexts where the policy is conditioned on them."""
+        if not self.settings.reference_on:
+            return ()
+        names = (own.LOG_REF, own.KL_MASK, own.KL_WEIGHT)
+        if self.settings.reference.policy_context == "query":
+            return names
+        return (*names, own.CONTEXTS, own.CONTEXT_LENGTHS)
+
+    def update_settings(self, step: int) -> dict[str, Any] | None:
+        """The kappa term, and the parts whose gradient norms are measured in this step."""
+        if self.settings.is_grpo:
+            return None
+        reference, every = self.settings.reference, self.settings.metrics.grad_norm_every
+        parts = ["policy", *["beta"] * self.run.use_kl_loss, *["kappa"] * self.settings.reference_on]
+        return {
+            "kappa": self.settings.kappa,
+            "max_kl": reference.max_kl,
+            "policy_context": reference.policy_context,
+            "num_shared": self.settings.collider.num_draws,
+            "max_token_len_per_gpu": self.max_tokens,
+            "packing": self.settings.scoring.packing,
+            "min_shared_tokens": self.settings.scoring.min_shared_tokens,
+            "measure_parts": parts if every and step % every == 0 else [],
+        }
+
+    # ---- layout and report ------------------------------------------------------------------------------------------
+
+    @property
+    def whole_groups(self) -> bool:
+        """The contexts of a group share their beginnings."""
+        return self.settings.needs_rollout
+
+    def dump(self, batch: Batch) -> list[dict[str, Any]]:
+        """The draws that the rollout kept; those of a group are in its first row."""
+        if not self._dumps:
+            return []
+        draws = []
+        for (uid, rows), data in zip(batch.groups.items(), batch.by_group(*own.DUMP), strict=True):
+            for row, *values in zip(rows, *(data[name] for name in own.DUMP), strict=True):
+                draws += [{"uid": uid, "row": row, **draw} for draw in dumped_draws(*values)]
+        return draws
+
+
+def make_prompts(config: GCPOConfig, tokenizer: Any, run: Run) -> CandidatePrompts:
+    """The prompt builder that the settings ask for."""
+    blocks = config.blocks
+    return CandidatePrompts(
+        tokenizer,
+        BlockBudget(blocks.max_tokens, blocks.truncation, blocks.drop_think),
+        PromptTemplate(blocks.intro, blocks.candidate, blocks.collider, blocks.outro),
+        run.chat_template_kwargs or {},
+    )
+
+
+def check_layout(layout: Mapping[str, Any] | None, lengths: Sequence[Tensor]) -> None:
+    """Refuse a group whose contexts cannot be those of its prompts.
+
+    Args:
+        layout: ``frame``, the tokens around the blocks, and ``blocks``, those of every candidate's block.
+        lengths: tokens of the contexts of every response, in the order of its sessions.
+
+    Raises:
+        ValueError: there are other numbers of responses or of tokens.
+    """
+    if not layout:
+        return
+    frame, blocks = layout["frame"], layout["blocks"]
+    if len(lengths) != len(blocks):
+        raise ValueError(f"a group has {len(lengths)} responses, and its contexts were made for {len(blocks)}.")
+    for i, row in enumerate(lengths):
+        least = frame + sum(blocks) - blocks[i]
+        if bool(((row > 0) & (row <= least)).any()):
+            raise ValueError(
+                f"the contexts of a group do not belong to it: response {i} has one of {int(row[row > 0].min())} "
+                f"tokens, and the blocks of the other candidates take {least}."
+            )
+
+
+METHOD = GCPO

@@ -1,0 +1,131 @@
+"""The collider draws of a group as fields of its rows: graded, counted, and kept for the dump."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gcpo.collider.draws import KINDS, OUTCOMES, Draw, GroupResult
+from gcpo.methods.base import RowFields, SampledGroup
+from gcpo.methods.fields import flat, lengths, split
+from gcpo.methods.gcpo.fields import (
+    CONTEXT_LENGTHS,
+    CONTEXTS,
+    DUMP,
+    DUMP_DRAWS,
+    DUMP_REWARDS,
+    DUMP_TOKENS,
+    GROUP,
+    KL_WEIGHT,
+    OUTPUT_LENGTHS,
+    OUTPUTS,
+)
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.seeding import request_seed
+
+logger = logging.getLogger(__name__)
+
+
+def is_chosen(config: GCPOConfig, purpose: str, key: tuple[Any, ...], fraction: float) -> bool:
+    """Whether a group is one of the share ``fraction`` of groups that are graded or dumped."""
+    return request_seed(config.seed, purpose, *key) / 0x7FFFFFFF < fraction
+
+
+async def grade_draws(group: SampledGroup, result: GroupResult) -> None:
+    """Grade the valid draws of a group, for our metrics only."""
+
+    async def grade(draw: Draw) -> None:
+        draw.reward = await group.grade(draw.token_ids)
+
+    valid = [draw for draw in result.draws if draw.valid]
+    for outcome in await asyncio.gather(*map(grade, valid), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            logger.warning("gcpo: an auxiliary generation could not be graded: %s", outcome)
+
+
+def empty_result(config: GCPOConfig, count: int) -> GroupResult:
+    """The result of ``count`` rows without any draw."""
+    slots = config.collider.num_draws + config.marginal_draws
+    generations = slots * config.collider.num_generations
+    nothing = [[[]] * slots] * count, [[[]] * generations] * count
+    return GroupResult(*nothing, draws=[], stats={"skipped": 1.0}, kl_weight=[0.0] * count)
+
+
+def row_fields(
+    result: GroupResult, rewards: Sequence[float | None], *, dumps: bool, dump_this: bool
+) -> list[RowFields]:
+    """The fields of every row of a group.
+
+    Args:
+        result: of the collider draws.
+        rewards: of the responses.
+        dumps: whether rows have the fields of the dump. TransferQueue leaves out a field that any row of a batch lacks,
+            so where one group is dumped, every row has them.
+        dump_this: whether they hold the draws of this group.
+    """
+    rows: list[RowFields] = []
+    for row, (contexts, outputs, weight) in enumerate(
+        zip(result.contexts, result.outputs, result.kl_weight, strict=True)
+    ):
+        first = row == 0
+        rows.append(
+            {
+                CONTEXTS: flat(contexts),
+                CONTEXT_LENGTHS: lengths(contexts),
+                OUTPUTS: flat(outputs),
+                OUTPUT_LENGTHS: lengths(outputs),
+                KL_WEIGHT: torch.tensor([weight]),
+                GROUP: _report(result, rewards) if first else {},
+                **(dump_fields(result.draws if first and dump_this else []) if dumps else {}),
+            }
+        )
+    return rows
+
+
+def _report(result: GroupResult, rewards: Sequence[float | None]) -> dict[str, Any]:
+    stats = dict(result.stats)
+    for kind in KINDS:
+        graded = [draw.reward for draw in result.draws if draw.kind == kind and draw.reward is not None]
+        stats[f"{kind}/graded"] = float(len(graded))
+        stats[f"{kind}/reward"] = float(sum(graded))
+    own = float(np.mean([reward for reward in rewards if reward is not None] or [0.0]))
+    stats["graded_response_reward"] = own if stats["collider/graded"] else 0.0
+    return {"stats": stats, "layout": result.plan, "causes": result.causes}
+
+
+def dump_fields(draws: Sequence[Draw]) -> dict[Any, Tensor]:
+    """Draws as three ragged rows, which `dumped_draws` reads; a row without draws holds one zero in each."""
+    tokens = [token for draw in draws for token in draw.token_ids]
+    entries = [
+        entry for draw in draws for entry in (KINDS.index(draw.kind), OUTCOMES.index(draw.outcome), len(draw.token_ids))
+    ]
+    rewards = [torch.nan if draw.reward is None else draw.reward for draw in draws]
+    return {
+        DUMP_TOKENS: torch.tensor(tokens or [0], dtype=torch.int32),
+        DUMP_DRAWS: torch.tensor(entries or [0], dtype=torch.int32),
+        DUMP_REWARDS: torch.tensor(rewards or [0.0], dtype=torch.float32),
+    }
+
+
+def dumped_draws(tokens: Tensor, entries: Tensor, rewards: Tensor) -> list[dict[str, Any]]:
+    """The draws of one row of `dump_fields`: ``kind``, ``outcome``, ``reward`` (or ``None``) and ``token_ids``."""
+    if len(entries) < len(DUMP):
+        return []
+    table = entries.view(-1, 3)
+    return [
+        {
+            "kind": KINDS[kind],
+            "outcome": OUTCOMES[outcome],
+            "reward": None if reward != reward else reward,
+            "token_ids": piece.tolist(),
+        }
+        for (kind, outcome, _), reward, piece in zip(
+            table.tolist(), rewards.tolist(), split(tokens, table[:, 2]), strict=True
+        )
+    ]
