@@ -52,7 +52,7 @@ def run_on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     A rank that raises fails the test with its traceback.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["gcpo.adapters.engine", "gcpo.adapters.workers"])
+    context.set_forkserver_preload(["gcpo.adapters.engine", "gcpo.adapters.worker"])
     queue, port = context.Queue(), free_port()
     processes = [context.Process(target=_entry, args=(r, world, port, work, args, queue)) for r in range(world)]
     for process in processes:

@@ -76,7 +76,7 @@ def test_no_room_for_the_state_at_the_start(small_disk: Path, capfd: pytest.Capt
 
 def test_no_room_for_the_state_at_the_end(small_disk: Path, capfd: pytest.CaptureFixture) -> None:
     output = small_disk / "out"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom tests.test_launch_full_disk import *\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom tests.tools.test_launch_full_disk import *\n"
     code += f"fill(Path({str(small_disk)!r})); print('full')"
     assert launch.launch([sys.executable, "-c", code], output) == 0
     shown = capfd.readouterr()
