@@ -31,10 +31,9 @@ def register() -> None:
 
         from gcpo.adapters import engine, registry  # noqa: F401  (importing the engine registers it)
         from gcpo.adapters.trainer import MethodTrainer
-        from gcpo.methods import method_names
+        from gcpo.methods import for_each_method
 
-        for name in method_names():
-            registry.register(name, MethodTrainer)
+        for_each_method(lambda name: registry.register(name, MethodTrainer))
         # The surrogate of Eq. 10 is verl's own; the engine adds the kappa term.
         register_policy_loss("gcpo")(get_policy_loss_fn("vanilla"))
 

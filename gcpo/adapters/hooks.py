@@ -44,9 +44,13 @@ def make_method(config: DictConfig) -> Method:
 
 def send_to_workers(method: Method, config: DictConfig) -> None:
     """Put the method where the actor's workers find it."""
-    sent = {"name": method.name, "settings": method.settings.to_dict(), "run": dataclasses.asdict(method.run)}
+    sent = {"name": method.name, "settings": _as_dict(method.settings), "run": dataclasses.asdict(method.run)}
     with open_dict(config):
         config.actor_rollout_ref[_KEY] = OmegaConf.create(sent)
+
+
+def _as_dict(settings: Any) -> dict[str, Any]:
+    return dict(settings) if isinstance(settings, dict) else settings.to_dict()
 
 
 def received(config: DictConfig) -> Method:

@@ -41,7 +41,8 @@ def markdown_table(fields: Iterable[Field]) -> str:
     lines = ["| field | type and shape of a row | written by | read by | meaning |", "|---|---|---|---|---|"]
     for field in fields:
         kind = f"{str(field.dtype).removeprefix('torch.')} {field.shape}" if field.dtype else field.shape or "object"
-        lines.append(f"| `{field}` | {kind} | {field.writer} | {field.readers} | {field.meaning} |")
+        meaning = field.meaning.replace("|", "\\|")
+        lines.append(f"| `{field}` | {kind} | {field.writer} | {field.readers} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -140,3 +141,7 @@ def groups_of(meta: KVBatchMeta) -> dict[str, list[int]]:
         if not is_padding(tag):
             groups.setdefault(session_of(key)[0], []).append(row)
     return {uid: sorted(rows, key=lambda row: session_of(meta.keys[row])[1]) for uid, rows in groups.items()}
+
+
+if __name__ == "__main__":
+    print(markdown_table(all_fields()), end="")

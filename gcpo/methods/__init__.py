@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gcpo.methods.base import Method
 
 _registered: dict[str, type[Method]] = {}
+_registers: list[Callable[[str], None]] = []
 
 
 def register_method(method: type[Method]) -> type[Method]:
-    """Make a method of another package known by its name; use it as a decorator, then `gcpo.plugin.register`."""
+    """Make a method of another package known by its name; a decorator."""
     _registered[method.name] = method
+    for register in _registers:
+        register(method.name)
     return method
+
+
+def for_each_method(register: Callable[[str], None]) -> None:
+    """Call ``register`` with the name of every method, and later with the names of those that are added."""
+    _registers.append(register)
+    for name in method_names():
+        register(name)
 
 
 def method_names() -> list[str]:

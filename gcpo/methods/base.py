@@ -244,7 +244,7 @@ class Method:
 
     name: ClassVar[str]
     """The value of ``trainer.v1.trainer_mode`` and ``algorithm.adv_estimator``, and what its metrics begin with."""
-    settings_class: ClassVar[Any]
+    settings_class: ClassVar[Any] = None
     """The class of its resolved settings, which `parse` makes."""
     fields: ClassVar[Sequence[Field]] = ()
     """The batch fields that it writes."""
@@ -257,6 +257,8 @@ class Method:
     @classmethod
     def parse(cls, settings: Any, run: Run) -> Any:
         """The resolved settings, from the group of the configuration that has the method's name.
+
+        They are a dictionary, or an object with ``to_dict()`` whose result can be parsed again.
 
         Raises:
             ConfigError: a value that cannot work.

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcpo.faults import RunStoppedError
 
-class FieldError(ValueError):
+
+class FieldError(RunStoppedError):
     """A field of the batch that is missing, or whose values have another shape or type than it declares."""
 
 
