@@ -20,9 +20,10 @@ def register() -> None:
         from gcpo.cpu import is_cpu_profile
 
         if is_cpu_profile():
-            from gcpo.cpu import patches, platform
+            from gcpo.adapters import cpu
+            from gcpo.cpu import patches
 
-            platform.activate()
+            cpu.activate()
             patches.apply_in_verl()
         from gcpo.weight_socket import cluster_token
 
@@ -38,7 +39,7 @@ def register() -> None:
         register_policy_loss("gcpo")(get_policy_loss_fn("vanilla"))
 
         if is_cpu_profile():
-            patches.apply_in_worker()
+            cpu.pageable_reference()
     except BaseException:
         print(
             "gcpo: the plug-in for verl could not be loaded, so the trainer 'gcpo' will be unknown to verl. "

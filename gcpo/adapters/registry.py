@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from verl.trainer.ppo.core_algos import (
+    ADV_ESTIMATOR_REGISTRY,
+    POLICY_LOSS_REGISTRY,
     compute_grpo_outcome_advantage,
     register_adv_est,
 )
-from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, register_trainer
+from verl.workers.engine.base import EngineRegistry
 
 from gcpo.methods.base import Credit, Outcome
 
@@ -72,6 +75,18 @@ def method_advantage(
         return grpo, returns
     advantages = credit.advantages(Outcome(grpo, token_level_rewards, response_mask, index))
     return advantages, advantages
+
+
+def registered(device: str) -> dict[str, bool]:
+    """Whether verl knows each thing that the plug-in registers, for ``gcpo doctor``; ``device``: ``cpu`` or ``cuda``."""
+    engines = EngineRegistry._engines.get("language_model", {}).get("fsdp2", {})
+    ours = [key for key, engine in engines.items() if engine.__module__.startswith("gcpo.") and device in (key, key[0])]
+    return {
+        "advantage estimator": "gcpo" in ADV_ESTIMATOR_REGISTRY,
+        "policy loss": "gcpo" in POLICY_LOSS_REGISTRY,
+        "trainer mode": "gcpo" in TRAINER_REGISTRY,
+        f"FSDP2 engine for {device}": bool(ours),
+    }
 
 
 def register(name: str, trainer: type) -> None:

@@ -1,6 +1,6 @@
-"""verl and vLLM on a machine without accelerator: a platform, and the patches that the CPU needs.
+"""A machine without accelerator: whether this is one, and the patches of torch and vLLM that it needs.
 
-Nothing of this package is imported where ``is_cpu_profile`` says no.
+What verl needs there is in `gcpo.adapters.cpu`. Neither is imported where ``is_cpu_profile`` says no.
 """
 
 from __future__ import annotations

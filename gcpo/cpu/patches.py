@@ -69,19 +69,6 @@ def process_group_backend() -> None:
 
 
 @_once
-def reference_offload() -> None:
-    """verl offloads the reference model to pinned memory; without an accelerator there is nothing to pin for."""
-    from torch.distributed.fsdp import CPUOffloadPolicy
-    from verl.workers.engine.fsdp import transformer_impl
-
-    class PageableOffloadPolicy(CPUOffloadPolicy):
-        def __init__(self, pin_memory: bool = False) -> None:
-            super().__init__(pin_memory=False)
-
-    transformer_impl.CPUOffloadPolicy = PageableOffloadPolicy
-
-
-@_once
 def vllm_linear() -> None:
     """vLLM's CPU linear layers pack their weight and leave an empty tensor, so new weights cannot be loaded.
 
@@ -107,11 +94,6 @@ def apply_in_verl() -> None:
     _warn_other_version("verl", VERL_VERSION)
     vllm_version()
     process_group_backend()
-
-
-def apply_in_worker() -> None:
-    """Patches for a process that builds an FSDP engine."""
-    reference_offload()
 
 
 def apply_in_vllm() -> None:

@@ -101,29 +101,18 @@ def check_plugin(report: Report, profile: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import verl  # noqa: F401  (loads the plug-ins)
-            from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
-            from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
-            from verl.workers.engine.base import EngineRegistry
+            from gcpo.adapters.registry import registered  # imports verl, which loads the plug-ins
     except Exception as error:
         report.problems.append(f"verl can't be imported: {type(error).__name__}: {error}")
         return
-    device = "cpu" if profile == "cpu" else "cuda"
-    engines = EngineRegistry._engines.get("language_model", {}).get("fsdp2", {})
-    ours = [key for key, engine in engines.items() if engine.__module__.startswith("gcpo.") and device in (key, key[0])]
-    registered = {
-        "advantage estimator": "gcpo" in ADV_ESTIMATOR_REGISTRY,
-        "policy loss": "gcpo" in POLICY_LOSS_REGISTRY,
-        "trainer mode": "gcpo" in TRAINER_REGISTRY,
-        f"FSDP2 engine for {device}": bool(ours),
-    }
-    missing = [name for name, there in registered.items() if not there]
+    known = registered("cpu" if profile == "cpu" else "cuda")
+    missing = [name for name, there in known.items() if not there]
     if missing:
         report.problems.append(
             f"verl does not know gcpo's {', '.join(missing)}: {_plugin_error() or 'the plug-in did not register it'}"
         )
     else:
-        report.fact("plug-in", f"registered: {', '.join(registered)}")
+        report.fact("plug-in", f"registered: {', '.join(known)}")
     if profile == "cpu":
         try:
             importlib.import_module("gcpo.cpu.patches")

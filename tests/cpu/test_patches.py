@@ -119,6 +119,6 @@ import os, sys
 os.environ["VERL_PLATFORM"] = "nvidia"
 import verl
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
-print("gcpo" in TRAINER_REGISTRY, "gcpo.cpu.platform" in sys.modules, "gcpo.cpu.patches" in sys.modules)
+print("gcpo" in TRAINER_REGISTRY, "gcpo.adapters.cpu" in sys.modules, "gcpo.cpu.patches" in sys.modules)
 """
     assert run(code) == "True False False"

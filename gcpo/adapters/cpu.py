@@ -1,4 +1,4 @@
-"""verl's platform interface for the CPU."""
+"""verl on the CPU: its platform interface, and a patch of its engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CPUDeviceModule(ModuleType):
     """``torch.cpu`` with the functions of an accelerator module that verl calls and ``torch.cpu`` lacks."""
 
     def __init__(self) -> None:
-        super().__init__("gcpo.cpu.device_module", self.__class__.__doc__)
+        super().__init__("gcpo.adapters.cpu.device_module", self.__class__.__doc__)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
@@ -161,3 +161,18 @@ class PlatformCPU(PlatformBase):
 def activate() -> None:
     """Make the CPU verl's platform, also where verl asked for one before the plug-in was loaded."""
     set_platform(PlatformCPU())
+
+
+def pageable_reference() -> None:
+    """verl offloads the reference model to pinned memory; without an accelerator there is nothing to pin for.
+
+    A test in ``tests/cpu/test_patches.py`` fails when verl no longer needs it.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from verl.workers.engine.fsdp import transformer_impl
+
+    class PageableOffloadPolicy(CPUOffloadPolicy):
+        def __init__(self, pin_memory: bool = False) -> None:
+            super().__init__(pin_memory=False)
+
+    transformer_impl.CPUOffloadPolicy = PageableOffloadPolicy
