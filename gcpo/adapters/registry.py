@@ -78,7 +78,7 @@ def method_advantage(
 
 
 def registered(device: str) -> dict[str, bool]:
-    """Whether verl knows each thing that the plug-in registers, for ``gcpo doctor``; ``device``: ``cpu`` or ``cuda``."""
+    """Whether verl knows each thing that the plug-in registers; ``device`` is ``cpu`` or ``cuda``."""
     engines = EngineRegistry._engines.get("language_model", {}).get("fsdp2", {})
     ours = [key for key, engine in engines.items() if engine.__module__.startswith("gcpo.") and device in (key, key[0])]
     return {
