@@ -35,12 +35,15 @@ METHODS = {
     ],
     "generated": GENERATED,
     "crowded": CROWDED,
-    "turns": [*CROWDED, "gcpo.collider.cache_tokens=6400"],
-    "mean": ["gcpo.preset=balanced", "gcpo.weighting.control=mean"],
-    "shuffled": ["gcpo.preset=balanced", "gcpo.weighting.control=shuffled"],
+    "mean": ["gcpo.preset=balanced", "gcpo.weighting.ablation=mean"],
+    "shuffled": ["gcpo.preset=balanced", "gcpo.weighting.ablation=shuffled"],
     "gc2po": [],
-    "gc2po-inject": ["gc2po.form=inject"],
-    "gc2po-bounded": ["gc2po.form=inject", "gc2po.perturbation.draws=2", "gc2po.episodes.scored=1"],
+    "gc2po-inject": ["gc2po.intervention=hidden_state"],
+    "gc2po-bounded": [
+        "gc2po.intervention=hidden_state",
+        "gc2po.perturbation.draws=2",
+        "gc2po.episodes.max_perturbed=1",
+    ],
     "gc2po-off": ["gc2po.counterfactual=off"],
 }
 # The weights stay as they are, so that every method generates responses of the same kind.

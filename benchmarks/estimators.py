@@ -1,7 +1,7 @@
 """What cheaper estimates of Upsilon and of the kappa term cost in truth, on the same groups as the whole method.
 
 ``python -m benchmarks.estimators --model models/arithmetic-warm --data data/arithmetic`` samples groups of n = 8
-responses, with L = 8 shared draws, L' = 8 leave-one-out draws for every response, and M = 8 conditioned generations for
+responses, with L = 8 shared draws, L' = 8 leave-one-out draws for every response, and M = 8 regenerated responses for
 every context. Preset ``paper`` is then one way to read these samples, and every cheaper estimate another that uses
 fewer of them: Upsilon and the gradient of the kappa term are compared on the same responses. Writes
 ``estimators.json`` and ``estimators.png``.
@@ -33,7 +33,7 @@ from gcpo.algorithms import (
     causal_weight,
     group_mean_target,
 )
-from gcpo.collider.draws import ColliderStage, GroupResult
+from gcpo.collider.draws import ColliderSampler, GroupResult
 from gcpo.collider.plan import LeaveOneOutPlan, leave_one_out_plan
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, GroupPrompts
 from gcpo.methods.gcpo.settings import GCPOConfig
@@ -52,7 +52,7 @@ class Estimate:
 
     name: str
     shared: int
-    marginal: int = 0
+    leave_one_out: int = 0
     generations: int = 1
     projection: str = "inclusive"
     source: str = "response"
@@ -148,13 +148,13 @@ def sample_groups(engine: Engine, prompts: CandidatePrompts, questions: Sequence
             "seed": args.seed,
             "features": {"source": "response"},
             "weighting": {"target": "projection"},
-            "collider": {"draws": "leave_one_out", "num_draws": N, "num_marginal_draws": N, "num_generations": N},
+            "collider": {"scheme": "leave_one_out", "num_draws": N, "num_leave_one_out_draws": N, "num_generations": N},
         },
         n=N,
         response_length=args.response_length,
     )
     end_ids = prompts.end_ids
-    stage = ColliderStage(config, prompts, engine, {"temperature": 1.0}, None, end_ids)
+    stage = ColliderSampler(config, prompts, engine, {"temperature": 1.0}, None, end_ids)
 
     async def one(index: int, messages: list[dict[str, Any]]) -> Group:
         text = prompts.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -245,8 +245,8 @@ class Features:
             "valid": valid[:, : estimate.shared, :count],
             "projection": estimate.projection,
         }
-        if estimate.marginal:
-            own = slice(N, N + estimate.marginal)
+        if estimate.leave_one_out:
+            own = slice(N, N + estimate.leave_one_out)
             arguments |= {"z_marginal": z[:, own, :count], "valid_marginal": valid[:, own, :count]}
         return arguments
 
@@ -303,13 +303,13 @@ def generated_tokens(groups: Sequence[Group], estimate: Estimate) -> float:
         plain += sum(map(len, group.responses))
         draws = group.result.draws
         mean = {kind: statistics.mean([d.generated for d in draws if d.kind == kind]) for kind in KINDS}
-        total += estimate.shared * mean["collider"] + N * estimate.marginal * mean["marginal"]
+        total += estimate.shared * mean["collider"] + N * estimate.leave_one_out * mean["leave_one_out"]
         if estimate.source == "response":
-            total += N * (estimate.shared + estimate.marginal) * estimate.generations * mean["conditioned"]
+            total += N * (estimate.shared + estimate.leave_one_out) * estimate.generations * mean["regenerated"]
     return total / plain
 
 
-KINDS = ("collider", "marginal", "conditioned")
+KINDS = ("collider", "leave_one_out", "regenerated")
 
 
 # ---- the kappa term ------------------------------------------------------------------------------------------------
@@ -322,10 +322,10 @@ def cut_contexts(group: Group, prompts: CandidatePrompts) -> list[list[list[int]
     plan = leave_one_out_plan(N, 2 * N, lengths=[len(block) for block in blocks], permutation=before.permutation)
     made = GroupPrompts(prompts.frame(group.messages), blocks, plan)
     shared = [draw for draw in group.result.draws if draw.kind == "collider"]
-    marginal = [draw for draw in group.result.draws if draw.kind == "marginal"]
+    leave_one_out = [draw for draw in group.result.draws if draw.kind == "leave_one_out"]
     contexts: list[list[list[int]]] = [[] for _ in range(N)]
     for at, i in enumerate(before.depth_first()):
-        own = marginal[at * N : (at + 1) * N]
+        own = leave_one_out[at * N : (at + 1) * N]
         for slot, draw in enumerate([*shared, *own]):
             valid = draw.valid
             contexts[i].append(made.context(i, slot, prompts.collider_block(draw.token_ids)) if valid else [])
@@ -344,10 +344,10 @@ def kappa_gradients(
     Every ``repeat`` takes other draws.
     """
     rows = []
-    first_shared, first_marginal = repeat * estimate.shared, N + repeat * estimate.marginal
+    first_shared, first_leave_one_out = repeat * estimate.shared, N + repeat * estimate.leave_one_out
     shared = range(first_shared, first_shared + estimate.shared)
     for group, own in zip(groups, contexts, strict=True):
-        slots = [*shared, *range(first_marginal, first_marginal + estimate.marginal)]
+        slots = [*shared, *range(first_leave_one_out, first_leave_one_out + estimate.leave_one_out)]
         with torch.no_grad():
             flat = policy.log_probs(
                 [own[i][s] for i in range(N) for s in slots], [group.responses[i] for i in range(N) for _ in slots]
@@ -356,9 +356,9 @@ def kappa_gradients(
         for i in range(N):
             log_p = torch.stack(flat[i * len(slots) : (i + 1) * len(slots)])[None]
             valid = torch.tensor([[bool(own[i][s]) for s in slots]])
-            marginal = {}
-            if estimate.marginal:
-                marginal = {
+            leave_one_out = {}
+            if estimate.leave_one_out:
+                leave_one_out = {
                     "log_p_marginal": log_p[:, estimate.shared :],
                     "valid_marginal": valid[:, estimate.shared :],
                 }
@@ -367,7 +367,7 @@ def kappa_gradients(
                 query[i][None],
                 valid[:, : estimate.shared],
                 projection=estimate.projection,
-                **marginal,
+                **leave_one_out,
             )
             policy.model.zero_grad()
             first = next((s for s in shared if own[i][s]), None)
@@ -384,7 +384,7 @@ def kappa_gradients(
 
 def draw_variance(policy: Policy, groups: Sequence[Group], estimate: Estimate) -> float | None:
     """Variance of the batch gradient over disjoint sets of draws, relative to the squared mean gradient."""
-    repeats = N // max(estimate.shared, estimate.marginal)
+    repeats = N // max(estimate.shared, estimate.leave_one_out)
     if repeats < 2:
         return None
     contexts = [group.result.contexts for group in groups]
@@ -464,7 +464,7 @@ def short(estimate: Estimate) -> str:
     """How the plot names an estimate: L, L + L', p for prompt states."""
     if not estimate.shared:
         return "mean"
-    kind = f"{estimate.shared}+{estimate.marginal}" if estimate.marginal else f"{estimate.shared}"
+    kind = f"{estimate.shared}+{estimate.leave_one_out}" if estimate.leave_one_out else f"{estimate.shared}"
     return (
         kind
         + {"inclusive": "", "exclusive": " ex"}[estimate.projection]

@@ -1,8 +1,8 @@
 """GC2PO's robustness and effectiveness by the size of the perturbation, beside the correctness of the responses.
 
 ``python -m benchmarks.perturbations`` samples with unchanged weights (learning rate 0) on the quick-start configuration
-and prints, for each form and law, the mean over steps of robustness and effectiveness and of the correlation of the
-process reward with correctness. It also writes ``perturbations.json``.
+and prints, for each intervention and distribution, the mean over steps of robustness and effectiveness and of the
+correlation of the process reward with correctness. It also writes ``perturbations.json``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ METRICS = {
 def variants(sigmas: list[float], etas: list[float]) -> dict[str, list[str]]:
     """Overrides by name."""
     found = {}
-    for form in ("head", "inject"):
-        for name, law, values in (("sigma", "gaussian", sigmas), ("eta", "group", etas)):
+    for intervention in ("lm_head", "hidden_state"):
+        for name, distribution, values in (("sigma", "gaussian", sigmas), ("eta", "group", etas)):
             for value in values:
-                found[f"{form}, {name} = {value:g}"] = [
-                    f"gc2po.form={form}",
-                    f"gc2po.perturbation.law={law}",
+                found[f"{intervention}, {name} = {value:g}"] = [
+                    f"gc2po.intervention={intervention}",
+                    f"gc2po.perturbation.distribution={distribution}",
                     f"gc2po.perturbation.{name}={value}",
                 ]
     return found

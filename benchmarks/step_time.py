@@ -6,8 +6,8 @@ configuration at n = 8, and prints medians over all steps but the first of each 
 
 ``--methods paper paper-batched paper-unshared --batch 4`` sets ``paper`` beside itself with nothing shared, the prefix
 cache off: every context is a row of its own, in micro-batches of the same token budget (``batched``), or one at a time.
-``--methods generated crowded turns`` generates under every context (L = 2, L' = 1, M = 1): with room for all prompts in
-the prefix cache, with little, and with little where groups take turns.
+``--methods generated crowded`` generates under every context (L = 2, L' = 1, M = 1): with room for all prompts in
+the prefix cache, and with little.
 """
 
 from __future__ import annotations

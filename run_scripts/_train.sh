@@ -52,7 +52,7 @@ CPU_SETTINGS=(
     actor_rollout_ref.rollout.max_model_len=null
     gcpo.blocks.max_tokens=64
     gcpo.collider.max_tokens=64
-    gcpo.conditioned.max_tokens=64
+    gcpo.regenerated.max_tokens=64
     trainer.total_training_steps=2
     trainer.val_before_train=False
 )

@@ -16,7 +16,7 @@ VALIDATION="" # what MBPP itself holds out
 # appended (gcpo.reference.collider_context=append):
 #   question 1,024 + fixed texts 57 + 9 x (2,048 + 16) = 19,657   the longest prompt with candidates
 #   + 2,048 for the response that is scored behind it   = 21,705   -> a context of 22,528
-# Collider draws and conditioned generations are programs too and get as many tokens as a response, 2,048; the share
+# Collider draws and regenerated responses are programs too and get as many tokens as a response, 2,048; the share
 # that is cut and left out is in gcpo/missing/draws_frac. They are not run for the metrics, since that time would come on
 # top of every step (gcpo.metrics.graded_fraction).
 # The paper gives no number of steps: one batch of MBPP's 374 problems x 90 epochs are 90, as many as on AIME.
@@ -28,7 +28,7 @@ SETTINGS=(
     actor_rollout_ref.rollout.max_model_len=22528
     gcpo.blocks.max_tokens=2048
     gcpo.collider.max_tokens=2048
-    gcpo.conditioned.max_tokens=2048
+    gcpo.regenerated.max_tokens=2048
     gcpo.metrics.graded_fraction=0
     trainer.total_epochs=90
 )

@@ -16,7 +16,7 @@ VALIDATION=aime24
 # collider draw is appended (gcpo.reference.collider_context=append):
 #   question 1,024 + fixed texts 57 + 9 x (1,024 + 16) = 10,441   the longest prompt with candidates
 #   + 16,384 for the response that is scored behind it  = 26,825   -> a context of 27,648
-# A collider draw or conditioned generation that is cut is left out, and long answers are cut first, so both get as many
+# A collider draw or regenerated response that is cut is left out, and long answers are cut first, so both get as many
 # tokens as a response: 10,441 + 16,384 fits the same context. The run counts those that are lost all the same:
 # gcpo/rollout/*/cut, and their share in gcpo/missing/draws_frac.
 # The paper gives no number of steps: 3 batches x 30 epochs are 90.
@@ -28,7 +28,7 @@ SETTINGS=(
     actor_rollout_ref.rollout.max_model_len=27648
     gcpo.blocks.max_tokens=1024
     gcpo.collider.max_tokens=16384
-    gcpo.conditioned.max_tokens=16384
+    gcpo.regenerated.max_tokens=16384
     trainer.total_epochs=30
 )
 

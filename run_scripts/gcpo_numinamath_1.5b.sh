@@ -14,7 +14,7 @@ VALIDATION=aime24
 # gcpo_deepscaler.sh, where they are worked out:
 #   question 1,024 + fixed texts 57 + 9 x (1,024 + 16) = 10,441   the longest prompt with candidates
 #   + 16,384 for the response that is scored behind it  = 26,825   -> a context of 27,648
-# Collider draws and conditioned generations get 16,384 tokens too; gcpo/missing/draws_frac is the share that is lost.
+# Collider draws and regenerated responses get 16,384 tokens too; gcpo/missing/draws_frac is the share that is lost.
 # The paper gives no number of steps: 15 batches x 6 epochs are 90, as many as on AIME.
 SETTINGS=(
     data.max_prompt_length=1024
@@ -24,7 +24,7 @@ SETTINGS=(
     actor_rollout_ref.rollout.max_model_len=27648
     gcpo.blocks.max_tokens=1024
     gcpo.collider.max_tokens=16384
-    gcpo.conditioned.max_tokens=16384
+    gcpo.regenerated.max_tokens=16384
     trainer.total_epochs=6
 )
 

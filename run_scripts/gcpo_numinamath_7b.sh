@@ -13,7 +13,7 @@ VALIDATION=aime24
 # Tokens: as in gcpo_numinamath_1.5b.sh; this model has the same context of 131,072.
 #   question 1,024 + fixed texts 57 + 9 x (1,024 + 16) = 10,441   the longest prompt with candidates
 #   + 16,384 for the response that is scored behind it  = 26,825   -> a context of 27,648
-# Collider draws and conditioned generations get 16,384 tokens too; gcpo/missing/draws_frac is the share that is lost.
+# Collider draws and regenerated responses get 16,384 tokens too; gcpo/missing/draws_frac is the share that is lost.
 # A response keeps 56 KiB of keys and values a token in vLLM, 1.5 GB at the longest; spread over two GPUs the weights
 # (15 GB) leave room for twice as many at a time.
 SETTINGS=(
@@ -24,7 +24,7 @@ SETTINGS=(
     actor_rollout_ref.rollout.max_model_len=27648
     gcpo.blocks.max_tokens=1024
     gcpo.collider.max_tokens=16384
-    gcpo.conditioned.max_tokens=16384
+    gcpo.regenerated.max_tokens=16384
     trainer.total_epochs=6
 )
 

@@ -31,9 +31,9 @@ def test_the_quick_start_passes(run_inputs: Path, preset: str) -> None:
 
 def test_the_gc2po_quick_start_passes(run_inputs: Path) -> None:
     """In both forms; the context is set to a prompt and a response."""
-    for form in ("head", "inject"):
-        config = config_of(run_inputs, f"gc2po.form={form}", name="gc2po_quickstart")
-        assert check_gc2po_run(config).form == form
+    for intervention in ("lm_head", "hidden_state"):
+        config = config_of(run_inputs, f"gc2po.intervention={intervention}", name="gc2po_quickstart")
+        assert check_gc2po_run(config).intervention == intervention
         assert config.actor_rollout_ref.rollout.max_model_len == 48 + 64
 
 

@@ -294,7 +294,7 @@ def test_context_of_the_paper_s_runs(name, context):
     # The comment counts a label as 16 tokens.
     stated = prompt + 9 * (16 - label) + number("data.max_response_length")
     assert f"= {stated:,} " in text and f"-> a context of {number('actor_rollout_ref.rollout.max_model_len'):,}" in text
-    for key in ("data.max_response_length", "gcpo.collider.max_tokens", "gcpo.conditioned.max_tokens"):
+    for key in ("data.max_response_length", "gcpo.collider.max_tokens", "gcpo.regenerated.max_tokens"):
         assert prompt + number(key) <= number("actor_rollout_ref.rollout.max_model_len") <= context
     assert number("actor_rollout_ref.rollout.max_model_len") <= number(
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
@@ -343,7 +343,7 @@ def test_gc2po_runs_are_accepted(sandbox, recipe_config, tiny_model, monkeypatch
     module, option, config_name, *overrides = sandbox.calls[-2].partition(" -m ")[2].split()
     assert (module, option, config_name) == ("recipe.gcpo.main_gcpo", "--config-name", "gc2po_trainer")
     config = recipe_config(*(one for one in overrides if not one.startswith("hydra.")), name=config_name)
-    assert check_gc2po_run(config).form == "inject" and config.data.episode_prompt
+    assert check_gc2po_run(config).intervention == "hidden_state" and config.data.episode_prompt
 
 
 def test_dry_run_resolves_the_configuration(sandbox):

@@ -113,7 +113,7 @@ def test_leave_one_out_draws_recover_psi_and_shared_draws_do_not():
     """Four responses, y_n = sum y_k + N(0, 1), the feature the best predictor of y_i from x_i.
 
     y_n less the sum of the others is y_i + noise, so Psi f* = (y_n - E[y_n | q, others]) / 2. Averaged over
-    many shared draws, which saw y_i, it is (y_i - mu) / 2 against marginal draws, which did not, and 0
+    many shared draws, which saw y_i, it is (y_i - mu) / 2 against leave-one-out draws, which did not, and 0
     against the shared draws themselves. As zbar is mu here, the targets of the former predict y_i with a
     quarter of the risk of pi*(q).
     """
@@ -123,12 +123,12 @@ def test_leave_one_out_draws_recover_psi_and_shared_draws_do_not():
     others = y.sum() - y
     shared = (y.sum() + torch.randn(draws, generator=g, dtype=torch.float64)).expand(4, draws)
     noise = 2**0.5 * torch.randn(4, draws, generator=g, dtype=torch.float64)  # of y_i and of y_n
-    marginal = others[:, None] + mu + noise
+    leave_one_out = others[:, None] + mu + noise
 
     def features(y_n):
         return (mu + (y_n - others[:, None] - mu) / 2)[:, :, None, None]
 
-    target, _ = causal_target(y[:, None], features(shared), z_marginal=features(marginal))
+    target, _ = causal_target(y[:, None], features(shared), z_marginal=features(leave_one_out))
     torch.testing.assert_close(target[:, 0], mu + (y - mu) / 2, rtol=0, atol=0.03)
     assert ((y - target[:, 0]) ** 2).mean() < 0.3 * ((y - mu) ** 2).mean()
     few = features(shared[:, :32])

@@ -193,7 +193,7 @@ GC2PO_WRONG = [
     ("gc2po.perturbation.draws=0", "gc2po.perturbation.draws: 0 is too small"),
     ("gc2po.perturbation.sigma=-1", "gc2po.perturbation.sigma: -1.0 is not"),
     ("gc2po.layer=9", "the model has hidden states 0 to 3"),
-    ("gc2po.form=inject gc2po.layer=3", "nothing comes after it"),
+    ("gc2po.intervention=hidden_state gc2po.layer=3", "nothing comes after it"),
     ("+gc2po.draws=3", "gc2po.draws is not a setting"),
     ("gcpo.kappa=0.1", "belong to GCPO"),
     ("gcpo.weighting.target=projection", "belong to GCPO"),

@@ -211,7 +211,7 @@ class GCPOFSDPEngine(StableEngine):
     ) -> dict[str, Any]:
         """verl's pass over the plain rows, then one over the conditioned rows; their gradients add up."""
         settings = None if forward_only else tu.get_non_tensor_data(data, "gcpo", None)
-        if not settings or settings["kappa"] <= 0 or settings["policy_context"] != "collider":
+        if not settings or settings["kappa"] <= 0 or settings["policy_condition"] != "collider":
             return super().forward_backward_batch(data, loss_function, forward_only)
         part = tu.get_non_tensor_data(data, "gcpo_part", None)
         if part == "kappa":

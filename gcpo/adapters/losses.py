@@ -16,7 +16,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from gcpo.algorithms import causal_kl
 
 PARTS = ("policy", "beta", "kappa")
-CONDITIONED_TOKENS = "gcpo/tokens/trained/conditioned"
+KAPPA_TOKENS = "gcpo/tokens/trained/kappa_rows"
 
 
 def _kappa_term(
@@ -78,7 +78,7 @@ def _trained_tokens(data: TensorDict) -> dict[str, Metric]:
     """Tokens of a micro-batch of the conditioned pass, rows of two tokens that stand for nothing among them."""
     # verl sums over micro-batches and takes the mean over ranks.
     tokens = data["input_ids"].values().numel() * data["dp_size"]
-    return {CONDITIONED_TOKENS: Metric(AggregationType.SUM, tokens)}
+    return {KAPPA_TOKENS: Metric(AggregationType.SUM, tokens)}
 
 
 def packed_causal_kl_loss(
@@ -113,7 +113,7 @@ def gcpo_loss(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """verl's loss on the plain rows, with what GCPO adds to it there.
 
-    With ``reference.policy_context: query`` the kappa term is over the same rows. While a part is measured, that part
+    With ``reference.policy_condition: query`` the kappa term is over the same rows. While a part is measured, that part
     alone is returned.
 
     Args:
@@ -124,7 +124,7 @@ def gcpo_loss(
     part = tu.get_non_tensor_data(data, "gcpo_part", None)
     if not settings:
         return base(model_output=model_output, data=data, dp_group=dp_group)
-    on_query = settings["kappa"] > 0 and settings["policy_context"] == "query"
+    on_query = settings["kappa"] > 0 and settings["policy_condition"] == "query"
     log_prob = no_padding_2_padding(model_output["log_probs"], data) if on_query or part else None
     if part == "kappa":
         return _kappa_term(log_prob, data, settings, data["batch_num_tokens"])

@@ -28,13 +28,14 @@ class PerturbedRow(PackedRow):
         perturbed: int64 [J].
         noise: [J, d].
         relative: g is the noise times the norm of the state; otherwise it is the noise.
-        form: ``inject``: the output of the chosen layer is moved; ``head``: the input of the language-model head.
+        intervention: ``hidden_state``: the output of the chosen layer is moved; ``lm_head``: the input of the
+            language-model head.
     """
 
     perturbed: Tensor
     noise: Tensor
     relative: bool
-    form: Literal["inject", "head"]
+    intervention: Literal["hidden_state", "lm_head"]
 
     def register(self, layer: torch.nn.Module, head: torch.nn.Module) -> RemovableHandle:
         """Hook the perturbation into the next forward pass.
@@ -43,7 +44,7 @@ class PerturbedRow(PackedRow):
             layer: the module whose output is the chosen hidden state.
             head: the language-model head, which is given the states of ``predict``.
         """
-        if self.form == "head":
+        if self.intervention == "lm_head":
             return head.register_forward_pre_hook(lambda module, args: self._move(args[0]))
         return layer.register_forward_hook(
             lambda module, args, output: self._move(output[0] if isinstance(output, tuple) else output)
@@ -62,10 +63,10 @@ class PerturbedRow(PackedRow):
         """What is wanted of the logits [Q, V] of ``predict``, Q >= 1.
 
         Returns:
-            ``inject``: the log-probabilities of the labels [Q]. ``head``: KL(q || q_m) over the vocabulary for every
-            perturbed place [J], q at the last place before it that is not perturbed.
+            ``hidden_state``: the log-probabilities of the labels [Q]. ``lm_head``: KL(q || q_m) over the vocabulary
+            for every perturbed place [J], q at the last place before it that is not perturbed.
         """
-        if self.form == "inject":
+        if self.intervention == "hidden_state":
             return logprobs_from_logits(logits, self.labels.to(logits.device))
         moved = self.perturbed.to(logits.device)
         base = torch.arange(len(logits), device=logits.device)
@@ -106,7 +107,7 @@ class EpisodeScorer:
         settings: engine settings of the batch (``use_remove_padding``, ``use_fused_kernels``).
         temperature: of the rollout.
         layer: whose states are h.
-        form: ``gc2po.form``.
+        intervention: ``gc2po.intervention``.
         relative: whether noise is relative to the state's norm.
         max_tokens: token budget of a row.
         fused_tokens: see `gcpo.methods.gc2po.pack.FUSED_TOKENS`.
@@ -119,13 +120,13 @@ class EpisodeScorer:
         settings: dict[str, Any],
         temperature: float,
         layer: int,
-        form: Literal["inject", "head"],
+        intervention: Literal["hidden_state", "lm_head"],
         relative: bool,
         max_tokens: int,
         fused_tokens: int = FUSED_TOKENS,
     ) -> None:
         self.engine, self.settings, self.temperature = engine, settings, temperature
-        self.layer, self.form, self.relative = layer, form, relative
+        self.layer, self.intervention, self.relative = layer, intervention, relative
         self.max_tokens, self.fused_tokens = max_tokens, fused_tokens
         self.path_tokens = self.branch_tokens = self.unshared_tokens = 0
 
@@ -170,7 +171,7 @@ class EpisodeScorer:
             perturbed=pack.perturbed,
             noise=pack.noise,
             relative=self.relative,
-            form=self.form,
+            intervention=self.intervention,
         )
 
     def _divergence(self, request: EpisodeRequest, asked: Sequence[int], values: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 from gcpo.adapters import hooks
 from gcpo.adapters.checkpoints import WholeCheckpoints
 from gcpo.adapters.liveness import WatchedTrainer
-from gcpo.adapters.losses import CONDITIONED_TOKENS
+from gcpo.adapters.losses import KAPPA_TOKENS
 from gcpo.adapters.registry import credited
 from gcpo.adapters.schema import QueueBatch, from_data, is_padding, method_fields, session_of, to_columns
 from gcpo.adapters.stability import StableTrainer
@@ -247,7 +247,7 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
         # verl's metrics are means over the updates of a step.
         rows = actor.ppo_mini_batch_size * self.method.run.n
         updates = len(batch) // rows * actor.ppo_epochs
-        metrics[CONDITIONED_TOKENS] = metrics.get(CONDITIONED_TOKENS, 0.0) * updates
+        metrics[KAPPA_TOKENS] = metrics.get(KAPPA_TOKENS, 0.0) * updates
         lengths = [tag["seq_len"] for tag in batch.tags if not is_padding(tag)]
         metrics[f"{name}/tokens/trained/plain"] = float(sum(lengths) * actor.ppo_epochs)
         return batch

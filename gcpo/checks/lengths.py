@@ -43,7 +43,7 @@ def check_lengths(config: DictConfig, gcpo: GCPOConfig, model: Any) -> None:
     if gcpo.needs_rollout:
         with_blocks = longest_prompt(config, gcpo)
         longest_row = max(need, with_blocks + response)
-        need = max(need, with_blocks + max(gcpo.collider.max_tokens, gcpo.conditioned.max_tokens))
+        need = max(need, with_blocks + max(gcpo.collider.max_tokens, gcpo.regenerated.max_tokens))
     context = getattr(model, "max_position_embeddings", None)
     if context is not None and prompt + response > context:
         raise ConfigError(
@@ -54,7 +54,7 @@ def check_lengths(config: DictConfig, gcpo: GCPOConfig, model: Any) -> None:
         raise ConfigError(
             f"a prompt with {rollout.n} candidates can take {max(need, longest_row)} tokens with its response, and the "
             f"context is {limit}: lower gcpo.blocks.max_tokens (now {gcpo.blocks.max_tokens}), "
-            "gcpo.collider.max_tokens or gcpo.conditioned.max_tokens, or raise "
+            "gcpo.collider.max_tokens or gcpo.regenerated.max_tokens, or raise "
             f"{ROLLOUT}.max_model_len as far as the model allows"
         )
     _check_budgets(config, gcpo, prompt + response, longest_row)
@@ -92,7 +92,7 @@ def check_branches(config: DictConfig, gc2po: GC2POConfig) -> None:
         return
     answers, copies = gc2po.answers, 1 + gc2po.perturbation.draws
     branch = len(answers.prompt)
-    if gc2po.form == "inject":
+    if gc2po.intervention == "hidden_state":
         branch = copies * (1 + branch + answers.max_answers * answers.max_tokens)
     need = get(config, _PROMPT) + get(config, _RESPONSE) + max(branch, copies)
     budget = gc2po.max_token_len_per_gpu or get(config, f"{ACTOR}.ppo_max_token_len_per_gpu")

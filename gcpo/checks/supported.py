@@ -268,4 +268,4 @@ def _check_rollout(config: DictConfig, gcpo: GCPOConfig) -> None:
 
 def _drawn(gcpo: GCPOConfig) -> list[tuple[str, int]]:
     drawn = [("collider", gcpo.collider.max_tokens)]
-    return [*drawn, ("conditioned", gcpo.conditioned.max_tokens)] if gcpo.needs_generations else drawn
+    return [*drawn, ("regenerated", gcpo.regenerated.max_tokens)] if gcpo.needs_generations else drawn

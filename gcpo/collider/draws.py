@@ -1,4 +1,4 @@
-"""The auxiliary generations of one group: collider draws, and the conditioned generations over them."""
+"""The auxiliary generations of one group: collider draws, and the regenerated responses over them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,8 @@ from gcpo.seeding import request_seed, seeded
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("collider", "marginal", "conditioned")
+KINDS = ("collider", "leave_one_out", "regenerated")
+_NAMES = dict(zip(KINDS, ("a collider draw", "a leave-one-out draw", "a regenerated response"), strict=True))
 OUTCOMES = ("ok", "failed", "empty", "cut")
 MAX_CAUSES = 3
 """Distinct causes that a group reports."""
@@ -68,8 +68,8 @@ class GroupResult:
         return dict(itertools.islice(counts.items(), MAX_CAUSES))
 
 
-class ColliderStage:
-    """Draws the colliders and the conditioned generations of one group.
+class ColliderSampler:
+    """Draws the colliders and the regenerated responses of one group.
 
     Args:
         config: the resolved ``gcpo:`` group.
@@ -79,7 +79,6 @@ class ColliderStage:
         sampling_params: of the plain rollout (temperature, top-p, top-k); lengths and seeds are set here.
         max_model_len: longest sequence that the server takes.
         end_ids: tokens that end a response.
-        admit: ``async with admit(tokens)`` waits until a server may hold the prompts of one more group.
     """
 
     def __init__(
@@ -90,7 +89,6 @@ class ColliderStage:
         sampling_params: dict[str, Any],
         max_model_len: int | None,
         end_ids: frozenset[int],
-        admit: Callable[[int], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
         self.config = config
         self.prompts = prompts
@@ -98,7 +96,6 @@ class ColliderStage:
         self.sampling_params = sampling_params
         self.max_model_len = max_model_len
         self.end_ids = end_ids
-        self.admit = admit
 
     async def draw(self, kind: str, prompt_ids: list[int], seed_parts: Sequence[Any]) -> Draw:
         """One generation, which says how it ended.
@@ -111,12 +108,12 @@ class ColliderStage:
         Raises:
             ServerLostError: the server is gone; this is no failure of the draw.
         """
-        section = "conditioned" if kind == "conditioned" else "collider"
+        name, section = _NAMES[kind], "regenerated" if kind == "regenerated" else "collider"
         max_tokens = getattr(self.config, section).max_tokens
         if self.max_model_len is not None:
             max_tokens = min(max_tokens, self.max_model_len - len(prompt_ids))
         if max_tokens < 1:
-            cause = f"a prompt leaves no room for a {kind} generation in the context of {self.max_model_len} tokens"
+            cause = f"a prompt leaves no room for {name} in the context of {self.max_model_len} tokens"
             return Draw([], kind, "failed", prompt_tokens=len(prompt_ids), cause=cause)
         params = {**self.sampling_params, "max_tokens": max_tokens, "logprobs": False}
         params = seeded(params, self.config.seed, *seed_parts)
@@ -125,18 +122,18 @@ class ColliderStage:
         except ServerLostError:
             raise
         except Exception as error:
-            logger.warning("gcpo: a %s generation failed and is left out: %s", kind, error)
-            cause = f"a {kind} generation failed ({one_line(error)})"
+            logger.warning("gcpo: %s failed and is left out: %s", name, error)
+            cause = f"{name} failed ({one_line(error)})"
             return Draw([], kind, "failed", prompt_tokens=len(prompt_ids), cause=cause)
         token_ids = [int(token) for token in output.token_ids]
         cached = output.extra_fields.get("num_cached_tokens") or 0
         outcome, cause = "ok", None
         if output.stop_reason == "aborted":
-            outcome, cause = "failed", f"the server aborted a {kind} generation"
+            outcome, cause = "failed", f"the server aborted {name}"
         elif not self.prompts.text_ids([token for token in token_ids if token not in self.end_ids]):
-            outcome, cause = "empty", f"a {kind} generation is empty"
+            outcome, cause = "empty", f"{name} is empty"
         elif len(token_ids) >= max_tokens and token_ids[-1] not in self.end_ids:
-            outcome, cause = "cut", f"a {kind} generation was cut (gcpo.{section}.max_tokens and the context limit it)"
+            outcome, cause = "cut", f"{name} was cut (gcpo.{section}.max_tokens and the context limit it)"
         return Draw(token_ids, kind, outcome, len(token_ids), len(prompt_ids), int(cached), cause=cause)
 
     async def run(
@@ -159,7 +156,7 @@ class ColliderStage:
         blocks = tuple(tuple(self.prompts.candidate_block(k, ids)) for k, ids in enumerate(responses))
         order = np.random.default_rng(request_seed(config.seed, "order", *seed_parts)).permutation(n).tolist()
         sizes = [len(block) for block in blocks]
-        slots = config.collider.num_draws + config.marginal_draws
+        slots = config.collider.num_draws + config.leave_one_out_draws
 
         def parts(*place: Any) -> tuple[Any, ...]:
             return (*seed_parts, *place)
@@ -173,13 +170,11 @@ class ColliderStage:
         contexts: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in range(n)]
         outputs: list[list[list[int]]] = [[[] for _ in range(slots * generations)] for _ in range(n)]
         draws: list[Draw] = []
-        asked = started = time.monotonic()
+        started = time.monotonic()
         if chosen:
-            async with self.admit(frame + int(sum(sizes) + plan.unique_tokens(sizes))):
-                started = time.monotonic()
-                draws = await self._draw_colliders(group, chosen, parts, contexts)
-                if config.needs_generations and not equal_rewards:
-                    draws += await self._generate(chosen, parts, contexts, outputs)
+            draws = await self._draw_colliders(group, chosen, parts, contexts)
+            if config.needs_generations and not equal_rewards:
+                draws += await self._generate(chosen, parts, contexts, outputs)
         stats = _count(draws)
         stats["skipped"] = float(not draws)
         stats["equal_rewards"] = float(equal_rewards)
@@ -187,12 +182,11 @@ class ColliderStage:
         stats["block_tokens"] = float(np.mean(sizes))
         stats["responses"] = float(n)
         stats["response_tokens"] = float(np.mean([len(ids) for ids in responses]))
-        stats["alike_tokens"] = _alike(responses)
-        joint = [draw.token_ids for draw in draws if draw.valid and draw.kind != "conditioned"]
+        stats["common_prefix_tokens"] = _mean_common_prefix(responses)
+        joint = [draw.token_ids for draw in draws if draw.valid and draw.kind != "regenerated"]
         if len(joint) > 1:
-            stats["alike_draw_tokens"] = _alike(joint)
+            stats["common_prefix_draw_tokens"] = _mean_common_prefix(joint)
         stats["response_variance"] = float(np.var([len(ids) for ids in responses], ddof=1))
-        stats["waited_seconds"] = started - asked
         stats["seconds"] = time.monotonic() - started
         layout = {"frame": frame, "blocks": sizes}
         return GroupResult(contexts, outputs, draws, stats, kl_weight, layout)
@@ -201,9 +195,11 @@ class ColliderStage:
         """The result of a group of ``n`` responses whose stage raised: every draw that it needs counts as failed."""
         config = self.config
         kl_weight, wanted = self._needs(n, request_seed(config.seed, *seed_parts, "kappa"), equal_rewards)
-        slots = config.collider.num_draws + config.marginal_draws
+        slots = config.collider.num_draws + config.leave_one_out_draws
         cause = f"the collider stage of a group failed ({one_line(error)})"
-        kinds = ["collider"] * config.collider.num_draws + ["marginal"] * (config.marginal_draws * len(wanted))
+        kinds = ["collider"] * config.collider.num_draws + ["leave_one_out"] * (
+            config.leave_one_out_draws * len(wanted)
+        )
         draws = [Draw([], kind, "failed", cause=cause) for kind in kinds] if wanted else []
         stats = {**_count(draws), "stage_failed": 1.0, "equal_rewards": float(equal_rewards), "responses": float(n)}
         empty = [[[]] * slots] * n, [[[]] * (slots * config.collider.num_generations)] * n
@@ -223,22 +219,22 @@ class ColliderStage:
         self, group: GroupPrompts, chosen: Sequence[int], parts: Callable[..., tuple], contexts: list[list[list[int]]]
     ) -> list[Draw]:
         """The shared and the leave-one-out draws; the prompts over them are put into ``contexts``."""
-        num_shared, num_marginal = self.config.collider.num_draws, self.config.marginal_draws
+        num_shared, num_leave_one_out = self.config.collider.num_draws, self.config.leave_one_out_draws
         prompt = group.collider_prompt()
         draws = await asyncio.gather(
             *(self.draw("collider", prompt, parts("collider", slot)) for slot in range(num_shared)),
             *(
-                self.draw("marginal", group.marginal_prompt(i), parts("marginal", i, slot))
+                self.draw("leave_one_out", group.leave_one_out_prompt(i), parts("leave_one_out", i, slot))
                 for i in chosen
-                for slot in range(num_marginal)
+                for slot in range(num_leave_one_out)
             ),
         )
         # Shared draws are exchangeable. The valid ones come first, so that l = 0, which p_c, Zbar_i and the policy's
         # context are made of, is there whenever any of them is.
         shared, rest = sorted(draws[:num_shared], key=lambda draw: not draw.valid), draws[num_shared:]
         for at, i in enumerate(chosen):
-            marginal = rest[at * num_marginal : (at + 1) * num_marginal]
-            contexts[i] = self._contexts(group, i, shared, marginal)
+            leave_one_out = rest[at * num_leave_one_out : (at + 1) * num_leave_one_out]
+            contexts[i] = self._contexts(group, i, shared, leave_one_out)
         return draws
 
     async def _generate(
@@ -248,7 +244,7 @@ class ColliderStage:
         contexts: list[list[list[int]]],
         outputs: list[list[list[int]]],
     ) -> list[Draw]:
-        """The conditioned generations; the valid ones are put into ``outputs``."""
+        """The regenerated responses; the valid ones are put into ``outputs``."""
         generations = self.config.collider.num_generations
         places = [
             (i, slot, m)
@@ -258,7 +254,7 @@ class ColliderStage:
             for m in range(generations)
         ]
         draws = await asyncio.gather(
-            *(self.draw("conditioned", contexts[i][slot], parts("conditioned", i, slot, m)) for i, slot, m in places)
+            *(self.draw("regenerated", contexts[i][slot], parts("regenerated", i, slot, m)) for i, slot, m in places)
         )
         for (i, slot, m), draw in zip(places, draws, strict=True):
             if draw.valid:
@@ -269,7 +265,7 @@ class ColliderStage:
         """n / m for m of the n responses, drawn without replacement, 0 for the others."""
         if not self.config.reference_on:
             return [0.0] * n
-        count = max(1, round(self.config.reference.fraction * n))
+        count = max(1, round(self.config.reference.subsample * n))
         weight = [0.0] * n
         for i in np.random.default_rng(seed).choice(n, count, replace=False):
             weight[i] = n / count
@@ -280,12 +276,12 @@ class ColliderStage:
         group: GroupPrompts,
         i: int,
         shared: Sequence[Draw],
-        marginal: Sequence[Draw],
+        leave_one_out: Sequence[Draw],
     ) -> list[list[int]]:
         """Prompts x_{i,l}, then those over the leave-one-out draws; empty where the draw is not valid."""
         append = self.config.reference.collider_context == "append"
         contexts: list[list[int]] = []
-        for slot, draw in enumerate([*shared, *marginal]):
+        for slot, draw in enumerate([*shared, *leave_one_out]):
             own = slot < len(shared)
             if not draw.valid:
                 contexts.append([])
@@ -304,7 +300,7 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _alike(responses: Sequence[Sequence[int]]) -> float:
+def _mean_common_prefix(responses: Sequence[Sequence[int]]) -> float:
     """Tokens with which two answers begin in common, mean over pairs."""
     return float(np.mean([common_prefix(a, b) for a, b in itertools.combinations(responses, 2)]))
 

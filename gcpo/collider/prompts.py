@@ -217,7 +217,7 @@ class GroupPrompts:
         """Prompt of a shared collider draw: the question and all n responses."""
         return CandidatePrompts.join(self.frame, [self.candidates[k] for k in self.plan.collider_order()])
 
-    def marginal_prompt(self, i: int) -> list[int]:
+    def leave_one_out_prompt(self, i: int) -> list[int]:
         """Prompt of a leave-one-out collider draw y_n^(i): the question and every response but ``i``."""
         return CandidatePrompts.join(self.frame, [self.candidates[k] for k in self.plan.candidate_order(i)])
 

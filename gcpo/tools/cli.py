@@ -229,7 +229,7 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--question", type=float, help="of the plain prompt")
     lengths.add_argument("--response", type=float, help="of a response, and of what is not given below")
     lengths.add_argument("--collider", type=float, help="of a collider draw")
-    lengths.add_argument("--conditioned", type=float, help="of a conditioned generation")
+    lengths.add_argument("--regenerated", type=float, help="of a regenerated response")
     lengths.add_argument("--spread", type=float, help="standard deviation inside a group over the mean")
     lengths.add_argument("--alike", type=float, help="with which two answers to one question begin in common")
     parser.add_argument("--equal-rewards", type=float, help="share of the groups whose rewards are all equal")

@@ -27,8 +27,8 @@ from gcpo.scoring.tree import BudgetError, chains_of, cheapest_cuts, shared_stre
 Segment = tuple[tuple[str, int], int]
 Path = tuple[Segment, ...]
 
-KINDS = ("response", "collider", "marginal", "conditioned")
-"""What is generated: responses, shared collider draws, leave-one-out draws, conditioned generations."""
+KINDS = ("response", "collider", "leave_one_out", "regenerated")
+"""What is generated: responses, shared collider draws, leave-one-out draws, regenerated responses."""
 
 PIECES = 16
 """Answers to one question begin with about so many pieces in common, and part between them."""
@@ -43,8 +43,8 @@ class Lengths:
 
     Attributes:
         question: of a plain prompt, chat template included.
-        response: of a response; likewise ``collider``, ``marginal`` and ``conditioned`` of the extra generations that
-            are neither cut nor lost.
+        response: of a response; likewise ``collider``, ``leave_one_out`` and ``regenerated`` of the extra generations
+            that are neither cut nor lost.
         spread: standard deviation of the lengths of a group around its mean, over the mean of all.
         group_spread: standard deviation of the means of the groups' responses, over the mean of all.
         question_range: the shortest and the longest question; ``None``: all have the mean length.
@@ -56,8 +56,8 @@ class Lengths:
     question: float
     response: float
     collider: float
-    marginal: float
-    conditioned: float
+    leave_one_out: float
+    regenerated: float
     spread: float = 0.0
     group_spread: float = 0.0
     question_range: tuple[float, float] | None = None
@@ -416,7 +416,7 @@ def _path(*segments: tuple[str, int, float]) -> Path:
 def length_limits(config: GCPOConfig, step: Step) -> dict[str, int]:
     """The most tokens that a generation of every kind can have."""
     draw = config.collider.max_tokens
-    limits = (step.max_response, draw, draw, config.conditioned.max_tokens)
+    limits = (step.max_response, draw, draw, config.regenerated.max_tokens)
     return dict(zip(KINDS, limits, strict=True))
 
 
@@ -477,14 +477,14 @@ class GroupSimulator:
         counts = Counter({f"{what}/{kind}": 0 for what in ("generated", "prefilled", "cached") for kind in KINDS})
         cache = PrefixCache(self.step.cache_block)
         self._plain(group, cache, counts)
-        scored = {"response": self._state_paths(group), "context": [], "conditioned": []}
+        scored = {"response": self._state_paths(group), "context": [], "regenerated": []}
         trained: list[Path] = []
         if config.needs_rollout and (config.reference_on or not equal_rewards):
             weighted = self._weighted(n)
             contexts, outputs = self._generate(group, cache, counts, weighted, equal_rewards)
             scored["context"] = self._context_paths(group, contexts, weighted)
-            scored["conditioned"] = outputs
-            if config.reference_on and config.reference.policy_context == "collider":
+            scored["regenerated"] = outputs
+            if config.reference_on and config.reference.policy_condition == "collider":
                 for i in weighted:
                     first = next((path for path in contexts[i][: config.collider.num_draws] if path), None)
                     trained += [(*first, *group.response(i))] if first else []
@@ -492,8 +492,8 @@ class GroupSimulator:
             counts[f"scored_unshared/{kind}"] = sum(map(tokens_of, paths))
         budget = config.scoring.max_token_len_per_gpu or self.step.budget
         counts["scored"] = self._through_the_model([path for paths in scored.values() for path in paths], budget)
-        counts["trained/conditioned"] = self._through_the_model(trained, budget) * self.step.epochs
-        counts["trained/conditioned_unshared"] = sum(map(tokens_of, trained)) * self.step.epochs
+        counts["trained/kappa_rows"] = self._through_the_model(trained, budget) * self.step.epochs
+        counts["trained/kappa_rows_unshared"] = sum(map(tokens_of, trained)) * self.step.epochs
         self._measured(counts)
         return counts
 
@@ -511,20 +511,20 @@ class GroupSimulator:
         """The responses that have a kappa term."""
         if not self.config.reference_on:
             return []
-        count = max(1, round(self.config.reference.fraction * n))
+        count = max(1, round(self.config.reference.subsample * n))
         return sorted(self.rng.choice(n, count, replace=False).tolist())
 
     def _generate(
         self, group: _Group, cache: PrefixCache, counts: Counter[str], weighted: Sequence[int], equal_rewards: bool
     ) -> tuple[list[list[Path]], list[Path]]:
-        """Contexts [n][L + L'], empty where there is none, and what is fed back of the conditioned generations."""
+        """Contexts [n][L + L'], empty where there is none, and what is fed back of the regenerated responses."""
         config, n = self.config, self.step.n
-        num_shared, num_marginal = config.collider.num_draws, config.marginal_draws
+        num_shared, num_leave_one_out = config.collider.num_draws, config.leave_one_out_draws
         sizes = [tokens_of(block) for block in group.blocks]
         wanted = list(range(n)) if config.causal_target_on and not equal_rewards else weighted
         plan = leave_one_out_plan(
             n,
-            num_shared + num_marginal,
+            num_shared + num_leave_one_out,
             lengths=sizes,
             permutation=self.rng.permutation(n).tolist(),
             leaves=wanted or None,
@@ -541,13 +541,13 @@ class GroupSimulator:
 
         everyone = group.prompt(plan.collider_order())
         shared = sorted((generate("collider", everyone) for _ in range(num_shared)), key=lambda length: length is None)
-        marginal = {
-            i: [generate("marginal", group.prompt(plan.candidate_order(i))) for _ in range(num_marginal)]
+        leave_one_out = {
+            i: [generate("leave_one_out", group.prompt(plan.candidate_order(i))) for _ in range(num_leave_one_out)]
             for i in chosen
         }
         contexts: list[list[Path]] = [[() for _ in range(plan.draws)] for _ in range(n)]
         for i in chosen:
-            for slot, length in enumerate([*shared, *marginal[i]]):
+            for slot, length in enumerate([*shared, *leave_one_out[i]]):
                 if length is None:
                     continue
                 collider = group.draw(slot if slot < num_shared else plan.draws * (i + 1) + slot, length)
@@ -559,7 +559,7 @@ class GroupSimulator:
         if config.needs_generations and not equal_rewards:
             for path in (path for i in chosen for path in contexts[i] if path):
                 for _ in range(config.collider.num_generations):
-                    length = generate("conditioned", path)
+                    length = generate("regenerated", path)
                     if length is not None:
                         output = group.text("output", len(outputs), length)
                         outputs.append((*path, *output) if self._with_prompt else output)
@@ -576,7 +576,7 @@ class GroupSimulator:
 
     @property
     def _with_prompt(self) -> bool:
-        return self.config.features.context == "prompt_response"
+        return self.config.features.input == "prompt_response"
 
     def _state_paths(self, group: _Group) -> list[Path]:
         """What is fed back for the states of the responses."""
@@ -605,9 +605,9 @@ class GroupSimulator:
         every = self.config.metrics.grad_norm_every
         if not every or self.config.is_grpo:
             return
-        on_context = self.config.reference_on and self.config.reference.policy_context == "collider"
+        on_context = self.config.reference_on and self.config.reference.policy_condition == "collider"
         plain = 1 + self.step.reference_policy + (self.config.reference_on and not on_context)
-        counts["trained/measured"] = (plain * counts["trained/plain"] + counts["trained/conditioned"]) / every
+        counts["trained/measured"] = (plain * counts["trained/plain"] + counts["trained/kappa_rows"]) / every
 
 
 # ---- a step -------------------------------------------------------------------------------------------------------
@@ -654,7 +654,7 @@ def sum_of(tokens: Mapping[str, float], name: str) -> float:
 def stage_costs(tokens: Mapping[str, float], step: Step, weights: Weights) -> dict[str, float]:
     """Cost of every stage of a step in forward tokens."""
     prefilled = sum_of(tokens, "prefilled") - sum_of(tokens, "cached")
-    trained = sum(tokens.get(f"trained/{name}", 0.0) for name in ("plain", "conditioned", "measured"))
+    trained = sum(tokens.get(f"trained/{name}", 0.0) for name in ("plain", "kappa_rows", "measured"))
     return {
         "generation": weights.generated * sum_of(tokens, "generated") + weights.prefilled * prefilled,
         "scoring": weights.forward * sum_of(tokens, "scored"),

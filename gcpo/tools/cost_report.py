@@ -55,8 +55,8 @@ ROWS: dict[str, dict[str, str]] = {
     "generated": {
         "responses": "generated/response",
         "shared draws": "generated/collider",
-        "leave-one-out draws": "generated/marginal",
-        "conditioned": "generated/conditioned",
+        "leave-one-out draws": "generated/leave_one_out",
+        "regenerated": "generated/regenerated",
     },
     "prefilled": {"prompts": "prefilled", "of them cached": "cached", "share cached": SHARE},
     "scored (forward)": {
@@ -67,8 +67,8 @@ ROWS: dict[str, dict[str, str]] = {
     },
     "trained on (both ways)": {
         "responses": "trained/plain",
-        "conditioned": "trained/conditioned",
-        "  without sharing": "trained/conditioned_unshared",
+        "kappa rows": "trained/kappa_rows",
+        "  without sharing": "trained/kappa_rows_unshared",
         "gradient norms": "trained/measured",
     },
 }
@@ -226,7 +226,7 @@ def of_log(
     question, response = log["prompt_length/mean"], log["response_length/mean"]
     kinds = {kind: log.get(f"gcpo/rollout/{kind}/tokens_mean") for kind in KINDS[1:]}
     limits = length_limits(settings, step)
-    shares = Shares(log.get("gcpo/rollout/equal_rewards_share", 0.0), {}, {})
+    shares = Shares(log.get("gcpo/rollout/equal_rewards_frac", 0.0), {}, {})
     for kind, mean in kinds.items():
         if mean:
             draws = log[f"gcpo/tokens/generated/{kind}"] / mean
@@ -235,7 +235,7 @@ def of_log(
             # The log's mean is over all draws.
             valid = max(1 - shares.cut[kind] - shares.lost[kind], 1 / draws)
             kinds[kind] = max(1.0, (mean - shares.cut[kind] * limits[kind]) / valid)
-    drawn = next((kinds[kind] for kind in ("collider", "marginal") if kinds[kind]), response)
+    drawn = next((kinds[kind] for kind in ("collider", "leave_one_out") if kinds[kind]), response)
     means = {kind: min(kinds[kind] or drawn, limits[kind]) for kind in kinds}
     lengths = Lengths(
         question,
@@ -243,8 +243,8 @@ def of_log(
         **means,
         spread=log.get("gcpo/rollout/spread_in_groups", SPREAD),
         group_spread=log.get("gcpo/rollout/spread_of_groups", 0.0),
-        alike=log.get("gcpo/rollout/alike_tokens", 0.0),
-        alike_draws=log.get("gcpo/rollout/alike_draw_tokens"),
+        alike=log.get("gcpo/rollout/common_prefix_tokens", 0.0),
+        alike_draws=log.get("gcpo/rollout/common_prefix_draw_tokens"),
         question_range=(log.get("prompt_length/min", question), log.get("prompt_length/max", question)),
     )
     if "gcpo/prompts/block_tokens" not in log:
@@ -275,7 +275,7 @@ def weights_of_log(log: Mapping[str, float], tokens: Mapping[str, float], step: 
         return None
     prefilled = sum_of(tokens, "prefilled") - sum_of(tokens, "cached")
     generated = (seconds["gen"] / forward - prefilled) / sum_of(tokens, "generated")
-    trained = sum(tokens.get(f"trained/{name}", 0.0) for name in ("plain", "conditioned", "measured"))
+    trained = sum(tokens.get(f"trained/{name}", 0.0) for name in ("plain", "kappa_rows", "measured"))
     backward = seconds["update_actor"] / forward / trained - 1 - step.recomputed
     return Weights(generated, 1.0, 1.0, backward) if min(generated, backward) > 0 else None
 
@@ -362,7 +362,7 @@ def assume(
     shares = Shares()
     if log is not None:
         lengths, texts, shares = of_log(log, texts, settings, step, exact=not notes)
-        if settings.needs_generations and "gcpo/rollout/equal_rewards_share" not in log:
+        if settings.needs_generations and "gcpo/rollout/equal_rewards_frac" not in log:
             notes.append("the log does not say how many groups had equal rewards; none is assumed")
     else:
         lengths = longest(config, settings, step)
@@ -371,8 +371,8 @@ def assume(
             lengths = replace(lengths, **means, spread=SPREAD, group_spread=SPREAD)
         else:
             notes.append("lengths that are not given are the longest that the configuration allows")
-    given = {"marginal": options.collider}
-    names = ("question", "response", "collider", "conditioned", "spread", "alike")
+    given = {"leave_one_out": options.collider}
+    names = ("question", "response", "collider", "regenerated", "spread", "alike")
     given |= {name: getattr(options, name) for name in names}
     lengths = replace(lengths, **{name: value for name, value in given.items() if value is not None})
     if options.question is not None:

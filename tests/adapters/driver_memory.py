@@ -85,7 +85,7 @@ def make_batch(config: GCPOConfig) -> dict[str, list[torch.Tensor]]:
             "old_log_probs": -torch.rand(length, generator=generator),
             "gcpo_log_p": -torch.rand(slots * length, generator=generator),
             "gcpo_z": torch.randn(SIZE, generator=generator),
-            "gcpo_z_conditioned": torch.randn(samples * SIZE, generator=generator),
+            "gcpo_z_regenerated": torch.randn(samples * SIZE, generator=generator),
             "gcpo_context_lengths": torch.full((slots,), 10_000),
             "gcpo_output_lengths": torch.full((samples,), 1_000),
             "gcpo_kl_weight": torch.ones(1),

@@ -14,7 +14,7 @@ from verl.utils import tensordict_utils as tu
 from examples.arithmetic.warm_start import Recipe, make_tokenizer
 from gcpo.adapters.conditioned import conditioned_packs
 from gcpo.adapters.packed import packed_rows
-from gcpo.collider.draws import ColliderStage
+from gcpo.collider.draws import ColliderSampler
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.methods.fields import flat
 from gcpo.methods.fields import lengths as lengths_of
@@ -97,7 +97,7 @@ def simulate(config: GCPOConfig, n: int, budget: int, block: int) -> tuple[dict[
         server = Server(block)
         for _ in range(n):
             server.prefill(question)
-        stage = ColliderStage(config, prompts, server, {"temperature": 1.0}, 4096, frozenset({END}))
+        stage = ColliderSampler(config, prompts, server, {"temperature": 1.0}, 4096, frozenset({END}))
         result = asyncio.run(stage.run(messages, responses, seed_parts=(1, str(group)), equal_rewards=group % 3 == 0))
         stats.append(result.stats)
         questions.append(len(question))
@@ -128,7 +128,7 @@ def simulate(config: GCPOConfig, n: int, budget: int, block: int) -> tuple[dict[
     tokens = sum(lengths)
     log = rollout_metrics(stats, tokens)
     log |= {"prompt_length/mean": float(np.mean(questions)), "response_length/mean": tokens / len(lengths)}
-    log |= {"gcpo/tokens/scored": scored[0], "gcpo/tokens/trained/conditioned": float(trained)}
+    log |= {"gcpo/tokens/scored": scored[0], "gcpo/tokens/trained/kappa_rows": float(trained)}
     log |= {f"gcpo/tokens/scored_unshared/{kind}": x for kind, x in zip(SCORED_KINDS, scored[1:], strict=True)}
     log |= {"prompt_length/min": float(min(questions)), "prompt_length/max": float(max(questions))}
     log["gcpo/tokens/trained/plain"] = tokens + n * sum(questions)
@@ -141,10 +141,10 @@ def simulate(config: GCPOConfig, n: int, budget: int, block: int) -> tuple[dict[
         (8, 8192, 16, GENERATED),
         (8, 8192, 32, {"preset": "balanced"}),
         (8, 8192, 32, {"preset": "light"}),
-        (8, 600, 16, {**GENERATED, "reference": {"fraction": 1.0}}),
+        (8, 600, 16, {**GENERATED, "reference": {"subsample": 1.0}}),
         (5, 8192, 16, {"preset": "paper", "collider": {"num_draws": 3, "num_generations": 2}}),
-        (8, 700, 16, {"preset": "balanced", "blocks": {"max_tokens": 12}, "features": {"context": "prompt_response"}}),
-        (8, 8192, 16, {**GENERATED, "weighting": "off", "reference": {"fraction": 0.5}}),
+        (8, 700, 16, {"preset": "balanced", "blocks": {"max_tokens": 12}, "features": {"input": "prompt_response"}}),
+        (8, 8192, 16, {**GENERATED, "weighting": "off", "reference": {"subsample": 0.5}}),
     ],
     ids=["generated", "balanced", "light", "tight budget", "paper", "short blocks", "kappa alone"],
 )
@@ -157,8 +157,8 @@ def test_the_model_agrees_with_the_counters(n: int, budget: int, block: int, con
     lengths, texts, shares = of_log(log, measured_texts(prompts, n), gcpo, step, exact=True)
     compared = compare(step_tokens(gcpo, step, lengths, texts, shares, simulated=512), log)
     print({name: f"{b / a - 1:+.1%}" for name, (a, b) in compared.items()})
-    assert {"scored", "trained/conditioned", "generated/collider", "prefilled/collider"} <= set(compared)
-    assert ("generated/conditioned" in compared) == gcpo.needs_generations
+    assert {"scored", "trained/kappa_rows", "generated/collider", "prefilled/collider"} <= set(compared)
+    assert ("generated/regenerated" in compared) == gcpo.needs_generations
     few = gcpo.preset == "light" or gcpo.blocks.max_tokens == 12
     for name, (logged, expected) in compared.items():
         assert expected == pytest.approx(logged, rel=0.15 if name == "cached" and few else 0.05), name

@@ -59,7 +59,7 @@ STAGES = ("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_values", "
     ("overrides", "kept"),
     [
         (("gcpo.preset=paper",), KAPPA | {"gcpo_contexts", "gcpo_context_lengths"}),
-        ((*GENERATED, "gcpo.reference.policy_context=query"), KAPPA),
+        ((*GENERATED, "gcpo.reference.policy_condition=query"), KAPPA),
         ((*GENERATED, "gcpo.kappa=0"), set()),
     ],
     ids=["collider", "query", "kappa 0"],
@@ -79,7 +79,7 @@ def test_stages_fetch_what_they_read(
     trainer = make_trainer(config, queue, tokenizer)
     batch, _ = take_step(trainer, queue)
     rows = set(queue.fields["train"][batch.keys[0]])
-    assert {"gcpo_outputs", "gcpo_group", "gcpo_z_conditioned", *DUMP_FIELDS} <= rows
+    assert {"gcpo_outputs", "gcpo_group", "gcpo_z_regenerated", *DUMP_FIELDS} <= rows
     trainer.ref_in_actor = ref_in_actor
     trainer.actor_rollout_wg = trainer.ref_policy_wg = trainer.critic_wg = workers = Workers(queue)
     for stage in STAGES:
@@ -175,15 +175,15 @@ def test_dump_fields() -> None:
     """Draws come back as they were, those without tokens and without a reward too."""
     draws = [
         Draw([5, 6, 7], "collider", "ok", reward=0.25),
-        Draw([], "marginal", "failed"),
-        Draw([8], "conditioned", "cut"),
+        Draw([], "leave_one_out", "failed"),
+        Draw([8], "regenerated", "cut"),
     ]
     fields = dump_fields(draws)
     assert tuple(fields) == DUMP_FIELDS
     assert dumped_draws(*fields.values()) == [
         {"kind": "collider", "outcome": "ok", "reward": 0.25, "token_ids": [5, 6, 7]},
-        {"kind": "marginal", "outcome": "failed", "reward": None, "token_ids": []},
-        {"kind": "conditioned", "outcome": "cut", "reward": None, "token_ids": [8]},
+        {"kind": "leave_one_out", "outcome": "failed", "reward": None, "token_ids": []},
+        {"kind": "regenerated", "outcome": "cut", "reward": None, "token_ids": [8]},
     ]
     empty = dump_fields([])
     assert dumped_draws(*empty.values()) == [] and all(len(value) == 1 for value in empty.values())

@@ -163,11 +163,11 @@ def expected_group(rows: list[dict[str, Any]], requests: dict[str, EpisodeReques
     return token_advantage(reward, index, torch.tensor(old), torch.tensor(mask))
 
 
-@pytest.mark.parametrize("form", ["inject", "head"])
-def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, form: str) -> None:
+@pytest.mark.parametrize("intervention", ["hidden_state", "lm_head"])
+def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, intervention: str) -> None:
     """What the update finds beside every row is what the public functions make of its group's tokens; a padding row
     gets nothing and is not scored; metrics are finite."""
-    config = make_config(f"gc2po.form={form}")
+    config = make_config(f"gc2po.intervention={intervention}")
     roll_out(config, Writer(tokenizer), GRADER)
     trainer, batch, metrics = take_step(config, queue, tokenizer)
     actor = trainer.actor_rollout_wg
@@ -185,11 +185,11 @@ def test_a_step(make_config: Callable, queue: MemoryQueue, tokenizer: Any, form:
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["gc2po/tokens/path"] == pytest.approx(70, rel=1e-5)
     assert metrics["gc2po/tokens/scored"] == pytest.approx(100, rel=1e-5)
-    assert 0 < metrics["gc2po/robustness/mean"] < 1 and metrics["gc2po/fallback/groups_share"] == 0
+    assert 0 < metrics["gc2po/robustness/mean"] < 1 and metrics["gc2po/fallback/groups_frac"] == 0
     assert metrics["gc2po/reward/errors"] == 0 and metrics["gc2po/advantage/spread_in_response"] > 0
     answers = {len(r.answers) for r in requests}
-    assert answers == {0} if form == "head" else max(answers) > 1
-    if form == "inject":
+    assert answers == {0} if intervention == "lm_head" else max(answers) > 1
+    if intervention == "hidden_state":
         first = tokenizer.decode(requests[0].answers[0])
         assert first == "1}", "the gold answer of these questions"
         assert tokenizer.decode(requests[0].probe) == "\n\nFinal answer: \\boxed{"
@@ -200,7 +200,7 @@ def test_no_parsable_answer_in_a_group(make_config: Callable, queue: MemoryQueue
     config = make_config()
     roll_out(config, Writer(tokenizer, silent="13 + 39"), GRADER)
     trainer, batch, metrics = take_step(config, queue, tokenizer)
-    assert metrics["gc2po/fallback/groups_share"] == pytest.approx(1 / 3)
+    assert metrics["gc2po/fallback/groups_frac"] == pytest.approx(1 / 3)
     ((*requests,),) = trainer.actor_rollout_wg.scorer.calls
     assert len(requests) == 8
     rows = [queue.fields["train"][key] for key in groups_of(real(batch))["uid1"]]
@@ -212,17 +212,21 @@ def test_no_parsable_answer_in_a_group(make_config: Callable, queue: MemoryQueue
 
 def test_nothing_parsable_at_all(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
     """A batch that falls back as a whole is GRPO."""
-    config = make_config("gc2po.form=head")
+    config = make_config("gc2po.intervention=lm_head")
     roll_out(config, Writer(tokenizer, silent="+"), GRADER)
     _, batch, metrics = take_step(config, queue, tokenizer)
-    assert metrics["gc2po/fallback/groups_share"] == 1.0
+    assert metrics["gc2po/fallback/groups_frac"] == 1.0
     assert all(math.isfinite(value) for name, value in metrics.items() if name.startswith("gc2po"))
     assert all(queue.fields["train"][key]["advantages"].isfinite().all() for key in batch.keys)
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [("gc2po.counterfactual=off",), ("gc2po.perturbation.sigma=0",), ("gc2po.perturbation.sigma=0", "gc2po.form=head")],
+    [
+        ("gc2po.counterfactual=off",),
+        ("gc2po.perturbation.sigma=0",),
+        ("gc2po.perturbation.sigma=0", "gc2po.intervention=lm_head"),
+    ],
 )
 def test_nothing_is_perturbed(
     make_config: Callable, queue: MemoryQueue, tokenizer: Any, overrides: tuple[str, ...]
@@ -240,15 +244,17 @@ def test_nothing_is_perturbed(
         assert metrics["gc2po/robustness/min"] == metrics["gc2po/robustness/max"] == 1.0
 
 
-@pytest.mark.parametrize("law", ["gaussian", "group"])
+@pytest.mark.parametrize("distribution", ["gaussian", "group"])
 def test_the_order_of_arrival_does_not_matter(
-    make_config: Callable, monkeypatch: pytest.MonkeyPatch, tokenizer: Any, law: str
+    make_config: Callable, monkeypatch: pytest.MonkeyPatch, tokenizer: Any, distribution: str
 ) -> None:
     """Whichever response comes first, under whatever id: the same seed gives the same rewards and advantages, because
     perturbations follow from the tokens of a response; another seed gives others."""
     runs = []
     for prefix, slow, seed in (("a", lambda at: 0, 0), ("b", lambda at: (7 * at) % 11, 0), ("c", lambda at: 0, 1)):
-        config = make_config(f"gc2po.perturbation.law={law}", f"gc2po.seed={seed}", "gc2po.episodes.scored=2")
+        config = make_config(
+            f"gc2po.perturbation.distribution={distribution}", f"gc2po.seed={seed}", "gc2po.episodes.max_perturbed=2"
+        )
         config.gc2po.perturbation.draws = 2
         queue = MemoryQueue().install(monkeypatch)
         roll_out(config, Writer(tokenizer, slow), GRADER, batch=questions(prefix=prefix))
@@ -335,17 +341,17 @@ def score_on_ranks(rank: int, world: int, config: Any, rows: list[dict[str, torc
 
 
 RUNS = {
-    "inject": {},
+    "hidden_state": {},
     "again": {},
     "permuted": {"order": [3, 1, 0, 2, 7, 6, 5, 4]},
     "another seed": {"seed": 5},
     "one row at a time": {"max_token_len_per_gpu": 420},
     "nothing": {"perturbation": {"sigma": 0.0}},
     "subset": {"episodes": {"separator": " ", "scored": 1}},
-    "head": {"form": "head"},
-    "group": {"perturbation": {"law": "group"}},
-    "group, permuted": {"perturbation": {"law": "group"}, "order": [3, 1, 0, 2, 7, 6, 5, 4]},
-    "group, head": {"perturbation": {"law": "group", "draws": 2}, "form": "head"},
+    "lm_head": {"intervention": "lm_head"},
+    "group": {"perturbation": {"distribution": "group"}},
+    "group, permuted": {"perturbation": {"distribution": "group"}, "order": [3, 1, 0, 2, 7, 6, 5, 4]},
+    "group, head": {"perturbation": {"distribution": "group", "draws": 2}, "intervention": "lm_head"},
     "off": {"counterfactual": False},
 }
 
@@ -375,7 +381,7 @@ def divergence(run: dict[str, list]) -> torch.Tensor:
 def test_worker_episodes(scored: dict[str, dict], tokenizer: Any) -> None:
     """Spans by the response's own tokens, the end token outside; a value for every episode, NaN beyond; one answer:
     nothing is perturbed; nothing is perturbed with sigma 0."""
-    run = scored["inject"]
+    run = scored["hidden_state"]
     assert [max(index) + 1 for index in run["gc2po_index"]] == [3, 2, 1, 3] * 2
     assert all(index[-1] == -1 and -1 not in index[:-1] for index in run["gc2po_index"])
     for row, values in enumerate(divergence(run)):
@@ -386,14 +392,14 @@ def test_worker_episodes(scored: dict[str, dict], tokenizer: Any) -> None:
         assert effect[number:].isnan().all() and ((effect[:number] > 0) & (effect[:number] <= 1)).all()
     assert divergence(scored["nothing"]).isnan().all()
     assert divergence(scored["off"]).isnan().all() and torch.tensor(scored["off"]["gc2po_effectiveness"]).isnan().all()
-    assert divergence(scored["head"])[4:, 0].isfinite().all(), "the head form needs no answers"
+    assert divergence(scored["lm_head"])[4:, 0].isfinite().all(), "lm_head needs no answers"
     assert (divergence(scored["subset"]).isfinite().sum(1) == torch.tensor([1] * 4 + [0] * 4)).all()
 
 
 def test_worker_seeds_and_order(scored: dict[str, dict]) -> None:
     """The same seed gives the same values, wherever a row stands in its group, on whatever rank, in whatever row of the
     packing; another seed gives others."""
-    wanted = divergence(scored["inject"])
+    wanted = divergence(scored["hidden_state"])
     assert torch.equal(torch.nan_to_num(wanted), torch.nan_to_num(divergence(scored["again"])))
     for name in ("permuted", "one row at a time"):
         torch.testing.assert_close(divergence(scored[name]), wanted, rtol=1e-3, atol=1e-7, equal_nan=True)

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters.group_client import GroupClient
-from gcpo.collider.draws import ColliderStage
+from gcpo.collider.draws import ColliderSampler
 from gcpo.faults import ServerLostError
 from gcpo.methods.gcpo.settings import GCPOConfig
 from tests.adapters.test_rollout import PARENT, Worker, run, world  # noqa: F401  (world is a fixture)
@@ -32,9 +32,9 @@ FAILURES = [
 ]
 
 
-def stage(generate: Any) -> ColliderStage:
+def stage(generate: Any) -> ColliderSampler:
     config = GCPOConfig.from_config({"preset": "light"}, n=3, response_length=8)
-    return ColliderStage(config, None, generate, {}, 128, frozenset({2}))
+    return ColliderSampler(config, None, generate, {}, 128, frozenset({2}))
 
 
 def client(error: Exception, monkeypatch: pytest.MonkeyPatch) -> GroupClient:

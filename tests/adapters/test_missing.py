@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gcpo.collider.draws import ColliderStage
+from gcpo.collider.draws import ColliderSampler
 from gcpo.methods.gcpo.missing import Count, Missing, NothingValidError
 from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue
@@ -49,17 +49,21 @@ def test_a_step_without_any_causal_part_stops(
         take_step(make_trainer(config, queue, tokenizer), queue)
     message = str(stopped.value)
     assert message.startswith(f"{parts} that step 1 asked for is valid") and "\n" not in message
-    assert "a collider generation failed (RuntimeError: the server lost the request)" in message
+    assert "a collider draw failed (RuntimeError: the server lost the request)" in message
 
 
 @pytest.mark.parametrize(
     ("overrides", "parts", "cause"),
     [
-        # Conditioned generations of one token cannot end: no target, while the kappa term has all it needs.
-        (("gcpo.preset=paper", "gcpo.conditioned.max_tokens=1"), "none of the 12 targets that", "conditioned"),
+        # Regenerated responses of one token cannot end: no target, while the kappa term has all it needs.
+        (("gcpo.preset=paper", "gcpo.regenerated.max_tokens=1"), "none of the 12 targets that", "regenerated response"),
         # With the collider draw lost in every group the leave-one-out draws make neither by themselves.
-        (("gcpo.preset=balanced", "lost=collider"), "none of the 12 targets and none of the 6 references", "collider"),
-        (("gcpo.preset=light", "lost=marginal"), "none of the 3 references that", "marginal"),
+        (
+            ("gcpo.preset=balanced", "lost=collider"),
+            "none of the 12 targets and none of the 6 references",
+            "collider draw",
+        ),
+        (("gcpo.preset=light", "lost=leave_one_out"), "none of the 3 references that", "leave-one-out draw"),
     ],
     ids=["targets", "targets and references", "references"],
 )
@@ -77,15 +81,15 @@ def test_each_part_is_judged_by_itself(
     lose_draws(monkeypatch, lambda kind, at: kind in lost)
     config = make_config(*(one for one in overrides if not one.startswith("lost=")))
     roll_out(config, Server(), Grader(lambda ids: float(sum(ids))))
-    with pytest.raises(NothingValidError, match=f"{parts}.*first causes: a {cause} generation "):
+    with pytest.raises(NothingValidError, match=f"{parts}.*first causes: a {cause} "):
         take_step(make_trainer(config, queue, tokenizer), queue)
 
 
 def lose_draws(monkeypatch: pytest.MonkeyPatch, loses: Callable[[str, int], bool]) -> None:
     """Let the server lose the draws for which ``loses(kind, number of the kind's draw in its group)``."""
-    draw = ColliderStage.draw
+    draw = ColliderSampler.draw
 
-    async def losing(self: ColliderStage, kind: str, *args: Any, **kwargs: Any) -> Any:
+    async def losing(self: ColliderSampler, kind: str, *args: Any, **kwargs: Any) -> Any:
         counts = self.__dict__.setdefault("drawn", Counter())
         counts[kind] += 1
         if not loses(kind, counts[kind] - 1):
@@ -99,7 +103,7 @@ def lose_draws(monkeypatch: pytest.MonkeyPatch, loses: Callable[[str, int], bool
     async def lost_request(*args: Any) -> Any:
         raise RuntimeError("the server lost the request")
 
-    monkeypatch.setattr(ColliderStage, "draw", losing)
+    monkeypatch.setattr(ColliderSampler, "draw", losing)
 
 
 @pytest.mark.parametrize("lost", [0, 1, N - 1])
@@ -138,8 +142,8 @@ def test_a_missing_share_warns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Above the bound one sentence per step names the shares and the causes; at the bound nothing is said."""
-    lose_draws(monkeypatch, lambda kind, at: kind == "marginal" and at == 0)
-    config = make_config("gcpo.preset=balanced", "gcpo.reference.fraction=1")
+    lose_draws(monkeypatch, lambda kind, at: kind == "leave_one_out" and at == 0)
+    config = make_config("gcpo.preset=balanced", "gcpo.reference.subsample=1")
     roll_out(config, Server(), Grader(lambda ids: float(sum(ids))))
     trainer = make_trainer(config, queue, tokenizer)
     _, metrics = take_step(trainer, queue)
@@ -152,7 +156,7 @@ def test_a_missing_share_warns(
     take_step(trainer, queue)
     (said,) = [record.getMessage() for record in caplog.records if "lacks" in record.getMessage()]
     assert "step 1 lacks 25 % of the draws, 25 % of the targets and 25 % of the references" in said
-    assert "a marginal generation failed (RuntimeError: the server lost the request), 3 x" in said
+    assert "a leave-one-out draw failed (RuntimeError: the server lost the request), 3 x" in said
 
 
 def test_groups_that_are_left_out_on_purpose(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
@@ -161,7 +165,7 @@ def test_groups_that_are_left_out_on_purpose(make_config: Callable, queue: Memor
     roll_out(config, Server(fails=auxiliary), Grader(lambda ids: 1.0))
     batch, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
     assert not [name for name in metrics if name.startswith("gcpo/missing/")]
-    assert metrics["gcpo/rollout/skipped_groups_share"] == 1.0
+    assert metrics["gcpo/rollout/skipped_groups_frac"] == 1.0
     assert all(queue.fields["train"][key]["advantages"].sum() == 0 for key in real(batch))
 
 
@@ -169,22 +173,22 @@ def test_a_stage_that_fails_counts(
     make_config: Callable, queue: MemoryQueue, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a group whose stage raises every draw, target and reference that it needed is missing; in all groups: stop."""
-    run, failing = ColliderStage.run, {"42"}
+    run, failing = ColliderSampler.run, {"42"}
 
-    async def fails(self: ColliderStage, messages: list[dict], *args: Any, **kwargs: Any) -> Any:
+    async def fails(self: ColliderSampler, messages: list[dict], *args: Any, **kwargs: Any) -> Any:
         if any(word in messages[0]["content"] for word in failing):
             raise ValueError("the chat template drops the user's text")
         return await run(self, messages, *args, **kwargs)
 
-    monkeypatch.setattr(ColliderStage, "run", fails)
+    monkeypatch.setattr(ColliderSampler, "run", fails)
     config = make_config("gcpo.preset=balanced")
     failing = {"12 +"}
     roll_out(config, Server(), Grader(lambda ids: float(sum(ids))))
     batch, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
     for part in ("draws", "targets", "references"):
         assert metrics[f"gcpo/missing/{part}_frac"] == pytest.approx(1 / QUESTIONS)
-    assert metrics["gcpo/rollout/failed_groups"] == 1 and metrics["gcpo/rollout/skipped_groups_share"] == 0
-    assert metrics["gcpo/rollout/marginal/failed"] == N
+    assert metrics["gcpo/rollout/failed_groups"] == 1 and metrics["gcpo/rollout/skipped_groups_frac"] == 0
+    assert metrics["gcpo/rollout/leave_one_out/failed"] == N
     other = MemoryQueue()
     with pytest.MonkeyPatch.context() as patch:
         other.install(patch)
@@ -198,13 +202,16 @@ def test_a_stage_that_fails_counts(
 
 
 def entry(causes: dict[str, int] | None = None, **stats: int) -> dict[str, Any]:
-    return {"stats": {name.replace("_", "/"): float(value) for name, value in stats.items()}, "causes": causes or {}}
+    return {
+        "stats": {"/".join(name.rsplit("_", 1)): float(value) for name, value in stats.items()},
+        "causes": causes or {},
+    }
 
 
 def test_shares_by_hand() -> None:
     """The draws' share is that of the kind that lost the most; what was not asked for has none."""
     missing = Missing()
-    missing.add_draws(entry({"cut": 3}, collider_draws=8, collider_ok=5, conditioned_draws=40, conditioned_ok=40))
+    missing.add_draws(entry({"cut": 3}, collider_draws=8, collider_ok=5, regenerated_draws=40, regenerated_ok=40))
     missing.add_draws(entry({"lost": 1, "cut": 1}, collider_draws=8, collider_ok=6))
     missing.add_draws(entry())
     missing.targets = Count(16, 2)
@@ -223,7 +230,7 @@ def test_shares_by_hand() -> None:
 def test_three_causes_are_named() -> None:
     """The sentence stays short whatever the number of causes."""
     missing = Missing()
-    missing.add_draws(entry({f"cause {k}": 1 for k in range(9)}, marginal_draws=9))
+    missing.add_draws(entry({f"cause {k}": 1 for k in range(9)}, leave_one_out_draws=9))
     with pytest.raises(
         NothingValidError, match=r"none of the 9 draws that step 7 .*: cause 0, 1 x; cause 1, 1 x; cause 2, 1 x$"
     ):

@@ -217,7 +217,7 @@ def table(rank: int, world: int, config: Any, packing: str, rows: list[dict[str,
     found["not measured"] = update(every_step, worker, rank, world, fields, micro=THREE, step=3)
     found["measured"] = update(every_step, worker, rank, world, fields, micro=THREE, step=4)
     on_query = copy.deepcopy(config)
-    on_query.gcpo.reference.policy_context = "query"
+    on_query.gcpo.reference.policy_condition = "query"
     on_query.gcpo.metrics.grad_norm_every = 1
     found["query"] = update(on_query, worker, rank, world, fields, micro=THREE)
     token_mean = with_changes(
@@ -298,7 +298,7 @@ def test_tokens_trained(found: dict, rows: list[dict[str, Any]], minis: int) -> 
         wanted = dense + 2 * (ROWS - len(chosen))
     else:
         wanted = dense - 11 * (len(chosen) - problem.GROUPS)
-    assert metrics["gcpo/tokens/trained/conditioned"] == wanted
+    assert metrics["gcpo/tokens/trained/kappa_rows"] == wanted
 
 
 def test_every_part_matters(parts: dict) -> None:
@@ -331,7 +331,7 @@ def test_one_row_at_a_time(found: dict, parts: dict) -> None:
 
 
 def test_policy_context_query(found: dict, tiny_model: Path, rows: list[dict[str, Any]]) -> None:
-    """``policy_context: query`` puts pi_theta(. | q) under the reference, in one pass over the plain rows."""
+    """``policy_condition: query`` puts pi_theta(. | q) under the reference, in one pass over the plain rows."""
     result, wanted = found["query"], problem.objective(str(tiny_model), rows, kappa_context="query")
     assert len(result["micro_batches"]) == THREE * (1 + len(PARTS))  # three passes measure the parts
     assert_equal(result, wanted)

@@ -15,7 +15,7 @@ from tests.adapters.ranks import build_engine, run_on_ranks
 TEMPERATURE, DRAWS, SIZE = 0.7, 2, 32
 
 
-def make_requests(form: str, count: int, scale: float = 0.5) -> list[EpisodeRequest]:
+def make_requests(intervention: str, count: int, scale: float = 0.5) -> list[EpisodeRequest]:
     """Responses to two questions with one to three episodes; the first has one that is not asked about."""
     generator = torch.Generator().manual_seed(5)
 
@@ -33,7 +33,7 @@ def make_requests(form: str, count: int, scale: float = 0.5) -> list[EpisodeRequ
                 ends,
                 asked,
                 tokens(3),
-                (tokens(2), tokens(1), tokens(3)) if form == "inject" else (),
+                (tokens(2), tokens(1), tokens(3)) if intervention == "hidden_state" else (),
                 torch.randn(len(asked), DRAWS, SIZE, generator=generator) * scale,
             )
         )
@@ -41,20 +41,20 @@ def make_requests(form: str, count: int, scale: float = 0.5) -> list[EpisodeRequ
 
 
 def score(rank: int, world: int, path: str, counts: tuple[int, ...], runs: list[tuple[str, dict[str, Any]]]) -> Any:
-    """Scores, counts of tokens and hooks that are left, of every (form, options) in one process."""
+    """Scores, counts of tokens and hooks that are left, of every (intervention, options) in one process."""
     engine = build_engine(path)
     found = []
-    for form, options in runs:
+    for intervention, options in runs:
         scale = 0.5 if options.get("relative", True) else 8.0
         scorer = EpisodeScorer(
             engine,
             settings={"use_remove_padding": False, "use_fused_kernels": False},
             temperature=TEMPERATURE,
-            form=form,
-            **{"layer": 1 if form == "inject" else -1, "relative": True, "max_tokens": 4096, **options},
+            intervention=intervention,
+            **{"layer": 1 if intervention == "hidden_state" else -1, "relative": True, "max_tokens": 4096, **options},
         )
         with engine.eval_mode():
-            scores = scorer(make_requests(form, counts[rank], scale))
+            scores = scorer(make_requests(intervention, counts[rank], scale))
         modules = (engine.module.lm_head, engine.module.model.norm, engine.module.model.layers[0])
         left = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
         tokens = (scorer.path_tokens, scorer.branch_tokens, scorer.unshared_tokens)
@@ -62,11 +62,11 @@ def score(rank: int, world: int, path: str, counts: tuple[int, ...], runs: list[
     return found
 
 
-def expected(path: str, requests: list[EpisodeRequest], form: str, relative: bool = True) -> list[tuple]:
+def expected(path: str, requests: list[EpisodeRequest], intervention: str, relative: bool = True) -> list[tuple]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
-    layer = 1 if form == "inject" else -1
+    layer = 1 if intervention == "hidden_state" else -1
 
     def moved(state: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return state + noise.double() * (state.norm() if relative else 1)
@@ -95,7 +95,7 @@ def expected(path: str, requests: list[EpisodeRequest], form: str, relative: boo
         state = model.model(ids[None]).last_hidden_state[0, -1]
         return (model.lm_head(moved(state, noise)) / TEMPERATURE).log_softmax(-1)
 
-    log_q = answers if form == "inject" else vocabulary
+    log_q = answers if intervention == "hidden_state" else vocabulary
     found = []
     with torch.no_grad():
         for request in requests:
@@ -130,12 +130,12 @@ LAYOUTS = {
 def test_equal_to_one_sequence_at_a_time(tiny_model: Path) -> None:
     """States and divergences are those of separate forward passes with the state moved, however rows are laid out; no
     hook stays behind."""
-    runs = [(form, options) for form in ("inject", "head") for options in LAYOUTS.values()]
+    runs = [(intervention, options) for intervention in ("hidden_state", "lm_head") for options in LAYOUTS.values()]
     (found,) = run_on_ranks(1, score, str(tiny_model), (6,), runs)
-    for (form, options), (scores, tokens, left) in zip(runs, found, strict=True):
+    for (intervention, options), (scores, tokens, left) in zip(runs, found, strict=True):
         relative = options.get("relative", True)
-        requests = make_requests(form, 6, 0.5 if relative else 8.0)
-        wanted = expected(str(tiny_model), requests, form, relative)
+        requests = make_requests(intervention, 6, 0.5 if relative else 8.0)
+        wanted = expected(str(tiny_model), requests, intervention, relative)
         assert_scores(scores, wanted)
         assert min(float(divergence.max()) for _, divergence in wanted) > 1e-3
         assert left == found[0][2] and tokens[2] == sum(r.unshared for r in requests) > tokens[0] + tokens[1]
@@ -143,10 +143,10 @@ def test_equal_to_one_sequence_at_a_time(tiny_model: Path) -> None:
 
 def test_ranks_with_different_numbers(tiny_model: Path) -> None:
     """A rank with fewer responses, or none, takes part in every collective; the head is inside the sharded module."""
-    runs = [("inject", {"max_tokens": 110}), ("head", {"max_tokens": 110})]
+    runs = [("hidden_state", {"max_tokens": 110}), ("lm_head", {"max_tokens": 110})]
     found = run_on_ranks(2, score, str(tiny_model), (5, 0), runs)
-    for (form, _), (scores, *_), (nothing, tokens, _) in zip(runs, *found, strict=True):
-        assert_scores(scores, expected(str(tiny_model), make_requests(form, 5), form))
+    for (intervention, _), (scores, *_), (nothing, tokens, _) in zip(runs, *found, strict=True):
+        assert_scores(scores, expected(str(tiny_model), make_requests(intervention, 5), intervention))
         assert nothing == [] and tokens == (0, 0, 0)
 
 
@@ -159,11 +159,17 @@ def bits(rank: int, world: int, path: str) -> Any:
     logits: list[torch.Tensor] = []
     engine.module.lm_head.register_forward_hook(lambda module, args, output: logits.append(output.clone()))
     found = []
-    for form, layer in (("inject", 1), ("head", -1)):
+    for intervention, layer in (("hidden_state", 1), ("lm_head", -1)):
         scorer = EpisodeScorer(
-            engine, settings=settings, temperature=1.0, layer=layer, form=form, relative=True, max_tokens=4096
+            engine,
+            settings=settings,
+            temperature=1.0,
+            layer=layer,
+            intervention=intervention,
+            relative=True,
+            max_tokens=4096,
         )
-        requests = make_requests(form, 6, scale=0.0)
+        requests = make_requests(intervention, 6, scale=0.0)
         (pack,) = pack_requests(requests, 4096)
         logits.clear()
         with engine.eval_mode():

@@ -272,10 +272,10 @@ def expected_group(rows: list[dict[str, Any]], gcpo: GCPOConfig) -> dict[str, to
         valid.append(torch.tensor([[c is not None for c in row] for row in cells]))
         log_p.append([log_probs_of(x, y) if len(x) else torch.zeros(len(y)) for x in contexts])
     z, conditioned, valid = torch.stack(z), torch.stack(conditioned), torch.stack(valid)
-    marginal = {}
-    if gcpo.marginal_draws:
-        marginal = {"z_marginal": conditioned[:, shared:], "valid_marginal": valid[:, shared:]}
-    target, has_target = causal_target(z, conditioned[:, :shared], valid[:, :shared], **marginal)
+    leave_one_out = {}
+    if gcpo.leave_one_out_draws:
+        leave_one_out = {"z_marginal": conditioned[:, shared:], "valid_marginal": valid[:, shared:]}
+    target, has_target = causal_target(z, conditioned[:, :shared], valid[:, :shared], **leave_one_out)
     if gcpo.weighting.target == "group_mean":
         target, has_target = z.mean(0).expand_as(z), torch.ones(len(rows), dtype=torch.bool)
     weight = causal_weight(z, target, has_target, alpha=gcpo.alpha)
@@ -285,11 +285,11 @@ def expected_group(rows: list[dict[str, Any]], gcpo: GCPOConfig) -> dict[str, to
     for fields, values in zip(rows, log_p, strict=True):
         present = (fields["gcpo_context_lengths"] > 0)[None]
         values = torch.stack(values)[None]
-        marginal = {}
-        if gcpo.marginal_draws:
-            marginal = {"log_p_marginal": values[:, shared:], "valid_marginal": present[:, shared:]}
+        leave_one_out = {}
+        if gcpo.leave_one_out_draws:
+            leave_one_out = {"log_p_marginal": values[:, shared:], "valid_marginal": present[:, shared:]}
         query = log_probs_of(fields["prompts"], fields["responses"])[None]
-        log_ref, _, has_reference = causal_reference(values[:, :shared], query, present[:, :shared], **marginal)
+        log_ref, _, has_reference = causal_reference(values[:, :shared], query, present[:, :shared], **leave_one_out)
         references.append((log_ref[0], bool(has_reference) and float(fields["gcpo_kl_weight"]) > 0))
     return {"advantage": advantage, "weight": weight, "has_target": has_target, "references": references}
 
@@ -305,9 +305,9 @@ GENERATED = ("gcpo.preset=balanced", "gcpo.collider.num_draws=2", "gcpo.features
         GENERATED,
         ("gcpo.preset=balanced",),
         ("gcpo.preset=light",),
-        (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.conditioned.max_tokens=6"),
-        (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.conditioned.max_tokens=6", "gcpo.weighting.missing=one"),
-        (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.conditioned.max_tokens=6", "gcpo.advantage.form=signed"),
+        (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.regenerated.max_tokens=6"),
+        (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.regenerated.max_tokens=6", "gcpo.weighting.missing=one"),
+        (*GENERATED, "gcpo.collider.max_tokens=5", "gcpo.regenerated.max_tokens=6", "gcpo.advantage.form=signed"),
     ],
     ids=["paper", "generated", "balanced", "light", "many cut", "many cut, one", "many cut, signed"],
 )
@@ -375,7 +375,7 @@ def test_what_the_update_is_told(make_config: Callable, queue: MemoryQueue, toke
     assert told["gcpo"] == {
         "kappa": 0.03,
         "max_kl": 10.0,
-        "policy_context": "collider",
+        "policy_condition": "collider",
         "num_shared": 2,
         "loss_agg_mode": "seq-mean-token-mean",
         "loss_scale_factor": None,
@@ -403,9 +403,9 @@ def test_metrics_count_real_rows_once(make_config: Callable, queue: MemoryQueue,
     plain = [r for r in server.requests if not hasattr(r, "max_tokens")]
     auxiliary = [r for r in server.requests if hasattr(r, "max_tokens")]
     assert len(plain) == N * QUESTIONS
-    prefilled = sum(metrics[f"gcpo/tokens/prefilled/{kind}"] for kind in ("collider", "marginal", "conditioned"))
+    prefilled = sum(metrics[f"gcpo/tokens/prefilled/{kind}"] for kind in ("collider", "leave_one_out", "regenerated"))
     assert prefilled == sum(len(request.prompt_ids) for request in auxiliary)
-    assert metrics["gcpo/tokens/prefix_cache_hit_share"] == pytest.approx(3 * len(auxiliary) / prefilled)
+    assert metrics["gcpo/tokens/prefix_cache_hit_frac"] == pytest.approx(3 * len(auxiliary) / prefilled)
     responses = [queue.fields["train"][key]["responses"] for key in real(batch)]
     assert metrics["gcpo/tokens/generated/response"] == sum(map(len, responses))
 
@@ -427,7 +427,7 @@ def test_the_dump(make_config: Callable, queue: MemoryQueue, tokenizer: Any, tmp
     draws = sum(hasattr(request, "max_tokens") for request in server.requests)
     assert len(lines) == draws and {uid for uid, _ in found} == {"uid0", "uid1", "uid2"}
     for i in range(QUESTIONS):
-        assert found[f"uid{i}", "collider"] == 2 and found[f"uid{i}", "marginal"] == N
+        assert found[f"uid{i}", "collider"] == 2 and found[f"uid{i}", "leave_one_out"] == N
     graded = [line for line in lines if line["outcome"] == "ok"]
     assert graded and all(line["score"] in (0.0, 1.0, 2.0) for line in graded)
 
@@ -482,8 +482,8 @@ def test_plain_grpo_asks_for_nothing_more(make_config: Callable, queue: MemoryQu
 @pytest.mark.parametrize(
     ("overrides", "kinds", "calls"),
     [
-        (("gcpo.weighting=off",), {"collider", "marginal"}, True),
-        (("gcpo.kappa=0",), {"collider", "marginal", "conditioned"}, True),
+        (("gcpo.weighting=off",), {"collider", "leave_one_out"}, True),
+        (("gcpo.kappa=0",), {"collider", "leave_one_out", "regenerated"}, True),
         (("gcpo.kappa=0", "gcpo.weighting.target=group_mean"), set(), True),
     ],
     ids=["reference alone", "weighting alone", "mean of the group"],
@@ -563,7 +563,7 @@ def test_a_load_balancer_without_servers(make_config: Callable, queue: MemoryQue
     balancer = Empty([Server()])
     roll_out(make_config("gcpo.preset=light"), balancer, batch=questions(1))
     (stats,) = [entry["stats"] for row in queue.fields["train"].values() if (entry := row["gcpo_group"])]
-    assert stats["collider/failed"] == stats["marginal/failed"] == 1.0
+    assert stats["collider/failed"] == stats["leave_one_out/failed"] == 1.0
     assert len(balancer.released) == N
 
 
@@ -574,7 +574,7 @@ def test_equal_rewards(make_config: Callable, queue: MemoryQueue, tokenizer: Any
     roll_out(config, server, Grader(lambda ids: 1.0))
     _, metrics = take_step(make_trainer(config, queue, tokenizer), queue)
     assert len(server.requests) == QUESTIONS * (N + 2 + N // 2)
-    assert metrics["gcpo/upsilon/without_target_share"] == 1.0 and metrics["gcpo/reference/without_share"] == 0.0
+    assert "gcpo/missing/targets_frac" not in metrics and metrics["gcpo/missing/references_frac"] == 0.0
     assert not any(name in row for row in queue.fields["train"].values() for name in DUMP_FIELDS)  # no dump folder
 
 

@@ -14,7 +14,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters import rollout
 from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
-from gcpo.collider.draws import ColliderStage, Draw, GroupResult
+from gcpo.collider.draws import ColliderSampler, Draw, GroupResult
 from gcpo.methods.base import Run, Sampling
 from gcpo.methods.fields import flat, lengths, split
 from gcpo.methods.gcpo.method import GCPO
@@ -82,7 +82,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(PARENT, "_run_prompt", run_prompt)
     monkeypatch.setattr(PARENT, "_run_agent_loop", run_agent_loop)
     monkeypatch.setattr(PARENT, "_agent_loop_postprocess", postprocess)
-    monkeypatch.setattr(ColliderStage, "run", run_stage)
+    monkeypatch.setattr(ColliderSampler, "run", run_stage)
     monkeypatch.setattr(rollout.tq, "async_kv_batch_put", put)
     return seen
 
@@ -169,7 +169,7 @@ def test_grading_of_draws(monkeypatch: pytest.MonkeyPatch, ability: str | None) 
     async def sampled(*args, **kwargs):
         return result
 
-    monkeypatch.setattr(ColliderStage, "run", sampled)
+    monkeypatch.setattr(ColliderSampler, "run", sampled)
     monkeypatch.setattr(rollout.tq, "async_kv_batch_put", sampled)
     worker = Worker(metrics={"graded_fraction": 1.0})
     sessions = {i: rollout.Session([5], [10, 2], 0.5, output) for i in range(2)}

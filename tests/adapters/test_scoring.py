@@ -305,7 +305,7 @@ def test_row_layout() -> None:
     fields = layout()
     assert fields["gcpo_scored_tokens"] == [[7.0, 3.0, 3 + 1 + 2 * 3, 3 + 1]]
     assert fields["gcpo_z"] == [[2.0, 0.0]]
-    assert fields["gcpo_z_conditioned"] == [[2.0, 0.0, 0.0, 0.0, 60.0, 0.0]]
+    assert fields["gcpo_z_regenerated"] == [[2.0, 0.0, 0.0, 0.0, 60.0, 0.0]]
     assert fields["gcpo_log_p"] == [[-3.0] * 3 + [0.0] * 3 + [-1.0] * 3]
 
 
@@ -313,10 +313,10 @@ def test_row_options() -> None:
     """Last content token, prompt and response, and the state at the end of the prompt."""
     assert layout(features={"token": "last_content"})["gcpo_z"] == [[21.0, 0.0]]
     assert layout(features={"token": "last_content"}, end_ids=(2, 21))["gcpo_z"] == [[20.0, 0.0]]
-    fields = layout(features={"context": "prompt_response"})
+    fields = layout(features={"input": "prompt_response"})
     assert fields["gcpo_z"] == [[2.0, 2.0]]
-    assert fields["gcpo_z_conditioned"] == [[2.0, 3.0, 0.0, 0.0, 60.0, 1.0]]
-    assert layout(features={"source": "prompt"})["gcpo_z_conditioned"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]
+    assert fields["gcpo_z_regenerated"] == [[2.0, 3.0, 0.0, 0.0, 60.0, 1.0]]
+    assert layout(features={"source": "prompt"})["gcpo_z_regenerated"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]
     assert "gcpo_log_p" not in layout(kappa=0.0)
     assert layout(weight=0.0)["gcpo_log_p"] == [[0.0] * 9]
-    assert layout(weight=0.0, features={"source": "prompt"})["gcpo_z_conditioned"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]
+    assert layout(weight=0.0, features={"source": "prompt"})["gcpo_z_regenerated"] == [[32.0, 3.0, 0.0, 0.0, 40.0, 1.0]]

@@ -163,7 +163,7 @@ class Unseeded(Server):
 
 @pytest.mark.parametrize(
     "overrides",
-    [(*GENERATED, "gcpo.weighting.control=shuffled"), ("gcpo.weighting=off", "gcpo.kappa=0")],
+    [(*GENERATED, "gcpo.weighting.ablation=shuffled"), ("gcpo.weighting=off", "gcpo.kappa=0")],
     ids=["gcpo", "grpo"],
 )
 def test_no_request_has_a_seed(
@@ -173,7 +173,7 @@ def test_no_request_has_a_seed(
     tokenizer: Any,
     overrides: tuple[str, ...],
 ) -> None:
-    """``gcpo.seed=null`` holds for plain responses, draws, conditioned generations and validation, and for the twin."""
+    """``gcpo.seed=null`` holds for plain responses, draws, regenerated responses and validation, and for the twin."""
     config = make_config(*overrides, "gcpo.seed=null")
     server = Unseeded()
     manager = make_manager(config, server)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from contextlib import asynccontextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from examples.arithmetic.warm_start import Recipe, make_tokenizer
-from gcpo.collider.draws import ColliderStage, GroupResult, _alike
+from gcpo.collider.draws import ColliderSampler, GroupResult, _mean_common_prefix
 from gcpo.collider.prompts import CandidatePrompts
 from gcpo.methods.gcpo.method import check_layout
 from gcpo.methods.gcpo.settings import GCPOConfig
@@ -44,13 +43,12 @@ def run(
     equal: bool = False,
     key: tuple = (1, "q"),
     limit: int = 2048,
-    admit: Any = nullcontext,
     **config: Any,
 ) -> GroupResult:
     tokenizer = make_tokenizer(Recipe())
     gcpo = GCPOConfig.from_config(config, n=4, response_length=16)
     prompts, ends = CandidatePrompts(tokenizer), frozenset({END})
-    stage = ColliderStage(gcpo, prompts, server, {"temperature": 1.0}, limit, ends, admit)
+    stage = ColliderSampler(gcpo, prompts, server, {"temperature": 1.0}, limit, ends)
     messages = [{"role": "user", "content": "What is 12 + 39?"}]
     return asyncio.run(stage.run(messages, RESPONSES, seed_parts=key, equal_rewards=equal))
 
@@ -63,9 +61,9 @@ def run(
         ({"preset": "light"}, (1, 1, 0)),
         (GENERATED, (2, 4, 4 * 3)),
         ({**GENERATED, "weighting": "off"}, (2, 2, 0)),
-        ({**GENERATED, "weighting": "off", "reference": {"fraction": 1.0}}, (2, 4, 0)),
+        ({**GENERATED, "weighting": "off", "reference": {"subsample": 1.0}}, (2, 4, 0)),
         (
-            {**GENERATED, "collider": {"num_draws": 2, "num_generations": 2, "num_marginal_draws": 3}},
+            {**GENERATED, "collider": {"num_draws": 2, "num_generations": 2, "num_leave_one_out_draws": 3}},
             (2, 12, 4 * 5 * 2),
         ),
     ],
@@ -75,17 +73,17 @@ def test_numbers_of_requests(config: dict, counts: tuple[int, int, int]) -> None
     server = Server()
     result = run(server, **config)
     kinds = [draw.kind for draw in result.draws]
-    assert tuple(kinds.count(kind) for kind in ("collider", "marginal", "conditioned")) == counts
+    assert tuple(kinds.count(kind) for kind in ("collider", "leave_one_out", "regenerated")) == counts
     assert len(server.asked) == sum(counts)
 
 
 def test_equal_rewards_skip_what_cannot_matter() -> None:
-    """A = 0: no conditioned generation, and no context of a response without a kappa term; with kappa = 0 nothing at
+    """A = 0: no regenerated response, and no context of a response without a kappa term; with kappa = 0 nothing at
     all, and the group is counted."""
     server = Server()
     result = run(server, equal=True, **GENERATED)
     kinds = [draw.kind for draw in result.draws]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"collider": 2, "marginal": 2}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"collider": 2, "leave_one_out": 2}
     assert [all(row) for row in result.contexts] == [weight > 0 for weight in result.kl_weight]
     silent = Server()
     result = run(silent, equal=True, **GENERATED, kappa=0.0)
@@ -149,49 +147,26 @@ def test_a_share_of_the_responses_has_a_kappa_term() -> None:
     """m of n, weighted n / m, drawn anew for every group; the others ask for nothing that nobody needs."""
     for fraction, count in ((1.0, 4), (0.5, 2), (0.1, 1)):
         server = Server()
-        result = run(server, **GENERATED, weighting="off", reference={"fraction": fraction})
+        result = run(server, **GENERATED, weighting="off", reference={"subsample": fraction})
         assert sorted(result.kl_weight) == [0.0] * (4 - count) + [4 / count] * count
         assert len(server.asked) == 2 + count  # two shared draws, and a leave-one-out draw for each of them
         for weight, row in zip(result.kl_weight, result.contexts, strict=True):
             assert all((len(context) > 0) == (weight > 0) for context in row)
-    chosen = {tuple(run(Server(), preset="light", key=(k,), reference={"fraction": 0.5}).kl_weight) for k in range(30)}
+    chosen = {tuple(run(Server(), preset="light", key=(k,), reference={"subsample": 0.5}).kl_weight) for k in range(30)}
     assert len(chosen) == 6  # every pair of four is drawn sooner or later
     assert run(Server(), **GENERATED, kappa=0.0).kl_weight == [0.0] * 4
-    everything = run(Server(), preset="balanced", reference={"fraction": 0.25})
+    everything = run(Server(), preset="balanced", reference={"subsample": 0.25})
     assert all(context for row in everything.contexts for context in row)  # Upsilon needs them all
 
 
 def test_tokens_that_responses_begin_with_in_common() -> None:
     """The mean over pairs: of four responses whose pairs share 2, 1, 1, 1, 1 and 3 tokens."""
-    assert _alike([[5, 6, 2], [5, 6, 7, 2], [5, 8, 9, 2], [5, 8, 9]]) == pytest.approx((2 + 1 + 1 + 1 + 1 + 3) / 6)
-    assert run(Server(), preset="light").stats["alike_tokens"] == 0.0
-    same = run(Server(lambda prompt, params: [40, 41, END]), **GENERATED).stats["alike_draw_tokens"]
-    assert same == 3.0 and run(Server(), **GENERATED).stats["alike_draw_tokens"] < 1
-
-
-def test_admission_is_asked_for_the_prompts() -> None:
-    """All requests of a group go out while it is admitted, for the tokens of its frame, the collider's prompt and the
-    tree; a group that needs nothing does not wait."""
-    held: list[int] = []
-    inside = 0
-
-    @asynccontextmanager
-    async def admit(tokens: int):
-        nonlocal inside
-        held.append(tokens)
-        inside += 1
-        yield
-        inside -= 1
-
-    def reply(prompt: list[int], params: dict) -> list[int]:
-        assert inside == 1
-        return [60, END]
-
-    result = run(Server(reply), **GENERATED, admit=admit)
-    sizes, frame = result.plan["blocks"], result.plan["frame"]
-    assert len(held) == 1 and frame + sum(sizes) < held[0] and inside == 0
-    run(Server(), **GENERATED, kappa=0.0, equal=True, admit=admit)
-    assert len(held) == 1
+    assert _mean_common_prefix([[5, 6, 2], [5, 6, 7, 2], [5, 8, 9, 2], [5, 8, 9]]) == pytest.approx(
+        (2 + 1 + 1 + 1 + 1 + 3) / 6
+    )
+    assert run(Server(), preset="light").stats["common_prefix_tokens"] == 0.0
+    same = run(Server(lambda prompt, params: [40, 41, END]), **GENERATED).stats["common_prefix_draw_tokens"]
+    assert same == 3.0 and run(Server(), **GENERATED).stats["common_prefix_draw_tokens"] < 1
 
 
 def test_leave_one_out_draws_hang_on_the_tree_of_the_contexts() -> None:
@@ -226,7 +201,7 @@ def test_a_full_length_answer_that_ends_is_whole() -> None:
 def test_lengths_by_kind_and_the_context_limit() -> None:
     """Each kind has its own max_tokens; a prompt that leaves no room counts as failed and asks nothing."""
     server = Server()
-    run(server, **{**GENERATED, "collider": {"max_tokens": 9}}, conditioned={"max_tokens": 5})
+    run(server, **{**GENERATED, "collider": {"max_tokens": 9}}, regenerated={"max_tokens": 5})
     assert {params["max_tokens"] for _, params in server.asked} == {9, 5}
     assert all(params["logprobs"] is False for _, params in server.asked)
     full = Server()
@@ -277,7 +252,7 @@ def test_append_puts_a_draw_behind_the_first_one() -> None:
     def labels(context: list[int]) -> int:
         return sum(context[k : k + len(label)] == label for k in range(len(context)))
 
-    append = {**GENERATED, "weighting": "off", "reference": {"collider_context": "append", "fraction": 1.0}}
+    append = {**GENERATED, "weighting": "off", "reference": {"collider_context": "append", "subsample": 1.0}}
     whole = run(Server(), **append)
     assert [[labels(context) for context in row] for row in whole.contexts] == [[1, 2, 1]] * 4
     lost = Server(lambda prompt, params: [END] if len(lost.asked) == 1 else [60, END])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gcpo.collider.draws import MAX_CAUSES, ColliderStage, one_line
+from gcpo.collider.draws import MAX_CAUSES, ColliderSampler, one_line
 from gcpo.methods.gcpo.settings import GCPOConfig
 from tests.collider.test_draws import END, GENERATED, Server, run
 
@@ -49,7 +49,7 @@ def test_an_appended_draw_stands_after_the_first_valid_one(lost: set[int]) -> No
     """``reference.collider_context=append``: y_n is the draw at l = 0, which is the first valid one; l = 0 holds it
     once, the others hold it before their own."""
     result = run(
-        numbered(lost), preset="paper", weighting="off", reference={"fraction": 1.0, "collider_context": "append"}
+        numbered(lost), preset="paper", weighting="off", reference={"subsample": 1.0, "collider_context": "append"}
     )
     first, *others = [k for k in range(4) if k not in lost]
     for row in result.contexts:
@@ -59,13 +59,13 @@ def test_an_appended_draw_stands_after_the_first_valid_one(lost: set[int]) -> No
 def test_leave_one_out_draws_keep_their_response() -> None:
     """A leave-one-out draw is made without one response and stands only in that response's contexts; a lost one
     leaves its place empty, and the shared draws before it keep theirs."""
-    collider = {"draws": "leave_one_out", "num_draws": 2, "num_marginal_draws": 2}
+    collider = {"scheme": "leave_one_out", "num_draws": 2, "num_leave_one_out_draws": 2}
     server = numbered({0, 3})
     result = run(server, preset="paper", weighting="off", collider=collider)
     assert all(marks(row[0]) == [1] and row[1] == [] for row in result.contexts)
-    marginal = [[marks(context) for context in row[2:]] for row in result.contexts]
-    assert sorted(k for row in marginal for one in row for k in one) == [2, 4, 5, 6, 7, 8, 9]
-    assert sum([] in row for row in marginal) == 1 and [[2], []] in marginal
+    leave_one_out = [[marks(context) for context in row[2:]] for row in result.contexts]
+    assert sorted(k for row in leave_one_out for one in row for k in one) == [2, 4, 5, 6, 7, 8, 9]
+    assert sum([] in row for row in leave_one_out) == 1 and [[2], []] in leave_one_out
 
 
 def test_requests_of_other_places_keep_their_seeds() -> None:
@@ -84,18 +84,18 @@ def test_causes() -> None:
     server = Server(lambda prompt, params: ends[len(server.asked) - 1])
     result = run(server, preset="paper", weighting="off")
     assert list(result.causes.items()) == [
-        ("a collider generation failed (RuntimeError: the server is gone)", 1),
-        ("a collider generation is empty", 1),
-        ("a collider generation was cut (gcpo.collider.max_tokens and the context limit it)", 1),
+        ("a collider draw failed (RuntimeError: the server is gone)", 1),
+        ("a collider draw is empty", 1),
+        ("a collider draw was cut (gcpo.collider.max_tokens and the context limit it)", 1),
     ]
     assert [draw.cause is None for draw in result.draws] == [draw.valid for draw in result.draws]
     cut = run(Server(lambda prompt, params: [40] * params["max_tokens"] if params["max_tokens"] == 5 else [41, END]),
-              **GENERATED, conditioned={"max_tokens": 5})  # fmt: skip
+              **GENERATED, regenerated={"max_tokens": 5})  # fmt: skip
     assert cut.causes == {
-        "a conditioned generation was cut (gcpo.conditioned.max_tokens and the context limit it)": 4 * 3
+        "a regenerated response was cut (gcpo.regenerated.max_tokens and the context limit it)": 4 * 3
     }
     full = run(Server(), preset="light", limit=10)
-    assert "leaves no room for a collider generation in the context of 10 tokens" in next(iter(full.causes))
+    assert "leaves no room for a collider draw in the context of 10 tokens" in next(iter(full.causes))
     many = run(Server(lambda prompt, params: ValueError(str(params["seed"]))), preset="paper", weighting="off")
     assert len(many.causes) == MAX_CAUSES
     assert run(Server(), **GENERATED).causes == {}
@@ -116,11 +116,17 @@ def test_a_stage_that_raises_counts_as_draws_that_all_failed(config: dict[str, A
     """The same contexts, weights of the kappa term and numbers of draws as where the server fails every request."""
     lost = run(Server(lambda prompt, params: RuntimeError("gone")), equal=equal, **config)
     gcpo = GCPOConfig.from_config(config, n=4, response_length=16)
-    stage = ColliderStage(gcpo, None, None, {}, None, frozenset())
+    stage = ColliderSampler(gcpo, None, None, {}, None, frozenset())
     failed = stage.failed(4, ValueError("no chat template"), seed_parts=(1, "q"), equal_rewards=equal)
     assert failed.contexts == lost.contexts and failed.outputs == lost.outputs
     assert failed.kl_weight == lost.kl_weight
-    for name in ("collider/draws", "collider/failed", "marginal/draws", "marginal/failed", "conditioned/draws"):
+    for name in (
+        "collider/draws",
+        "collider/failed",
+        "leave_one_out/draws",
+        "leave_one_out/failed",
+        "regenerated/draws",
+    ):
         assert failed.stats.get(name, 0.0) == lost.stats.get(name, 0.0), name
     assert failed.stats["equal_rewards"] == lost.stats["equal_rewards"] and failed.stats["stage_failed"] == 1.0
     assert set(failed.causes) <= {"the collider stage of a group failed (ValueError: no chat template)"}

@@ -69,7 +69,7 @@ def test_a_block_is_the_same_tokens_wherever_it_stands(tokenizer) -> None:
             context = group.context(i, slot, collider)
             assert [contains(context, list(block)) for block in blocks] == [int(k != i) for k in range(4)]
             assert contains(context, collider) == 1
-        assert contains(group.marginal_prompt(i), list(blocks[i])) == 0
+        assert contains(group.leave_one_out_prompt(i), list(blocks[i])) == 0
 
 
 def test_append_keeps_y_n_before_the_draw(tokenizer) -> None:
@@ -189,7 +189,7 @@ def test_control_tokens_do_not_end_the_turn(tokenizer) -> None:
     blocks = tuple(tuple(prompts.candidate_block(k, ids)) for k, ids in enumerate(responses))
     group = GroupPrompts(prompts.frame(QUESTION), blocks, leave_one_out_plan(4, 2))
     draw = prompts.collider_block([start, 26, end, 27, end])
-    for prompt in (group.collider_prompt(), group.marginal_prompt(0), group.context(1, 1, draw)):
+    for prompt in (group.collider_prompt(), group.leave_one_out_prompt(0), group.context(1, 1, draw)):
         assert [prompt.count(token) for token in (end, start, eos)] == [plain.count(t) for t in (end, start, eos)]
 
 

@@ -20,9 +20,9 @@ def test_two_steps(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
         tmp_path,
         "gc2po",
         "--config-name=gc2po_quickstart",
-        "gc2po.form=inject",
+        "gc2po.intervention=hidden_state",
         "gc2po.perturbation.draws=3",
-        "gc2po.episodes.scored=2",
+        "gc2po.episodes.max_perturbed=2",
         "trainer.total_training_steps=2",
         "trainer.save_freq=-1",
         "trainer.rollout_data_dir=null",
@@ -31,7 +31,7 @@ def test_two_steps(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
     for step in steps:
         ours = {name: value for name, value in step.items() if name.startswith("gc2po/")}
         assert all(math.isfinite(value) for value in ours.values())
-        assert ours["gc2po/fallback/groups_share"] < 1 and ours["gc2po/reward/errors"] == 0
+        assert ours["gc2po/fallback/groups_frac"] < 1 and ours["gc2po/reward/errors"] == 0
         assert 0 < ours["gc2po/robustness/mean"] <= 1 and 0 <= ours["gc2po/effectiveness/mean"] <= 1
         assert ours["gc2po/tokens/branches"] > 0
         assert ours["gc2po/tokens/scored"] < ours["gc2po/tokens/unshared"]

@@ -119,7 +119,7 @@ def test_two_steps_train(first_run: tuple[Path, list[dict]]) -> None:
         assert step["gcpo/rollout/failed_groups"] == 0
         assert step["gcpo/reward/errors"] == 0
         assert step["gcpo/tokens/generated/collider"] > 0
-        assert 0 <= step["gcpo/tokens/prefix_cache_hit_share"] <= 1
+        assert 0 <= step["gcpo/tokens/prefix_cache_hit_frac"] <= 1
         assert step["timing_s/gcpo_score"] > 0
         assert 0 < step["gcpo/tokens/scored"] < step["gcpo/tokens/scored_unshared"]
         assert step["gcpo/balance/whole_groups"] == 1
@@ -143,7 +143,7 @@ def test_auxiliary_generations_are_dumped_and_not_trained_on(first_run: tuple[Pa
     plain = (output / "rollouts" / "1.jsonl").read_text().splitlines()
     assert len(plain) == 16
     draws = [json.loads(line) for line in (output / "rollouts" / "auxiliary" / "1.jsonl").read_text().splitlines()]
-    assert {draw["kind"] for draw in draws} <= {"collider", "conditioned"}
+    assert {draw["kind"] for draw in draws} <= {"collider", "regenerated"}
     assert sum(draw["kind"] == "collider" for draw in draws) == 4 * 2
     assert all(draw["outcome"] in ("ok", "cut", "empty", "failed") for draw in draws)
 
@@ -196,8 +196,8 @@ def test_resume_through_verls_entry_point(first_run: tuple[Path, list[dict]], in
     assert re.search(r"Resuming from .*global_step_2", log)
     assert re.search(rf"gcpo notice: checkpoint .*global_step_3 is rejected: {damaged} has 100 bytes instead of", log)
     assert re.search(r"gcpo notice: .*latest_checkpointed_iteration.txt is empty", log)
-    assert steps[0]["gcpo/tokens/generated/conditioned"] == 0
-    assert steps[0]["gcpo/tokens/generated/marginal"] > 0
+    assert steps[0]["gcpo/tokens/generated/regenerated"] == 0
+    assert steps[0]["gcpo/tokens/generated/leave_one_out"] > 0
 
 
 def test_two_ranks_balanced(inputs: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_two_ranks_balanced(inputs: Path, tmp_path: Path) -> None:
         ),
     )
     assert steps[0]["actor/grad_norm"] > 0
-    assert steps[0]["gcpo/tokens/generated/marginal"] > 0
+    assert steps[0]["gcpo/tokens/generated/leave_one_out"] > 0
 
 
 def verl_overrides() -> list[str]:

@@ -38,11 +38,17 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "paper": ("gcpo_trainer", (*GCPO, "gcpo.preset=paper")),
     "balanced": ("gcpo_trainer", (*GCPO, "gcpo.preset=balanced")),
     "light": ("gcpo_trainer", (*GCPO, "gcpo.preset=light")),
-    "balanced, query": ("gcpo_trainer", (*GCPO, "gcpo.preset=balanced", "gcpo.reference.policy_context=query")),
-    "gc2po, inject, gaussian": ("gc2po_trainer", (*GC2PO, "gc2po.form=inject")),
-    "gc2po, inject, group": ("gc2po_trainer", (*GC2PO, "gc2po.form=inject", "gc2po.perturbation.law=group")),
-    "gc2po, head, gaussian": ("gc2po_trainer", (*GC2PO, "gc2po.form=head")),
-    "gc2po, head, group": ("gc2po_trainer", (*GC2PO, "gc2po.form=head", "gc2po.perturbation.law=group")),
+    "balanced, query": ("gcpo_trainer", (*GCPO, "gcpo.preset=balanced", "gcpo.reference.policy_condition=query")),
+    "gc2po, hidden_state, gaussian": ("gc2po_trainer", (*GC2PO, "gc2po.intervention=hidden_state")),
+    "gc2po, hidden_state, group": (
+        "gc2po_trainer",
+        (*GC2PO, "gc2po.intervention=hidden_state", "gc2po.perturbation.distribution=group"),
+    ),
+    "gc2po, lm_head, gaussian": ("gc2po_trainer", (*GC2PO, "gc2po.intervention=lm_head")),
+    "gc2po, lm_head, group": (
+        "gc2po_trainer",
+        (*GC2PO, "gc2po.intervention=lm_head", "gc2po.perturbation.distribution=group"),
+    ),
 }
 """Name of a run: the yaml and the overrides."""
 

@@ -47,7 +47,7 @@ class Kernel:
 
 
 def inject_pack(fused_tokens: int, responses: int = 2) -> TreePack:
-    """A row of GC2PO's ``inject``: branches with a mask behind responses and their prompt."""
+    """A row of GC2PO's ``hidden_state``: branches with a mask behind responses and their prompt."""
     generator = torch.Generator().manual_seed(4)
 
     def tokens(length: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ from gcpo.tools.cost import (
 from gcpo.tools.cost_report import compose_config, short, weights_of_log
 
 # A question of 10 tokens, responses of 20, an end token in each; "\n[Answer 1]\n" takes 8 tokens, 7 of them the same.
-LENGTHS = Lengths(question=12, response=21, collider=31, marginal=31, conditioned=41)
+LENGTHS = Lengths(question=12, response=21, collider=31, leave_one_out=31, regenerated=41)
 TEXTS = Texts(intro=6, tail=5, label=10, label_start=7, collider_label=9, question_end=2)
 FRAME, BLOCK, DRAW = 10 + 6 + 5, 30, 39
 
@@ -135,21 +135,21 @@ def test_light() -> None:
     """n = 2: a shared draw and one over the other response, for the one response that has a kappa term."""
     found = count(settings(preset="light"))
     context = FRAME + BLOCK + DRAW
-    assert found["generated/collider"] == found["generated/marginal"] == 3 * 31
-    assert found["prefilled/marginal"] == 3 * (FRAME + BLOCK)
+    assert found["generated/collider"] == found["generated/leave_one_out"] == 3 * 31
+    assert found["prefilled/leave_one_out"] == 3 * (FRAME + BLOCK)
     assert found["scored_unshared/response"] == 3 * 2 * 21
     assert found["scored_unshared/context"] == 3 * 2 * (context + 21)
-    assert found["trained/conditioned"] == 3 * (context + 21)
+    assert found["trained/kappa_rows"] == 3 * (context + 21)
 
 
 def test_balanced() -> None:
     """n = 2: one shared draw over both responses, one over the other one each; states of all four contexts, and one
     response is scored under two of them."""
     found = count(settings(preset="balanced"))
-    assert found["generated/collider"] == 3 * 31 and found["generated/marginal"] == 3 * 2 * 31
+    assert found["generated/collider"] == 3 * 31 and found["generated/leave_one_out"] == 3 * 2 * 31
     assert found["prefilled/collider"] == 3 * (FRAME + 2 * BLOCK)
-    assert found["prefilled/marginal"] == 3 * 2 * (FRAME + BLOCK)
-    assert found["generated/conditioned"] == 0
+    assert found["prefilled/leave_one_out"] == 3 * 2 * (FRAME + BLOCK)
+    assert found["generated/regenerated"] == 0
     context = FRAME + BLOCK + DRAW
     assert found["scored_unshared/response"] == 3 * 2 * 21
     assert found["scored_unshared/context"] == 3 * (4 * context + 2 * 21)
@@ -157,42 +157,42 @@ def test_balanced() -> None:
     # label of the draws, 9 tokens, by the same two.
     tree = (FRAME - 5 + 7) + 2 * (BLOCK - 7) + 2 * 9 + 4 * (30 + 5) + 2 * 21
     assert found["scored"] == 3 * (2 * 21 + tree)
-    assert found["trained/conditioned"] == found["trained/conditioned_unshared"] == 3 * (context + 21)
+    assert found["trained/kappa_rows"] == found["trained/kappa_rows_unshared"] == 3 * (context + 21)
 
 
 def test_generated() -> None:
     """n = 2, L = 2, L' = 1, M = 1: six contexts, one generation under each, fed back alone."""
     found = count(settings(**GENERATED))
     context = FRAME + BLOCK + DRAW
-    assert found["prefilled/conditioned"] == 3 * 6 * context and found["generated/conditioned"] == 3 * 6 * 41
-    assert found["scored_unshared/conditioned"] == 3 * 6 * 41
+    assert found["prefilled/regenerated"] == 3 * 6 * context and found["generated/regenerated"] == 3 * 6 * 41
+    assert found["scored_unshared/regenerated"] == 3 * 6 * 41
     assert found["scored_unshared/context"] == 3 * 3 * (context + 21)  # of one response, half of them
     dense = count(settings(**GENERATED, scoring={"packing": "dense"}))
     assert dense["scored"] == sum_of(found, "scored_unshared") == sum_of(dense, "scored_unshared")
-    both = count(settings(**{**GENERATED, "features": {"source": "response", "context": "prompt_response"}}))
+    both = count(settings(**{**GENERATED, "features": {"source": "response", "input": "prompt_response"}}))
     assert both["scored_unshared/response"] == 3 * 2 * 33
-    assert both["scored_unshared/conditioned"] == 3 * 6 * (context + 41)
+    assert both["scored_unshared/regenerated"] == 3 * 6 * (context + 41)
 
 
 def test_paper() -> None:
     """n = L = M = 2: shared draws alone, two generations under each of four contexts, every response scored."""
     found = count(settings(preset="paper"))
-    assert found["generated/collider"] == 3 * 2 * 31 and found["generated/marginal"] == 0
-    assert found["generated/conditioned"] == 3 * 8 * 41
+    assert found["generated/collider"] == 3 * 2 * 31 and found["generated/leave_one_out"] == 0
+    assert found["generated/regenerated"] == 3 * 8 * 41
     assert found["scored_unshared/context"] == 3 * 4 * (FRAME + BLOCK + DRAW + 21)
-    assert found["trained/conditioned"] < found["trained/conditioned_unshared"] == 3 * 2 * (FRAME + BLOCK + DRAW + 21)
+    assert found["trained/kappa_rows"] < found["trained/kappa_rows_unshared"] == 3 * 2 * (FRAME + BLOCK + DRAW + 21)
 
 
 def test_equal_rewards() -> None:
-    """A group with A = 0 has no conditioned generation, leave-one-out draws for its kappa term alone, and with
+    """A group with A = 0 has no regenerated response, leave-one-out draws for its kappa term alone, and with
     kappa = 0 nothing but its responses."""
     full, half = (count(settings(**GENERATED), shares=Shares(share)) for share in (0.0, 0.5))
-    assert half["generated/conditioned"] == full["generated/conditioned"] / 2
+    assert half["generated/regenerated"] == full["generated/regenerated"] / 2
     assert half["generated/collider"] == full["generated/collider"]
-    assert half["generated/marginal"] == full["generated/marginal"] * 3 / 4
-    assert half["trained/conditioned_unshared"] == full["trained/conditioned_unshared"]
+    assert half["generated/leave_one_out"] == full["generated/leave_one_out"] * 3 / 4
+    assert half["trained/kappa_rows_unshared"] == full["trained/kappa_rows_unshared"]
     half = count(settings(**GENERATED, kappa=0.0), shares=Shares(0.5))
-    assert half["generated/marginal"] == full["generated/marginal"] / 2
+    assert half["generated/leave_one_out"] == full["generated/leave_one_out"] / 2
 
 
 @pytest.mark.parametrize("alike", [0.0, 4.0, 9.0, 20.0, 26.0])
@@ -224,17 +224,17 @@ def test_draws_that_are_not_valid() -> None:
     """They have no context; one that is cut has the most tokens that it may have, one that is lost has none."""
     found = count(settings(**GENERATED), shares=Shares(lost={"collider": 1.0}))
     assert found["generated/collider"] == 0 and found["prefilled/collider"] == 3 * 2 * (FRAME + 2 * BLOCK)
-    assert found["prefilled/conditioned"] == 3 * 2 * (FRAME + BLOCK + DRAW)
-    assert found["trained/conditioned"] == 0
-    found = count(settings(**GENERATED), shares=Shares(cut={"marginal": 0.5}))
-    assert found["generated/marginal"] == 3 * 2 * (31 + 64) / 2
-    assert found["prefilled/conditioned"] == 3 * 5 * (FRAME + BLOCK + DRAW)
+    assert found["prefilled/regenerated"] == 3 * 2 * (FRAME + BLOCK + DRAW)
+    assert found["trained/kappa_rows"] == 0
+    found = count(settings(**GENERATED), shares=Shares(cut={"leave_one_out": 0.5}))
+    assert found["generated/leave_one_out"] == 3 * 2 * (31 + 64) / 2
+    assert found["prefilled/regenerated"] == 3 * 5 * (FRAME + BLOCK + DRAW)
 
 
 def test_a_share_of_the_responses() -> None:
     """Without Upsilon only the responses with a kappa term have leave-one-out draws and contexts."""
-    found = count(settings(4, **GENERATED, weighting="off", reference={"fraction": 0.25}), 4)
-    assert found["generated/marginal"] == 3 * 31
+    found = count(settings(4, **GENERATED, weighting="off", reference={"subsample": 0.25}), 4)
+    assert found["generated/leave_one_out"] == 3 * 31
     assert found["scored_unshared/context"] == 3 * 3 * (FRAME + 3 * BLOCK + DRAW + 21)
 
 
@@ -253,17 +253,17 @@ def test_block_budgets() -> None:
 def test_measured_gradient_norms() -> None:
     """Every tenth step: policy, beta and kappa once more."""
     found = count(settings(preset="light", metrics={"grad_norm_every": 10}), reference_policy=True)
-    assert found["trained/measured"] == pytest.approx((2 * found["trained/plain"] + found["trained/conditioned"]) / 10)
-    on_query = settings(preset="light", metrics={"grad_norm_every": 10}, reference={"policy_context": "query"})
+    assert found["trained/measured"] == pytest.approx((2 * found["trained/plain"] + found["trained/kappa_rows"]) / 10)
+    on_query = settings(preset="light", metrics={"grad_norm_every": 10}, reference={"policy_condition": "query"})
     found = count(on_query)
-    assert found["trained/conditioned"] == 0
+    assert found["trained/kappa_rows"] == 0
     assert found["trained/measured"] == pytest.approx(2 * found["trained/plain"] / 10)
 
 
 def test_costs() -> None:
     """Tokens times weights; a recomputed forward pass is one more."""
     tokens = {"generated/response": 10.0, "prefilled/response": 8.0, "cached/response": 3.0, "scored": 7.0}
-    tokens |= {"scored/old": 5.0, "scored_unshared/context": 99.0, "trained/plain": 4.0, "trained/conditioned": 2.0}
+    tokens |= {"scored/old": 5.0, "scored_unshared/context": 99.0, "trained/plain": 4.0, "trained/kappa_rows": 2.0}
     step = Step(groups=1, n=2, max_response=8, budget=100)
     found = stage_costs(tokens, step, Weights(generated=3, prefilled=2, forward=1, backward=2))
     assert found == {"generation": 40, "scoring": 12, "training": 18}
@@ -281,7 +281,7 @@ def test_costs() -> None:
     [
         ({"response": 0.5}, "the length response is 0.5; it must be a number of at least 1"),
         ({"spread": float("nan")}, "the length spread is nan"),
-        ({"marginal": 65}, "the mean length marginal is 65, and it is cut at 64 tokens"),
+        ({"leave_one_out": 65}, "the mean length leave_one_out is 65, and it is cut at 64 tokens"),
     ],
 )
 def test_lengths_that_cannot_be(changes: dict, message: str) -> None:
@@ -307,8 +307,8 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     config = compose_config("gcpo_quickstart", [*generated, "actor_rollout_ref.model.path=hub/model"])
     OmegaConf.save(config, folder / "hydra" / ".hydra" / "config.yaml")
     data = {"response_length/mean": 30.0, "prompt_length/mean": 20.0, "gcpo/tokens/generated/response": 3840.0}
-    data |= {"gcpo/rollout/conditioned/tokens_mean": 25.0, "gcpo/tokens/generated/conditioned": 192 * 25.0}
-    data |= {"gcpo/rollout/conditioned/cut": 48.0, "gcpo/rollout/equal_rewards_share": 0.5}
+    data |= {"gcpo/rollout/regenerated/tokens_mean": 25.0, "gcpo/tokens/generated/regenerated": 192 * 25.0}
+    data |= {"gcpo/rollout/regenerated/cut": 48.0, "gcpo/rollout/equal_rewards_frac": 0.5}
     data |= {"gcpo/rollout/collider/tokens_mean": 32.0, "gcpo/tokens/generated/collider": 1300.0}
     data |= {
         "gcpo/prompts/block_tokens": 40.0,
@@ -328,7 +328,7 @@ def test_a_log(run, capsys) -> None:
     """Lengths, shares and configuration of the run, and its counters beside the model's."""
     assert cli.main(["cost", "--log", str(run / "metrics.jsonl"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    lengths = {"question": 20, "response": 30, "collider": 32, "marginal": 32, "conditioned": 12}
+    lengths = {"question": 20, "response": 30, "collider": 32, "leave_one_out": 32, "regenerated": 12}
     assert {name: found["lengths"][name] for name in lengths} == pytest.approx(lengths)
     assert found["lengths"]["spread"] == pytest.approx(0.2)
     assert found["preset"] == "balanced" and found["ratio"]["grpo"] == 1
@@ -337,7 +337,7 @@ def test_a_log(run, capsys) -> None:
     assert found["log"]["generated/response"]["model"] == pytest.approx(3840, rel=1e-3)
     assert found["log"]["generated/collider"] == {"logged": 1300, "model": pytest.approx(1024)}
     # Half of the groups, 24 contexts each.
-    assert found["log"]["generated/conditioned"]["model"] == pytest.approx(16 / 2 * 24 * 25, rel=0.03)
+    assert found["log"]["generated/regenerated"]["model"] == pytest.approx(16 / 2 * 24 * 25, rel=0.03)
 
 
 def test_tables(run, capsys) -> None:

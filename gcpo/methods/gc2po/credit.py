@@ -244,7 +244,7 @@ def batch_metrics(
         fallbacks: number of the other groups, which train with GRPO's advantage.
     """
     count = len(results) + fallbacks
-    metrics = {"gc2po/fallback/groups_share": fallbacks / count if count else 0.0}
+    metrics = {"gc2po/fallback/groups_frac": fallbacks / count if count else 0.0}
     if not results:
         return metrics
     exists = [result.exists for result in results]
@@ -265,12 +265,12 @@ def batch_metrics(
         "gc2po/episodes/mean": float(number.mean()),
         "gc2po/episodes/max": float(number.max()),
         "gc2po/answers/per_group": sum(distinct) / len(distinct),
-        "gc2po/answers/single_share": sum(len(g.answers.candidates) < 2 for g in groups) / len(groups),
+        "gc2po/answers/single_frac": sum(len(g.answers.candidates) < 2 for g in groups) / len(groups),
         "gc2po/advantage/spread_in_response": sum(spreads) / len(spreads) if spreads else 0.0,
         "gc2po/reward/process": float(process.mean()),
         "gc2po/reward/correctness_correlation": _correlation(process + outcome, outcome),
         "gc2po/reward/process_correctness_correlation": _correlation(process, outcome),
-        "gc2po/reward/shifted_groups_share": sum(r.shifted for r in results) / count,
+        "gc2po/reward/shifted_groups_frac": sum(r.shifted for r in results) / count,
     }
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 

@@ -136,8 +136,8 @@ class GC2PO(Method):
         config = self.settings
         scorer = engine.perturbed_scorer(
             self.layer,
-            form=config.form,
-            relative=config.perturbation.law == "gaussian",
+            intervention=config.intervention,
+            relative=config.perturbation.distribution == "gaussian",
             max_tokens=int(config.max_token_len_per_gpu or self.run.max_tokens),
         )
         reader = RowReader(config, self.reader, control_ids(engine.tokenizer), engine.step)
@@ -165,8 +165,8 @@ class GC2PO(Method):
             "gc2po/tokens/branches": branches,
             "gc2po/tokens/unshared": unshared,
             "gc2po/tokens/scored": path + branches,
-            "gc2po/episodes/tagged_share": tagged,
-            "gc2po/episodes/malformed_share": malformed,
+            "gc2po/episodes/tagged_frac": tagged,
+            "gc2po/episodes/malformed_frac": malformed,
         }
         return EpisodeCredit(config=self.settings, rows=groups, groups=collected)
 

@@ -1,9 +1,9 @@
 """Responses with what is asked after their episodes, as packed rows.
 
 A response goes through the model once, up to the end of its last episode. After an episode that is asked about stand
-its branches, which share everything before: with ``inject`` one for every perturbation, which begins with a copy of the
-episode's last token (the token whose state is perturbed), then the answer prompt, then every answer; with ``head`` the
-answer prompt alone.
+its branches, which share everything before: with ``hidden_state`` one for every perturbation, which begins with a copy
+of the episode's last token (the token whose state is perturbed), then the answer prompt, then every answer; with
+``lm_head`` only the answer prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class EpisodeRequest:
         ends: the last token of every episode, rising places in the response.
         asked: which episodes branch off.
         probe: token ids of the answer prompt, at least one.
-        answers: token ids of the answers, each at least one; for ``head`` none.
+        answers: token ids of the answers, each at least one; for ``lm_head`` none.
         noise: [len(asked), M, d], M >= 1: the perturbations after each of those episodes.
         states: whether the states at the prompt's end and at ``ends`` are wanted.
     """
@@ -80,10 +80,10 @@ class EpisodePack:
         pack: the row.
         requests: which ones are here, with the episodes that are asked about here.
         state_at: int64: the places of the states, request after request.
-        predict: int64: the places whose logits are wanted. ``inject``: those that predict ``labels``; ``head``: for
-            every episode the last token of the answer prompt, 1 + M times.
-        labels: int64, as many; for ``head`` none.
-        perturbed: int64 [J]. ``inject``: the places of the copies that are perturbed; ``head``: places in
+        predict: int64: the places whose logits are wanted. ``hidden_state``: those that predict ``labels``;
+            ``lm_head``: for every episode the last token of the answer prompt, 1 + M times.
+        labels: int64, as many; for ``lm_head`` none.
+        perturbed: int64 [J]. ``hidden_state``: the places of the copies that are perturbed; ``lm_head``: places in
             ``predict``.
         noise: [J, d].
         path_tokens: tokens of prompts and responses.
@@ -301,7 +301,7 @@ def _lay_out(row: _Row, root: int, part: EpisodeRequest, wanted: _Wanted, fused_
 
 
 def _cut(part: EpisodeRequest, k: int) -> int:
-    """Where the branches of episode k leave the response: with ``inject`` they have a copy of its last token."""
+    """Where the branches of episode k leave the response: with ``hidden_state`` they have a copy of its last token."""
     return part.ends[k] if part.answers else part.ends[k] + 1
 
 

@@ -77,7 +77,7 @@ class RowReader:
         seed = request_seed(config.seed, "gc2po", self.step, prompt.tolist(), response.tolist())
         request = None
         if config.counterfactual and episodes.spans:
-            answers = tuple(split(row[ANSWERS], row[ANSWER_LENGTHS])) if config.form == "inject" else ()
+            answers = tuple(split(row[ANSWERS], row[ANSWER_LENGTHS])) if config.intervention == "hidden_state" else ()
             request = EpisodeRequest(prompt, response, episodes.ends, (), row[PROBE], answers, torch.zeros(0, 1, 1))
         return ScoredRow(episodes, len(response), seed, group, place, request)
 
@@ -133,7 +133,7 @@ def _ask(
 ) -> tuple[list[EpisodeRequest], list[Any], list[Tensor]]:
     """The requests with their perturbations, the answers, and the states [1 + K, d] of every request."""
     requests = list(asked.values())
-    if config.perturbs and config.perturbation.law == "group":
+    if config.perturbs and config.perturbation.distribution == "group":
         # Perturbations towards other responses need the states of all ranks first.
         states = [score.states for score in scorer(requests)]
         around = gather(
@@ -149,8 +149,8 @@ def _ask(
 
 def _asked(row: ScoredRow, request: EpisodeRequest, config: GC2POConfig) -> tuple[int, ...]:
     """The episodes to perturb: all or a random subset, and none where there is but one answer to change."""
-    number, wanted = len(request.ends), config.episodes.scored
-    if config.form == "inject" and len(request.answers) < 2:
+    number, wanted = len(request.ends), config.episodes.max_perturbed
+    if config.intervention == "hidden_state" and len(request.answers) < 2:
         return ()
     if wanted is None or wanted >= number:
         return tuple(range(number))

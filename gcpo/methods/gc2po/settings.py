@@ -25,7 +25,7 @@ class EpisodesConfig:
     """Regular expression of what stands between two episodes where a response has no tags: blank lines."""
     max_episodes: int = 30
     """A response with more has the rest in its last one."""
-    scored: int | None = None
+    max_perturbed: int | None = None
     """So many episodes of a response, drawn at random, are perturbed; the others get the mean robustness of those.
     ``null``: all are."""
 
@@ -34,7 +34,7 @@ class EpisodesConfig:
 class PerturbationConfig:
     """How the state h at an episode's last token is perturbed."""
 
-    law: Literal["gaussian", "group"] = "gaussian"
+    distribution: Literal["gaussian", "group"] = "gaussian"
     """``gaussian``: g = sigma * |h| * eps / sqrt(d). ``group``: eta * (h of another candidate of the group - h); where
     that candidate has fewer episodes, the state of its last one."""
     sigma: float = 0.1
@@ -54,7 +54,7 @@ class AnswersConfig:
     suffix: str = "}"
     """Scored behind every answer, so that 8 is not favoured over 80 for being its beginning."""
     max_answers: int = 4
-    """The gold answer and the most frequent ones of the group, so many in all (form ``inject``)."""
+    """The gold answer and the most frequent ones of the group, so many in all (``intervention: hidden_state``)."""
     max_tokens: int = 32
     """A longer answer is left out."""
 
@@ -79,16 +79,16 @@ class RewardConfig:
 class GC2POConfig:
     """Everything that GC2PO adds to verl's configuration."""
 
-    form: Literal["inject", "head"] = "inject"
-    """Where the answer distribution is read. ``inject``: the state in a middle layer is replaced and the group's
-    answers are scored from there. ``head``: the last-layer state after the answer prompt is perturbed and the
+    intervention: Literal["hidden_state", "lm_head"] = "hidden_state"
+    """Where the answer distribution is read. ``hidden_state``: the state in a middle layer is replaced and the group's
+    answers are scored from there. ``lm_head``: the last-layer state after the answer prompt is perturbed and the
     distribution is the next token's, over the vocabulary."""
     counterfactual: bool = True
     """``off``: nothing is perturbed; robustness is the sum of squares of the group's empirical answer distribution and
     effectiveness its entropy over the logarithm of their number, everything else equal."""
     layer: int | None = None
     """Whose states are h (0: embeddings, k: after layer k, -1: after the final norm). ``null``: two thirds of the depth
-    with ``inject``, -1 with ``head``."""
+    with ``hidden_state``, -1 with ``lm_head``."""
     seed: int | None = 0
     """Seed of the perturbations and of the choice of episodes. ``null`` (the value of ``gcpo.seed=null``): they follow
     from the step and the response's tokens only."""
@@ -102,12 +102,12 @@ class GC2POConfig:
     @property
     def needs_answers(self) -> bool:
         """Whether answers are scored by the model."""
-        return self.counterfactual and self.form == "inject" and self.perturbs
+        return self.counterfactual and self.intervention == "hidden_state" and self.perturbs
 
     @property
     def perturbs(self) -> bool:
         """Whether any perturbation differs from none."""
-        size = self.perturbation.sigma if self.perturbation.law == "gaussian" else self.perturbation.eta
+        size = self.perturbation.sigma if self.perturbation.distribution == "gaussian" else self.perturbation.eta
         return size > 0
 
     def layer_of(self, depth: int) -> int:
@@ -117,22 +117,22 @@ class GC2POConfig:
             ConfigError: the model has no such layer, or nothing comes after it.
         """
         if self.layer is None:
-            index = depth if self.form == "head" else min(max(round(2 * depth / 3), 1), depth - 1)
+            index = depth if self.intervention == "lm_head" else min(max(round(2 * depth / 3), 1), depth - 1)
         else:
             index = self.layer if self.layer >= 0 else depth + 1 + self.layer
         if not 0 <= index <= depth:
             raise ConfigError(
                 f"gc2po.layer is {self.layer}, the model has hidden states 0 to {depth}; set one of them, or null"
             )
-        if self.form == "inject" and index == depth:
+        if self.intervention == "hidden_state" and index == depth:
             raise ConfigError(
                 f"gc2po.layer is {self.layer}, the last of the model's hidden states: nothing comes after it that a "
-                f"perturbation could change, set it to at most {depth - 1}, or ++gc2po.form=head"
+                f"perturbation could change, set it to at most {depth - 1}, or ++gc2po.intervention=lm_head"
             )
-        if self.form == "head" and self.perturbation.law == "group" and index != depth:
+        if self.intervention == "lm_head" and self.perturbation.distribution == "group" and index != depth:
             raise ConfigError(
-                f"gc2po.layer is {self.layer}: with form head and law group states of the last layer are exchanged, "
-                "set it to null"
+                f"gc2po.layer is {self.layer}: with intervention lm_head and distribution group states of "
+                "the last layer are exchanged, set it to null"
             )
         return index
 
@@ -183,7 +183,7 @@ def _check(config: GC2POConfig, n: int) -> None:
         ("episodes.max_episodes", config.episodes.max_episodes, 1),
         ("answers.max_answers", answers.max_answers, 2),
         ("answers.max_tokens", answers.max_tokens, 1),
-        ("episodes.scored", config.episodes.scored, 1),
+        ("episodes.max_perturbed", config.episodes.max_perturbed, 1),
         ("max_token_len_per_gpu", config.max_token_len_per_gpu, 1),
     ):
         if value is not None and value < least:

@@ -158,7 +158,7 @@ class CausalStage:
             yield from (GroupFeatures(torch.stack(data[Z])) for data in self.batch.by_group(Z))
             return
         from_prompt = self.config.features.source == "prompt"
-        slots = self.config.collider.num_draws + self.config.marginal_draws
+        slots = self.config.collider.num_draws + self.config.leave_one_out_draws
         generations = 1 if from_prompt else self.config.collider.num_generations
         lengths: Field = CONTEXT_LENGTHS if from_prompt else OUTPUT_LENGTHS
         for data in self.batch.by_group(Z, Z_REGENERATED, lengths):

@@ -64,7 +64,7 @@ DUMP_REWARDS = _sample(
 )
 Z = _score("gcpo_z", torch.float32, "[d]", meaning="The hidden state z_i of the response.")
 Z_REGENERATED = _score(
-    "gcpo_z_conditioned",
+    "gcpo_z_regenerated",
     torch.float32,
     "[D * M * d]",
     meaning="The states Z_{i,l,m}; zeros where there is no generation.",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gcpo.collider.draws import ColliderStage, GroupResult
+from gcpo.collider.draws import ColliderSampler, GroupResult
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.faults import RunStoppedError
 from gcpo.methods.base import Batch, Engine, Generate, Method, RowFields, Run, SampledGroup, Sampling
@@ -41,8 +41,8 @@ class GCPO(Method):
         self.sampling = sampling
         self.end_ids = self.prompts.end_ids | sampling.end_ids
 
-    def _sampler(self, generate: Generate) -> ColliderStage:
-        return ColliderStage(
+    def _sampler(self, generate: Generate) -> ColliderSampler:
+        return ColliderSampler(
             self.settings,
             self.prompts,
             generate,
@@ -157,7 +157,7 @@ class GCPO(Method):
         if not self.settings.reference_on:
             return ()
         names = (own.LOG_REF, own.KL_MASK, own.KL_WEIGHT)
-        if self.settings.reference.policy_context == "query":
+        if self.settings.reference.policy_condition == "query":
             return names
         return (*names, own.CONTEXTS, own.CONTEXT_LENGTHS)
 
@@ -170,7 +170,7 @@ class GCPO(Method):
         return {
             "kappa": self.settings.kappa,
             "max_kl": reference.max_kl,
-            "policy_context": reference.policy_context,
+            "policy_condition": reference.policy_condition,
             "num_shared": self.settings.collider.num_draws,
             "max_token_len_per_gpu": self.max_tokens,
             "packing": self.settings.scoring.packing,

@@ -1,7 +1,7 @@
 """The parts of a step that were asked for and are not there: collider draws, targets and references.
 
 Groups that are left out on purpose ask for nothing: all rewards equal, a single response, responses that
-``reference.fraction`` did not choose.
+``reference.subsample`` did not choose.
 """
 
 from __future__ import annotations

@@ -45,14 +45,14 @@ class ReferenceStage:
             valid: [L + L'], which contexts are there.
             log_p_query: [T], verl's old log-probabilities.
             mask: [T], response mask.
-            chosen: whether the response is to have a kappa term (``reference.fraction``).
+            chosen: whether the response is to have a kappa term (``reference.subsample``).
 
         Returns:
             log_ref [T]; mask of the kappa term, bool [T], False everywhere without a reference.
         """
         reference, num_shared = self.config.reference, self.config.collider.num_draws
         valid, mask = valid.bool() & chosen, mask.bool()
-        marginal = len(log_p) > num_shared
+        leave_one_out = len(log_p) > num_shared
         log_ref, floored, has_reference = causal_reference(
             log_p[None, :num_shared],
             log_p_query[None],
@@ -61,8 +61,8 @@ class ReferenceStage:
             reduction=reference.reduction,
             floor=reference.floor,
             relative_floor=reference.relative_floor,
-            log_p_marginal=log_p[None, num_shared:] if marginal else None,
-            valid_marginal=valid[None, num_shared:] if marginal else None,
+            log_p_marginal=log_p[None, num_shared:] if leave_one_out else None,
+            valid_marginal=valid[None, num_shared:] if leave_one_out else None,
         )
         log_ref, kl_mask = log_ref[0], mask & has_reference
         if chosen and mask.any():
@@ -75,7 +75,7 @@ class ReferenceStage:
 
     def _measure(self, log_ref: Tensor, log_p_query: Tensor, on_context: Tensor, floored: Tensor) -> None:
         reference = self.config.reference
-        log_policy = log_p_query if reference.policy_context == "query" else on_context
+        log_policy = log_p_query if reference.policy_condition == "query" else on_context
         log_ratio = (log_ref - log_policy).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         kl = causal_kl(log_policy[None], log_ref[None], max_kl=reference.max_kl)[0]
         self._kl.append(kl.float())
@@ -86,16 +86,16 @@ class ReferenceStage:
 
     def metrics(self) -> dict[str, float]:
         """Metrics of all responses so far under ``gcpo/reference/``."""
-        metrics = {"gcpo/reference/without_share": self.count.frac}
+        metrics: dict[str, float] = {}
         if self._kl:
             kl = torch.cat(self._kl)
             top, total = kl.topk(max(1, math.ceil(0.01 * len(kl)))).values.double().sum(), kl.double().sum()
             metrics |= {
-                "gcpo/reference/floored_share": self._sums["floored"] / len(kl),
+                "gcpo/reference/floored_frac": self._sums["floored"] / len(kl),
                 "gcpo/reference/kl_mean": float(total) / len(kl),
-                "gcpo/reference/capped_share": self._sums["capped"] / len(kl),
+                "gcpo/reference/capped_frac": self._sums["capped"] / len(kl),
                 "gcpo/reference/log_ratio_max": self._log_ratio_max,
-                "gcpo/reference/top_percent_share": float(top / total) if total > 0 else 0.0,
+                "gcpo/reference/top_percent_frac": float(top / total) if total > 0 else 0.0,
                 "gcpo/reference/collider_gain": self._sums["gain"] / len(kl),
             }
         return metrics

@@ -51,7 +51,7 @@ async def grade_draws(group: SampledGroup, result: GroupResult) -> None:
 
 def empty_result(config: GCPOConfig, count: int) -> GroupResult:
     """The result of ``count`` rows without any draw."""
-    slots = config.collider.num_draws + config.marginal_draws
+    slots = config.collider.num_draws + config.leave_one_out_draws
     generations = slots * config.collider.num_generations
     nothing = [[[]] * slots] * count, [[[]] * generations] * count
     return GroupResult(*nothing, draws=[], stats={"skipped": 1.0}, kl_weight=[0.0] * count)

@@ -14,15 +14,14 @@ def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> 
             total[name] = total.get(name, 0.0) + value
     groups = max(len(stats), 1)
     metrics = {
-        "gcpo/rollout/skipped_groups_share": total.get("skipped", 0.0) / groups,
+        "gcpo/rollout/skipped_groups_frac": total.get("skipped", 0.0) / groups,
         "gcpo/rollout/failed_groups": total.get("stage_failed", 0.0),
         "gcpo/rollout/seconds_per_group": total.get("seconds", 0.0) / groups,
-        "gcpo/rollout/waited_seconds_per_group": total.get("waited_seconds", 0.0) / groups,
         "gcpo/tokens/generated/response": float(response_tokens),
     }
     metrics |= _sizes([entry for entry in stats if "response_tokens" in entry])  # all but groups whose stage failed
     prompt = cached = 0.0
-    for kind in ("collider", "marginal", "conditioned"):
+    for kind in ("collider", "leave_one_out", "regenerated"):
         draws = total.get(f"{kind}/draws", 0.0)
         metrics[f"gcpo/tokens/generated/{kind}"] = total.get(f"{kind}/generated_tokens", 0.0)
         metrics[f"gcpo/tokens/prefilled/{kind}"] = total.get(f"{kind}/prompt_tokens", 0.0)
@@ -36,7 +35,7 @@ def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> 
         if total.get(f"{kind}/graded"):
             metrics[f"gcpo/reward/{kind}"] = total[f"{kind}/reward"] / total[f"{kind}/graded"]
     if prompt:
-        metrics["gcpo/tokens/prefix_cache_hit_share"] = cached / prompt
+        metrics["gcpo/tokens/prefix_cache_hit_frac"] = cached / prompt
     graded = [entry["graded_response_reward"] for entry in stats if entry.get("collider/graded")]
     if graded:
         metrics["gcpo/reward/response"] = sum(graded) / len(graded)
@@ -58,15 +57,15 @@ def _sizes(stats: Sequence[dict[str, float]]) -> dict[str, float]:
     scatter = sum((entry["response_tokens"] - tokens) ** 2 for entry in stats) / max(len(stats) - 1, 1)
     size = sum(entry["responses"] for entry in stats) / len(stats)
     metrics = {
-        "gcpo/rollout/equal_rewards_share": mean["equal_rewards"],
+        "gcpo/rollout/equal_rewards_frac": mean["equal_rewards"],
         "gcpo/prompts/frame_tokens": mean["frame_tokens"],
         "gcpo/prompts/block_tokens": mean["block_tokens"],
-        "gcpo/rollout/alike_tokens": mean["alike_tokens"],
+        "gcpo/rollout/common_prefix_tokens": mean["common_prefix_tokens"],
         "gcpo/rollout/spread_in_groups": math.sqrt(inside) / tokens,
         "gcpo/rollout/spread_of_groups": math.sqrt(max(0.0, scatter - inside / size)) / tokens,
     }
-    if "alike_draw_tokens" in mean:
-        metrics["gcpo/rollout/alike_draw_tokens"] = mean["alike_draw_tokens"]
+    if "common_prefix_draw_tokens" in mean:
+        metrics["gcpo/rollout/common_prefix_draw_tokens"] = mean["common_prefix_draw_tokens"]
     return metrics
 
 
@@ -76,7 +75,7 @@ _SIZES = (
     "block_tokens",
     "response_tokens",
     "response_variance",
-    "alike_tokens",
-    "alike_draw_tokens",
+    "common_prefix_tokens",
+    "common_prefix_draw_tokens",
 )
 """A group with fewer than two draws lacks the last."""

@@ -23,7 +23,7 @@ from gcpo.methods.gcpo.fields import (
 from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.scoring.requests import Score, Scorer, ScoreRequest
 
-SCORED_KINDS = ("response", "context", "conditioned")
+SCORED_KINDS = ("response", "context", "regenerated")
 """What is scored: y_i by itself, y_i or the state of the prompt under x_{i,l}, and O_{i,l,m}."""
 
 
@@ -85,7 +85,7 @@ class RowRequests:
             per_context = len(outputs) // len(contexts)
             for j, output in enumerate(outputs):
                 request = self._state_request(contexts[j // per_context], output)
-                entry.outputs.append(self._ask(request, "conditioned") if len(output) else None)
+                entry.outputs.append(self._ask(request, "regenerated") if len(output) else None)
 
     def _ask(self, request: ScoreRequest, kind: str) -> int:
         self.requests.append(request)
@@ -93,7 +93,7 @@ class RowRequests:
         return len(self.requests) - 1
 
     def _state_request(self, context: Tensor, output: Tensor) -> ScoreRequest:
-        if self.config.features.context == "response":
+        if self.config.features.input == "response":
             context = context[:0]
         last = len(output) - 1
         while self.config.features.token == "last_content" and last > 0 and int(output[last]) in self.end_ids:
@@ -113,7 +113,7 @@ def score_rows(
         end_ids: see `RowRequests`.
 
     Returns:
-        ``gcpo_scored_tokens``, and ``gcpo_z``, ``gcpo_z_conditioned`` and ``gcpo_log_p`` where they are needed.
+        ``gcpo_scored_tokens``, and ``gcpo_z``, ``gcpo_z_regenerated`` and ``gcpo_log_p`` where they are needed.
     """
     asked = RowRequests(config, end_ids)
     for values in zip(*rows.values(), strict=True):

@@ -21,31 +21,27 @@ from gcpo.stability import StabilityConfig
 class ColliderConfig:
     """The collider draws y_{n,l}: the old policy answers again with the group's responses in the prompt."""
 
-    draws: Literal["shared", "leave_one_out"] | None = None
+    scheme: Literal["shared", "leave_one_out"] | None = None
     """Which draws Phi averages over. ``shared``: every response uses the same L draws, made from all n responses (the
     paper as printed). ``leave_one_out``: for each i also L' draws made from the other responses alone (Eq. 2)."""
     num_draws: int | None = None
     """L, shared draws per group. ``null`` in preset ``paper``: L = n."""
-    num_marginal_draws: int | None = None
-    """L', draws per response where ``draws`` is ``leave_one_out``."""
+    num_leave_one_out_draws: int | None = None
+    """L', draws per response where ``scheme`` is ``leave_one_out``."""
     num_generations: int | None = None
-    """M, conditioned generations O_{i,l,m} per context. ``null`` in preset ``paper``: M = n."""
+    """M, regenerated responses O_{i,l,m} per context. ``null`` in preset ``paper``: M = n."""
     projection: Literal["inclusive", "exclusive"] | None = None
     """Whether the mean over the shared draws includes l = 0 (the paper) or runs over l >= 1."""
     max_tokens: int | None = None
     """Longest collider draw in tokens; ``null``: ``rollout.response_length``. A draw that is cut is left out."""
-    cache_tokens: int | None = None
-    """Groups take turns so that the prompts of those with a server have no more tokens together, what the prompts of a
-    group share counted once; then what one group's requests share is still in the prefix cache when the next of them
-    comes. About the number of tokens that vLLM prints as its KV cache size when it starts. ``null``: no limit."""
 
 
 @dataclass(frozen=True)
-class ConditionedConfig:
-    """The conditioned generations O_{i,l,m}."""
+class RegeneratedConfig:
+    """The regenerated responses O_{i,l,m}."""
 
     max_tokens: int | None = None
-    """Longest conditioned generation in tokens; ``null``: ``rollout.response_length``. One that is cut is left out."""
+    """Longest regenerated response in tokens; ``null``: ``rollout.response_length``. One that is cut is left out."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,9 @@ class FeaturesConfig:
     """The hidden states z and Z of Steps 1 to 4."""
 
     source: Literal["response", "prompt"] | None = None
-    """What Z is: the state at the end of a conditioned generation (the paper), or at the end of the prompt x_{i,l},
-    which needs no conditioned generation."""
-    context: Literal["response", "prompt_response"] = "response"
+    """What Z is: the state at the end of a regenerated response (the paper), or at the end of the prompt x_{i,l},
+    which needs no regenerated response."""
+    input: Literal["response", "prompt_response"] = "response"
     """What is fed back to get a response's state: the response alone, or its prompt and the response."""
     token: Literal["last", "last_content"] = "last"
     """The final token (the end token if there is one), or the last token before it."""
@@ -99,7 +95,7 @@ class WeightingConfig:
     """Upsilon of a response without a target. ``mean``: the mean Upsilon of the batch's responses that have one, 1 if
     none has. ``one``: 1, which with alpha = 2 and cosines near 0.9 halves the step of the responses whose draws were
     cut."""
-    control: Literal["none", "mean", "shuffled"] = "none"
+    ablation: Literal["none", "mean", "shuffled"] = "none"
     """For experiments that ask whether Upsilon is more than a step size, after ``missing`` has filled in. ``mean``:
     every response gets the mean of the batch; ``shuffled``: the weights are permuted among the responses of a group
     that have a target."""
@@ -121,7 +117,7 @@ class ReferenceConfig:
     """How the l contexts are reduced: Phi is an expectation, so a mean; the paper prints a sum."""
     collider_context: Literal["replace", "append"] = "replace"
     """Whether y_{n,l} stands in the place of y_n in x_{i,l}, or after it."""
-    policy_context: Literal["collider", "query"] = "collider"
+    policy_condition: Literal["collider", "query"] = "collider"
     """What pi_theta in the denominator of rho is conditioned on: x_i (Eq. 12) or the question alone."""
     floor: float = 1e-6
     """Smallest value of pi'_ref."""
@@ -129,7 +125,7 @@ class ReferenceConfig:
     """Smallest value of pi'_ref as a share of pi_old(y|q)."""
     max_kl: float = 10.0
     """KL' of a token is cut here, and has no gradient beyond."""
-    fraction: float | None = None
+    subsample: float | None = None
     """Share of a group's responses that have a kappa term, drawn anew for every group (at least one of them). Their
     terms are weighted by the inverse share, so that the gradient is the same in expectation. ``null``: the preset's."""
 
@@ -170,7 +166,7 @@ class GCPOConfig:
 
     preset: Literal["paper", "balanced", "light"] = "balanced"
     """Values of the fields left ``null``, as the study in docs/estimators.md sets them. ``paper``: L = M = n shared
-    draws. ``balanced``: L = L' = 1, states of the prompts, no conditioned generation. ``light``: the mean of the group
+    draws. ``balanced``: L = L' = 1, states of the prompts, no regenerated response. ``light``: the mean of the group
     as the target of Upsilon; L = L' = 1 for the kappa term alone."""
     alpha: float = 2.0
     """Scale of Upsilon."""
@@ -178,12 +174,12 @@ class GCPOConfig:
     """Weight of the KL term to the causal reference; 0 turns it off."""
     seed: int | None = 0
     """Seed of the sampling requests, validation included, and of the choices that are made here: the block orders, the
-    responses with a kappa term, the groups that are graded or dumped, ``weighting.control: shuffled``. ``null``: no
+    responses with a kappa term, the groups that are graded or dumped, ``weighting.ablation: shuffled``. ``null``: no
     request has a seed. The choices then follow from the step and the question only. Turn the seed off where a server
     samples many requests together on a GPU: for requests with seeds vLLM calls a generator for each of them in Python,
     at every token."""
     collider: ColliderConfig = field(default_factory=ColliderConfig)
-    conditioned: ConditionedConfig = field(default_factory=ConditionedConfig)
+    regenerated: RegeneratedConfig = field(default_factory=RegeneratedConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
@@ -217,7 +213,7 @@ class GCPOConfig:
 
     @property
     def needs_generations(self) -> bool:
-        """Whether conditioned generations O are made."""
+        """Whether regenerated responses O are made."""
         return self.causal_target_on and self.features.source == "response"
 
     @property
@@ -226,9 +222,9 @@ class GCPOConfig:
         return not self.weighting_on and not self.reference_on
 
     @property
-    def marginal_draws(self) -> int:
+    def leave_one_out_draws(self) -> int:
         """L' where leave-one-out draws are made, else 0."""
-        return self.collider.num_marginal_draws if self.collider.draws == "leave_one_out" else 0
+        return self.collider.num_leave_one_out_draws if self.collider.scheme == "leave_one_out" else 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | GCPOConfig | None, *, n: int, response_length: int) -> GCPOConfig:
@@ -259,12 +255,12 @@ class GCPOConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"draws": "shared", "num_draws": None, "num_marginal_draws": 0, "num_generations": None,
-              "projection": "inclusive", "source": "response", "target": "projection", "fraction": 1.0},
-    "balanced": {"draws": "leave_one_out", "num_draws": 1, "num_marginal_draws": 1, "num_generations": 1,
-                 "projection": "inclusive", "source": "prompt", "target": "projection", "fraction": 0.5},
-    "light": {"draws": "leave_one_out", "num_draws": 1, "num_marginal_draws": 1, "num_generations": 1,
-              "projection": "inclusive", "source": "prompt", "target": "group_mean", "fraction": 0.25},
+    "paper": {"scheme": "shared", "num_draws": None, "num_leave_one_out_draws": 0, "num_generations": None,
+              "projection": "inclusive", "source": "response", "target": "projection", "subsample": 1.0},
+    "balanced": {"scheme": "leave_one_out", "num_draws": 1, "num_leave_one_out_draws": 1, "num_generations": 1,
+                 "projection": "inclusive", "source": "prompt", "target": "projection", "subsample": 0.5},
+    "light": {"scheme": "leave_one_out", "num_draws": 1, "num_leave_one_out_draws": 1, "num_generations": 1,
+              "projection": "inclusive", "source": "prompt", "target": "group_mean", "subsample": 0.25},
 }  # fmt: skip
 
 
@@ -278,26 +274,26 @@ def _fill(config: GCPOConfig, *, n: int, response_length: int) -> GCPOConfig:
         return n if value is None else value
 
     collider = config.collider
-    draws = pick(collider.draws, "draws")
-    marginal = pick(collider.num_marginal_draws, "num_marginal_draws")
-    if draws == "leave_one_out" and collider.num_marginal_draws is None:
-        marginal = max(marginal, 1)
-    if draws == "shared" and collider.num_marginal_draws is None:
-        marginal = 0
+    scheme = pick(collider.scheme, "scheme")
+    leave_one_out = pick(collider.num_leave_one_out_draws, "num_leave_one_out_draws")
+    if scheme == "leave_one_out" and collider.num_leave_one_out_draws is None:
+        leave_one_out = max(leave_one_out, 1)
+    if scheme == "shared" and collider.num_leave_one_out_draws is None:
+        leave_one_out = 0
     return dataclasses.replace(
         config,
         collider=dataclasses.replace(
             collider,
-            draws=draws,
+            scheme=scheme,
             num_draws=pick(collider.num_draws, "num_draws"),
-            num_marginal_draws=marginal,
+            num_leave_one_out_draws=leave_one_out,
             num_generations=pick(collider.num_generations, "num_generations"),
             projection=pick(collider.projection, "projection"),
             max_tokens=collider.max_tokens if collider.max_tokens is not None else response_length,
         ),
-        conditioned=dataclasses.replace(
-            config.conditioned,
-            max_tokens=config.conditioned.max_tokens if config.conditioned.max_tokens is not None else response_length,
+        regenerated=dataclasses.replace(
+            config.regenerated,
+            max_tokens=config.regenerated.max_tokens if config.regenerated.max_tokens is not None else response_length,
         ),
         blocks=dataclasses.replace(
             config.blocks,
@@ -305,7 +301,7 @@ def _fill(config: GCPOConfig, *, n: int, response_length: int) -> GCPOConfig:
         ),
         features=dataclasses.replace(config.features, source=pick(config.features.source, "source")),
         weighting=dataclasses.replace(config.weighting, target=pick(config.weighting.target, "target")),
-        reference=dataclasses.replace(config.reference, fraction=pick(config.reference.fraction, "fraction")),
+        reference=dataclasses.replace(config.reference, subsample=pick(config.reference.subsample, "subsample")),
     )
 
 
@@ -326,30 +322,32 @@ def _check(config: GCPOConfig, *, n: int) -> None:
         ("collider.num_draws", collider.num_draws, 1),
         ("collider.num_generations", collider.num_generations, 1),
         ("collider.max_tokens", collider.max_tokens, 1),
-        ("conditioned.max_tokens", config.conditioned.max_tokens, 1),
+        ("regenerated.max_tokens", config.regenerated.max_tokens, 1),
         ("blocks.max_tokens", config.blocks.max_tokens, 1),
-        ("collider.num_marginal_draws", collider.num_marginal_draws, 0),
+        ("collider.num_leave_one_out_draws", collider.num_leave_one_out_draws, 0),
         ("scoring.min_shared_tokens", config.scoring.min_shared_tokens, 1),
         ("metrics.grad_norm_every", config.metrics.grad_norm_every, 0),
     ):
         if value < least:
             refuse(name, f"{value} is too small, set it to {least} or more")
     if config.needs_rollout:
-        if collider.draws == "shared" and collider.num_draws < 2:
+        if collider.scheme == "shared" and collider.num_draws < 2:
             refuse(
                 "collider.num_draws",
                 "L = 1 with shared draws makes the causal part zero by construction; set num_draws >= 2, or "
-                "++gcpo.collider.draws=leave_one_out",
+                "++gcpo.collider.scheme=leave_one_out",
             )
-        if collider.draws == "leave_one_out" and collider.num_marginal_draws < 1:
-            refuse("collider.num_marginal_draws", "leave_one_out needs at least one draw per response, set it to 1")
+        if collider.scheme == "leave_one_out" and collider.num_leave_one_out_draws < 1:
+            refuse(
+                "collider.num_leave_one_out_draws", "leave_one_out needs at least one draw per response, set it to 1"
+            )
         if collider.num_draws > n:
             refuse(
                 "collider.num_draws",
                 f"L = {collider.num_draws} is more than the {n} responses of a group; set it to {n} or less",
             )
         if config.preset == "paper" and config.features.source != "response":
-            refuse("features.source", "preset paper takes Z from conditioned generations; use another preset")
+            refuse("features.source", "preset paper takes Z from regenerated responses; use another preset")
     for name, why in config.stability.problems():
         refuse(f"stability.{name}", why)
     if not config.reference.max_kl > 0:
@@ -358,14 +356,12 @@ def _check(config: GCPOConfig, *, n: int) -> None:
         refuse("reference.floor", f"{config.reference.floor} must lie between 0 and 1")
     if not 0 <= config.reference.relative_floor < 1:
         refuse("reference.relative_floor", f"{config.reference.relative_floor} must be at least 0 and less than 1")
-    if not 0 < config.reference.fraction <= 1:
-        refuse("reference.fraction", f"{config.reference.fraction} must be greater than 0 and at most 1")
+    if not 0 < config.reference.subsample <= 1:
+        refuse("reference.subsample", f"{config.reference.subsample} must be greater than 0 and at most 1")
     for name in ("graded_fraction", "dump_fraction", "max_missing"):
         value = getattr(config.metrics, name)
         if not 0 <= value <= 1:
             refuse(f"metrics.{name}", f"{value} must lie between 0 and 1")
-    if collider.cache_tokens is not None and collider.cache_tokens < 1:
-        refuse("collider.cache_tokens", f"{collider.cache_tokens} holds nothing, set it to 1 or more, or to null")
     budget = config.scoring.max_token_len_per_gpu
     if budget is not None and budget < 1:
         refuse("scoring.max_token_len_per_gpu", f"{budget} is too small for a single token")

@@ -40,12 +40,12 @@ class GroupFeatures:
 
     def split(self, num_shared: int) -> dict[str, Tensor | None]:
         """Arguments of ``causal_target`` for the shared and the leave-one-out draws."""
-        marginal = self.conditioned.shape[1] > num_shared
+        leave_one_out = self.conditioned.shape[1] > num_shared
         return {
             "z_conditioned": self.conditioned[:, :num_shared],
             "valid": self.valid[:, :num_shared],
-            "z_marginal": self.conditioned[:, num_shared:] if marginal else None,
-            "valid_marginal": self.valid[:, num_shared:] if marginal else None,
+            "z_marginal": self.conditioned[:, num_shared:] if leave_one_out else None,
+            "valid_marginal": self.valid[:, num_shared:] if leave_one_out else None,
         }
 
     def centered(self, mean: Tensor) -> GroupFeatures:
@@ -123,7 +123,7 @@ def filled(weights: Sequence[Tensor], has_target: Sequence[Tensor], missing: str
 def controlled(
     weights: Sequence[Tensor], has_target: Sequence[Tensor], advantages: Sequence[Tensor], control: str, seed: int
 ) -> list[Tensor]:
-    """Upsilon [n] of every group under ``weighting.control``.
+    """Upsilon [n] of every group under ``weighting.ablation``.
 
     ``mean`` is the mean of the responses whose advantage is not 0, since it scales a step as Upsilon does; those
     without a target enter with the weight that they have, that of ``weighting.missing``. ``shuffled`` permutes the
@@ -160,7 +160,7 @@ def batch_weights(
         advantages: A_i [n] of every group.
         config: the resolved configuration.
         mean: [d], the mean state of the batch's responses; used only with ``features.center: batch``.
-        seed: of the permutation where ``weighting.control`` is ``shuffled``.
+        seed: of the permutation where ``weighting.ablation`` is ``shuffled``.
 
     Raises:
         ValueError: ``features.center`` is ``batch`` and ``mean`` is not given.
@@ -172,7 +172,7 @@ def batch_weights(
     ]
     has_target = [group.has_target for group in found]
     weights = filled([group.weight for group in found], has_target, config.weighting.missing)
-    weights = controlled(weights, has_target, advantages, config.weighting.control, seed)
+    weights = controlled(weights, has_target, advantages, config.weighting.ablation, seed)
     metrics = {
         **_upsilon_metrics(found),
         **_causal_metrics(found),
@@ -203,13 +203,12 @@ def _upsilon_metrics(groups: Sequence[_GroupWeights]) -> dict[str, float]:
     )
     spreads = [float(group.weight[group.has_target].std()) for group in groups if group.has_target.sum() > 1]
     metrics = {
-        "gcpo/upsilon/without_target_share": float((~has_target).float().mean()),
         **_distribution("gcpo/upsilon", upsilon),
         **_distribution("gcpo/similarity", similarity),
         "gcpo/upsilon/spread_in_group": _mean(spreads),
     }
     if len(upsilon):
-        metrics["gcpo/upsilon/negative_share"] = float((upsilon < 0).float().mean())
+        metrics["gcpo/upsilon/negative_frac"] = float((upsilon < 0).float().mean())
         metrics["gcpo/upsilon/cos_to_mean_correlation"] = _correlation(upsilon, cos_to_mean)
     return metrics
 

@@ -191,11 +191,11 @@ def test_metrics() -> None:
     """Means over episodes that exist; correlations over responses; the share of the groups that fell back."""
     result = group_advantage(group(), torch.tensor([1.0, 0.0]), MASK, config())
     found = batch_metrics([result], [MASK], [group()], fallbacks=3)
-    assert found["gc2po/fallback/groups_share"] == 0.75
+    assert found["gc2po/fallback/groups_frac"] == 0.75
     assert found["gc2po/robustness/mean"] == pytest.approx(1.75 / 3) and found["gc2po/robustness/min"] == 0.25
     assert found["gc2po/episodes/mean"] == 1.5 and found["gc2po/answers/per_group"] == 2.0
     assert found["gc2po/reward/process"] == pytest.approx((1.215 + 0.405) / 2)
     assert found["gc2po/reward/correctness_correlation"] == pytest.approx(1.0)
     first, second = result.advantage[0], result.advantage[1, :3]
     assert found["gc2po/advantage/spread_in_response"] == pytest.approx(float(first.std() + second.std()) / 2)
-    assert batch_metrics([], [], [], fallbacks=2) == {"gc2po/fallback/groups_share": 1.0}
+    assert batch_metrics([], [], [], fallbacks=2) == {"gc2po/fallback/groups_frac": 1.0}

@@ -14,16 +14,16 @@ from gcpo.settings import ConfigError
         ({"perturbation": {"draws": 0}}, "gc2po.perturbation.draws: 0 is too small"),
         ({"perturbation": {"sigma": -0.1}}, "gc2po.perturbation.sigma: -0.1 is not a finite number >= 0"),
         ({"perturbation": {"sigma": float("nan")}}, "nan is not a finite number"),
-        ({"perturbation": {"law": "uniform"}}, "choose one of gaussian, group"),
+        ({"perturbation": {"distribution": "uniform"}}, "choose one of gaussian, group"),
         ({"layer": 3}, "the last of the model's hidden states"),
         ({"layer": -1}, "the last of the model's hidden states"),
         ({"layer": 7}, "the model has hidden states 0 to 3"),
         ({"layer": -5}, "the model has hidden states 0 to 3"),
-        ({"form": "head", "layer": 4}, "the model has hidden states 0 to 3"),
-        ({"form": "head", "layer": 1, "perturbation": {"law": "group"}}, "set it to null"),
+        ({"intervention": "lm_head", "layer": 4}, "the model has hidden states 0 to 3"),
+        ({"intervention": "lm_head", "layer": 1, "perturbation": {"distribution": "group"}}, "set it to null"),
         ({"answers": {"max_answers": 1}}, "gc2po.answers.max_answers: 1 is too small"),
         ({"answers": {"prompt": ""}}, "gc2po.answers.prompt: it is empty"),
-        ({"episodes": {"scored": 0}}, "gc2po.episodes.scored: 0 is too small"),
+        ({"episodes": {"max_perturbed": 0}}, "gc2po.episodes.max_perturbed: 0 is too small"),
         ({"episodes": {"separator": "("}}, "is not a regular expression"),
         ({"episodes": {"separator": "x*"}}, "also matches nothing at all"),
         ({"reward": {"trim": 1}}, "gc2po.reward.trim"),
@@ -44,9 +44,9 @@ def test_a_group_of_one() -> None:
 
 
 def test_layers() -> None:
-    """Two thirds of the depth with ``inject``, the last with ``head``; negative ones count from the end."""
+    """Two thirds of the depth with ``hidden_state``, the last with ``lm_head``; negative ones count from the end."""
     assert [GC2POConfig().layer_of(depth) for depth in (1, 2, 3, 24, 28)] == [0, 1, 2, 16, 19]
-    assert GC2POConfig(form="head").layer_of(3) == 3
+    assert GC2POConfig(intervention="lm_head").layer_of(3) == 3
     assert GC2POConfig(layer=-2).layer_of(3) == 2
 
 
@@ -61,5 +61,5 @@ def test_switches_and_the_way_back() -> None:
 def test_what_needs_answers() -> None:
     """Answers are scored by the model where something is perturbed and injected."""
     assert GC2POConfig().needs_answers
-    for raw in ({"form": "head"}, {"counterfactual": False}, {"perturbation": {"sigma": 0}}):
+    for raw in ({"intervention": "lm_head"}, {"counterfactual": False}, {"perturbation": {"sigma": 0}}):
         assert not GC2POConfig.from_config(raw, n=2).needs_answers

@@ -20,7 +20,7 @@ def resolve(n: int = 8, response_length: int = 100, **config: Any) -> GCPOConfig
 
 
 @pytest.mark.parametrize(
-    ("preset", "draws", "shared", "marginal", "generations", "source", "target", "fraction"),
+    ("preset", "scheme", "shared", "leave_one_out", "generations", "source", "target", "subsample"),
     [
         ("paper", "shared", 8, 0, 8, "response", "projection", 1.0),
         ("balanced", "leave_one_out", 1, 1, 1, "prompt", "projection", 0.5),
@@ -28,24 +28,31 @@ def resolve(n: int = 8, response_length: int = 100, **config: Any) -> GCPOConfig
     ],
 )
 def test_presets(
-    preset: str, draws: str, shared: int, marginal: int, generations: int, source: str, target: str, fraction: float
+    preset: str,
+    scheme: str,
+    shared: int,
+    leave_one_out: int,
+    generations: int,
+    source: str,
+    target: str,
+    subsample: float,
 ) -> None:
     """The paper's, and those of the study: states of prompts; the group's mean and no context for Upsilon."""
     config = resolve(preset=preset)
     found = config.collider
-    assert (found.draws, found.num_draws, config.marginal_draws) == (draws, shared, marginal)
+    assert (found.scheme, found.num_draws, config.leave_one_out_draws) == (scheme, shared, leave_one_out)
     assert (found.num_generations, config.features.source, found.projection) == (generations, source, "inclusive")
-    assert (config.weighting.target, config.reference.fraction) == (target, fraction)
+    assert (config.weighting.target, config.reference.subsample) == (target, subsample)
     assert config.needs_generations == (preset == "paper")
     assert config.causal_target_on == (preset != "light")
-    assert found.max_tokens == config.conditioned.max_tokens == config.blocks.max_tokens == 100
+    assert found.max_tokens == config.regenerated.max_tokens == config.blocks.max_tokens == 100
 
 
 def test_a_given_value_wins_over_the_preset() -> None:
     """A field that is set stays; another draws option brings its own number of leave-one-out draws."""
-    config = resolve(preset="paper", collider={"num_draws": 3, "draws": "leave_one_out"}, blocks={"max_tokens": 7})
-    assert config.collider.num_draws == 3 and config.marginal_draws == 1 and config.blocks.max_tokens == 7
-    assert resolve(preset="balanced", collider={"draws": "shared", "num_draws": 2}).marginal_draws == 0
+    config = resolve(preset="paper", collider={"num_draws": 3, "scheme": "leave_one_out"}, blocks={"max_tokens": 7})
+    assert config.collider.num_draws == 3 and config.leave_one_out_draws == 1 and config.blocks.max_tokens == 7
+    assert resolve(preset="balanced", collider={"scheme": "shared", "num_draws": 2}).leave_one_out_draws == 0
 
 
 @pytest.mark.parametrize("off", ["off", False, {"target": "off"}, {"target": False}])
@@ -77,12 +84,12 @@ REFUSED = [
     ({"blocks": {"candidate": "[Answer]"}}, "gcpo.blocks.candidate.*label"),
     ({"blocks": {"max_tokens": 0}}, "gcpo.blocks.max_tokens"),
     ({"collider": 3}, "gcpo.collider must be a group"),
-    ({"collider": {"draws": "shared", "num_draws": 1}}, "L = 1 with shared draws"),
+    ({"collider": {"scheme": "shared", "num_draws": 1}}, "L = 1 with shared draws"),
     ({"collider": {"num_draws": 9}}, "L = 9 is more than the 8"),
     ({"collider": {"num_draws": 0}}, "gcpo.collider.num_draws"),
     ({"collider": {"num_generations": 0}}, "gcpo.collider.num_generations"),
-    ({"collider": {"draws": "leave_one_out", "num_marginal_draws": 0}}, "gcpo.collider.num_marginal_draws"),
-    ({"conditioned": {"max_tokens": 0}}, "gcpo.conditioned.max_tokens"),
+    ({"collider": {"scheme": "leave_one_out", "num_leave_one_out_draws": 0}}, "gcpo.collider.num_leave_one_out_draws"),
+    ({"regenerated": {"max_tokens": 0}}, "gcpo.regenerated.max_tokens"),
     ({"weighting": {"similarity": "dot"}}, "gcpo.weighting.similarity"),
     ({"advantage": {"form": "sum"}}, "gcpo.advantage.form"),
     ({"reference": {"max_kl": 0}}, "gcpo.reference.max_kl"),

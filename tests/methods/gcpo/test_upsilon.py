@@ -59,7 +59,6 @@ def test_a_response_without_a_target_gets_the_mean_of_the_batch() -> None:
     mean = float((whole[1] + whole.sum()) / 3)
     torch.testing.assert_close(torch.cat(found.weights), torch.tensor([mean, whole[1], mean, mean, *whole]))
     assert torch.cat(found.has_target).tolist() == [False, True, False, False, True, True]
-    assert found.metrics["gcpo/upsilon/without_target_share"] == 0.5
     assert found.metrics["gcpo/upsilon/mean"] == pytest.approx(mean)
     found = weigh([partial, none, group()], weighting={"missing": "one"})
     torch.testing.assert_close(torch.cat(found.weights), torch.tensor([1.0, whole[1], 1.0, 1.0, *whole]))
@@ -153,14 +152,13 @@ def test_reference_by_hand() -> None:
     assert [kl_mask.tolist() for _, kl_mask in found] == [[True, True], [False, False]]
     assert (stage.count.asked, stage.count.missing) == (2, 1)
     metrics = stage.metrics()
-    assert metrics["gcpo/reference/without_share"] == 0.5
-    assert metrics["gcpo/reference/floored_share"] == 0.5
+    assert metrics["gcpo/reference/floored_frac"] == 0.5
     rho = torch.tensor([0.6 / 0.5, 0.004 / 0.1])
     kl = rho - rho.log() - 1
     assert metrics["gcpo/reference/kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-5)
     assert metrics["gcpo/reference/log_ratio_max"] == pytest.approx(math.log(1.2), rel=1e-4)
-    assert metrics["gcpo/reference/top_percent_share"] == pytest.approx(float(kl.max() / kl.sum()), rel=1e-5)
-    assert metrics["gcpo/reference/capped_share"] == 0.0
+    assert metrics["gcpo/reference/top_percent_frac"] == pytest.approx(float(kl.max() / kl.sum()), rel=1e-5)
+    assert metrics["gcpo/reference/capped_frac"] == 0.0
 
 
 def test_references_of_responses_that_are_not_chosen() -> None:
@@ -171,9 +169,7 @@ def test_references_of_responses_that_are_not_chosen() -> None:
     query, valid = torch.tensor([-1.0, -1.0]), torch.tensor([True, True])
     assert not stage.add(log_p, valid, query, torch.ones(2), chosen=False)[1].any()
     assert not stage.add(log_p, valid, query, torch.zeros(2))[1].any()
-    assert (stage.count.asked, stage.count.missing) == (0, 0) and stage.metrics() == {
-        "gcpo/reference/without_share": 0.0
-    }
+    assert (stage.count.asked, stage.count.missing) == (0, 0) and stage.metrics() == {}
     three = ReferenceStage(config(preset="balanced", collider={"num_draws": 2}))
     lost = torch.stack([log_p[0], torch.full((2,), math.nan), log_p[1]])
     log_ref, kl_mask = three.add(lost, torch.tensor([True, False, True]), query, torch.ones(2))
@@ -205,7 +201,7 @@ def test_rollout_metrics_by_hand() -> None:
                 block_tokens=8.0,
                 response_tokens=10.0,
                 response_variance=6.0,
-                alike_tokens=3.0,
+                common_prefix_tokens=3.0,
             ),
         },
         {
@@ -216,7 +212,7 @@ def test_rollout_metrics_by_hand() -> None:
                 block_tokens=4.0,
                 response_tokens=14.0,
                 response_variance=2.0,
-                alike_tokens=6.0,
+                common_prefix_tokens=6.0,
             ),
         },
         {"skipped": 1.0, "stage_failed": 1.0},
@@ -225,10 +221,10 @@ def test_rollout_metrics_by_hand() -> None:
     assert metrics["gcpo/tokens/generated/response"] == 80
     assert metrics["gcpo/tokens/generated/collider"] == 30
     assert metrics["gcpo/rollout/collider/cut"] == 1
-    assert metrics["gcpo/rollout/skipped_groups_share"] == pytest.approx(2 / 3)
-    assert metrics["gcpo/tokens/prefix_cache_hit_share"] == 0.6
+    assert metrics["gcpo/rollout/skipped_groups_frac"] == pytest.approx(2 / 3)
+    assert metrics["gcpo/tokens/prefix_cache_hit_frac"] == 0.6
     assert metrics["gcpo/tokens/cached/collider"] == 60
-    assert metrics["gcpo/rollout/equal_rewards_share"] == 0.5 and metrics["gcpo/rollout/alike_tokens"] == 4.5
+    assert metrics["gcpo/rollout/equal_rewards_frac"] == 0.5 and metrics["gcpo/rollout/common_prefix_tokens"] == 4.5
     assert metrics["gcpo/prompts/frame_tokens"] == 25 and metrics["gcpo/prompts/block_tokens"] == 6
     # The variance in a group is 4, that of the means 8; a mean of 4 responses owes 1 of it to them.
     assert metrics["gcpo/rollout/spread_in_groups"] == pytest.approx(4**0.5 / 12)
