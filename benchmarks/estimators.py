@@ -33,9 +33,9 @@ from gcpo.algorithms import (
     causal_weight,
     group_mean_target,
 )
-from gcpo.collider.draws import ColliderSampler, GroupResult
 from gcpo.collider.plan import LeaveOneOutPlan, leave_one_out_plan
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, GroupPrompts
+from gcpo.methods.gcpo.draws import ColliderSampler, GroupResult
 from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.scoring import PrefixForest
 from gcpo.scoring.attention import tree_attention_on

@@ -9,3 +9,9 @@ class RunStoppedError(RuntimeError):
 
 class ServerLostError(RuntimeError):
     """The server that a request went to is gone; the request did not fail by itself, and the run cannot go on."""
+
+
+def one_line(error: BaseException) -> str:
+    """The class and the message of an error in one line of at most 200 characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -7,8 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gcpo.collider.draws import one_line
-from gcpo.faults import RunStoppedError, ServerLostError
+from gcpo.faults import RunStoppedError, ServerLostError, one_line
 from gcpo.methods import method_class
 from gcpo.methods.base import Method, Run
 

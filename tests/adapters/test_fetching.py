@@ -15,8 +15,8 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from gcpo.adapters.schema import method_fields
 from gcpo.adapters.stability import StableTrainer
 from gcpo.adapters.trainer import MethodTrainer, OwnFieldsTrainer
-from gcpo.collider.draws import Draw
 from gcpo.methods import method_class
+from gcpo.methods.gcpo.draws import Draw
 from gcpo.methods.gcpo.fields import DUMP as DUMP_FIELDS
 from gcpo.methods.gcpo.rollout import dump_fields, dumped_draws
 from tests.adapters.conftest import N

@@ -11,8 +11,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters.group_client import GroupClient
-from gcpo.collider.draws import ColliderSampler
 from gcpo.faults import ServerLostError
+from gcpo.methods.gcpo.draws import ColliderSampler
 from gcpo.methods.gcpo.settings import GCPOConfig
 from tests.adapters.test_rollout import PARENT, Worker, run, world  # noqa: F401  (world is a fixture)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gcpo.collider.draws import ColliderSampler
+from gcpo.methods.gcpo.draws import ColliderSampler
 from gcpo.methods.gcpo.missing import Count, Missing, NothingValidError
 from tests.adapters.conftest import N
 from tests.adapters.memory_queue import MemoryQueue

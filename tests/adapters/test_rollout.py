@@ -14,9 +14,9 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from gcpo.adapters import rollout
 from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
-from gcpo.collider.draws import ColliderSampler, Draw, GroupResult
 from gcpo.methods.base import Run, Sampling
 from gcpo.methods.fields import flat, lengths, split
+from gcpo.methods.gcpo.draws import ColliderSampler, Draw, GroupResult
 from gcpo.methods.gcpo.method import GCPO
 from gcpo.methods.gcpo.settings import GCPOConfig
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from gcpo.collider.draws import ColliderSampler, GroupResult
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.faults import RunStoppedError
 from gcpo.methods.base import Batch, Engine, Generate, Method, RowFields, Run, SampledGroup, Sampling
 from gcpo.methods.fields import PROMPTS, RESPONSES, Field, FieldError
 from gcpo.methods.gcpo import fields as own
 from gcpo.methods.gcpo.credit import CausalCredit, CausalStage
+from gcpo.methods.gcpo.draws import ColliderSampler, GroupResult
 from gcpo.methods.gcpo.rollout import dumped_draws, empty_result, grade_draws, is_chosen, row_fields
 from gcpo.methods.gcpo.scoring import score_rows
 from gcpo.methods.gcpo.settings import GCPOConfig

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gcpo.collider.draws import KINDS, MAX_CAUSES
 from gcpo.faults import RunStoppedError
+from gcpo.methods.gcpo.draws import KINDS, MAX_CAUSES
 
 PARTS = ("draws", "targets", "references")
 
@@ -44,7 +44,7 @@ class Missing:
     """Counts over the groups of a step.
 
     Attributes:
-        draws: by kind (``gcpo.collider.draws.KINDS``): draws that failed, are empty or were cut.
+        draws: by kind (``gcpo.methods.gcpo.draws.KINDS``): draws that failed, are empty or were cut.
         targets: responses without a target of Upsilon.
         references: responses without a causal reference.
         causes: one line for every cause of a missing draw, in the order of the groups, each with its number of draws.

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gcpo.collider.draws import KINDS, OUTCOMES, Draw, GroupResult
 from gcpo.methods.base import RowFields, SampledGroup
 from gcpo.methods.fields import flat, lengths, split
+from gcpo.methods.gcpo.draws import KINDS, OUTCOMES, Draw, GroupResult
 from gcpo.methods.gcpo.fields import (
     CONTEXT_LENGTHS,
     CONTEXTS,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gcpo.collider.draws import MAX_CAUSES, ColliderSampler, one_line
+from gcpo.methods.gcpo.draws import MAX_CAUSES, ColliderSampler, one_line
 from gcpo.methods.gcpo.settings import GCPOConfig
-from tests.collider.test_draws import END, GENERATED, Server, run
+from tests.methods.gcpo.test_draws import END, GENERATED, Server, run
 
 MARK = 1000
 """The k-th request is answered with the token MARK + k, which no text of the prompts holds."""

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from examples.arithmetic.warm_start import Recipe, make_tokenizer
-from gcpo.collider.draws import ColliderSampler, GroupResult, _mean_common_prefix
 from gcpo.collider.prompts import CandidatePrompts
+from gcpo.methods.gcpo.draws import ColliderSampler, GroupResult, _mean_common_prefix
 from gcpo.methods.gcpo.method import check_layout
 from gcpo.methods.gcpo.settings import GCPOConfig
 

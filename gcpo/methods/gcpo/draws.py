@@ -15,7 +15,7 @@ import numpy as np
 
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.collider.prompts import CandidatePrompts, GroupPrompts
-from gcpo.faults import ServerLostError
+from gcpo.faults import ServerLostError, one_line
 from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.scoring.tree import common_prefix
 from gcpo.seeding import request_seed, seeded
@@ -292,12 +292,6 @@ class ColliderSampler:
             block = self.prompts.collider_block(draw.token_ids)
             contexts.append(group.context(i, slot, block, replaced))
         return contexts
-
-
-def one_line(error: BaseException) -> str:
-    """The class and the message of an error in one line of at most 200 characters."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _mean_common_prefix(responses: Sequence[Sequence[int]]) -> float:
