@@ -1,1 +1,1 @@
-"""Data of the quick start: the embedded arithmetic task and the model that is warm-started on it."""
+"""Data sets of mathematics and programs in verl's schema: ``python -m data_prep SET``."""

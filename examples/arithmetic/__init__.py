@@ -1,1 +1,1 @@
-"""The embedded task: arithmetic questions, and a small model that is warmed up on them."""
+"""The embedded task: arithmetic questions, and a small model that is fine-tuned on worked solutions with errors."""

@@ -7,8 +7,8 @@ always needs a carry or a borrow. The response works from the last column to the
     What is 482 + 319?
     2+9=11 8+1+1=10 4+3+1=8 \\boxed{801}
 
-The carry (``+1``) or borrow (``-1``) written into a column is where pupils slip, so this module also has
-a `Pupil` that works questions out with such slips; `examples.arithmetic.warm_start` trains on its notes.
+`NoisySolver` writes such solutions with injected errors in the carries (``+1``) and borrows (``-1``);
+`examples.arithmetic.warm_start` fine-tunes a model on them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Solution:
-    """A worked solution and the place of its slips."""
+    """A worked solution. ``carries``: for each column, whether the carry into it was applied; None without a carry."""
 
     text: str
     carries: tuple[bool | None, ...]
@@ -96,8 +96,8 @@ def work_out(
 
     Args:
         question: what to work out.
-        keeps: told the column (0 is the last digit), whether the carry or borrow into it is remembered.
-        slips: told the column, what is added to its result by mistake.
+        keeps: told the column (0 is the last digit), whether the carry or borrow into it is applied.
+        slips: told the column, the error that is added to its result.
     """
     adds = question.operation == "+"
     steps: list[str] = []
@@ -124,8 +124,8 @@ def work_out(
 
 
 @dataclass(frozen=True)
-class Pupil:
-    """Works questions out, and slips with fixed probabilities.
+class NoisySolver:
+    """Writes worked solutions with errors injected at fixed probabilities.
 
     Attributes:
         forget_carry: probability that a carry into a column is forgotten.
@@ -142,8 +142,8 @@ class Pupil:
 
         Args:
             question: what to work out.
-            rng: source of the slips.
-            reminded: columns whose carry the pupil has seen in somebody's solution, and hardly ever forgets.
+            rng: source of the errors.
+            reminded: columns whose carry stands in a solution in the prompt; it is forgotten with probability 0.05.
         """
         forget = self.forget_carry if question.operation == "+" else self.forget_borrow
 

@@ -1,9 +1,9 @@
 """The warm-started model of the quick start.
 
-``python -m examples.arithmetic.warm_start --data DIR --output MODEL_DIR`` trains a small Qwen2 model, with a tokenizer
-of its own, on the notes of a pupil who forgets carries and, more often than not, borrows: it knows the procedure, and
-is wrong where the pupil is. A part of the examples are prompts with candidate answers, in the format of the rollout,
-where the pupil forgets less because somebody else's solution reminds him.
+``python -m examples.arithmetic.warm_start --data DIR --output MODEL_DIR`` makes a small Qwen2 model, with a tokenizer
+of its own, fine-tuned on worked solutions with injected carry and borrow errors: it knows the procedure and makes the
+same errors. Some of the prompts hold candidate answers in the format of the rollout; their targets have fewer errors,
+so the model learns to use the candidates.
 
 The folder holds ``recipe.json``; a folder made by the same recipe is left as it is.
 """
@@ -11,27 +11,18 @@ The folder holds ``recipe.json``; a folder made by the same recipe is left as it
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from examples.arithmetic.task import (
-    LEVELS,
-    OPERATIONS,
-    PrepError,
-    Pupil,
-    Question,
-    draw_question,
-    parse_question,
-    work_out,
-)
-from gcpo.collider.prompts import CandidatePrompts, PromptTemplate
+from examples.arithmetic.task import LEVELS, OPERATIONS, PrepError, draw_question, parse_question, work_out
+from examples.arithmetic.training_data import Recipe, collate, make_batches, make_examples
+from gcpo.collider.prompts import PromptTemplate
 from gcpo.files import lock, put_in_place
 
 CHAT_TEMPLATE = (
@@ -40,54 +31,9 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that the model depends on; a change of a value makes it anew."""
-
-    version: int = 2
-    """Raised when the code below changes what it makes."""
-    vocab_size: int = 352
-    hidden_size: int = 96
-    intermediate_size: int = 256
-    layers: int = 3
-    heads: int = 3
-    context: int = 2048
-    initializer_range: float = 0.08
-    plain_examples: int = 24_000
-    plain_first: float = 0.6
-    """Share of the plain examples that come before any example with candidates."""
-    candidate_examples: int = 9_000
-    max_blocks: int = 8
-    batch_tokens: int = 1024
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    forget_carry: float = 0.3
-    forget_borrow: float = 0.6
-    miscount: float = 0.02
-    seed: int = 11
-
-    @property
-    def hash(self) -> str:
-        """Names the recipe."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids of a prompt and of the response that is trained on."""
-
-    prompt: list[int]
-    response: list[int]
-
-    @property
-    def size(self) -> int:
-        return len(self.prompt) + len(self.response)
-
-
 def make_tokenizer(recipe: Recipe) -> Any:
     """A byte-level tokenizer with a small vocabulary, of the class that ``AutoTokenizer`` takes for a Qwen2 model."""
-    from tokenizers import Tokenizer, decoders, models, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
     reference = Qwen2Tokenizer().backend_tokenizer
@@ -100,24 +46,20 @@ def make_tokenizer(recipe: Recipe) -> Any:
         question = draw_question(rng, rng.choice(LEVELS), rng.choice(OPERATIONS))
         texts += [question.text, work_out(question).text, template.intro, template.candidate.format(label=i % 8 + 1)]
         texts += [template.collider, template.outro, "user\n", "assistant\n", "system\n"]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    from tokenizers.pre_tokenizers import ByteLevel
-
     raw.train_from_iterator(
         texts,
         trainers.BpeTrainer(
             vocab_size=recipe.vocab_size,
-            special_tokens=special,
-            initial_alphabet=sorted(ByteLevel.alphabet()),
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             min_frequency=2,
             show_progress=False,
         ),
     )
     model = json.loads(raw.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=merges,
+        merges=[tuple(merge) for merge in model["merges"]],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
@@ -151,91 +93,22 @@ def make_model(recipe: Recipe, tokenizer: Any) -> Any:
     return Qwen2ForCausalLM(config)
 
 
-def make_examples(recipe: Recipe, tokenizer: Any, excluded: set[tuple[str, int, int]]) -> list[list[Example]]:
-    """The plain examples and those with candidates, none about an excluded question."""
-    rng = random.Random(recipe.seed)
-    pupil = Pupil(recipe.forget_carry, recipe.forget_borrow, recipe.miscount)
-    prompts = CandidatePrompts(tokenizer)
+def _progress_lines() -> Any:
+    """A callback that prints progress where a bar cannot be redrawn."""
+    from transformers import TrainerCallback
 
-    def question() -> Question:
-        while True:
-            drawn = draw_question(rng, rng.choice(LEVELS), rng.choice(OPERATIONS))
-            if drawn.key not in excluded:
-                return drawn
+    class Lines(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in (logs or {}):
+                done = state.global_step / state.max_steps
+                print(f"warm start: {done:4.0%}  loss {float(logs['loss']):.3f}", flush=True)
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    def plain(asked: Question) -> Example:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": asked.text}], add_generation_prompt=True, tokenize=False
-        )
-        return Example(encode(prompt), [*encode(pupil.solve(asked, rng).text), tokenizer.eos_token_id])
-
-    def with_candidates(asked: Question) -> Example:
-        count = rng.randint(1, recipe.max_blocks)
-        skill = rng.choice((0.2, 0.5, 1.0, 1.3))
-        others = Pupil(pupil.forget_carry * skill, pupil.forget_borrow * skill, pupil.miscount * 2)
-        solutions = [others.solve(asked, rng) for _ in range(count)]
-        reminded = frozenset(c for s in solutions for c, kept in enumerate(s.carries) if kept)
-        labels = rng.sample(range(recipe.max_blocks), count)
-        blocks = [prompts.candidate_block(k, encode(s.text)) for k, s in zip(labels, solutions, strict=True)]
-        if rng.random() < 0.5:
-            joint = pupil.solve(asked, rng, reminded)
-            reminded |= {c for c, kept in enumerate(joint.carries) if kept}
-            blocks[rng.randrange(count)] = prompts.collider_block(encode(joint.text))
-        target = replace(pupil, miscount=0.0).solve(asked, rng, reminded)
-        frame = prompts.frame([{"role": "user", "content": asked.text}])
-        return Example(prompts.join(frame, blocks), [*encode(target.text), tokenizer.eos_token_id])
-
-    return [
-        [plain(question()) for _ in range(recipe.plain_examples)],
-        [with_candidates(question()) for _ in range(recipe.candidate_examples)],
-    ]
-
-
-def make_batches(examples: Sequence[Example], budget: int, rng: random.Random) -> list[list[Example]]:
-    """Batches of examples of about the same length, at most ``budget`` tokens with padding, in random order."""
-    batches: list[list[Example]] = []
-    for example in sorted(examples, key=lambda e: (e.size // 4, rng.random())):
-        width = max([example.size, *(e.size for e in batches[-1])]) if batches else example.size
-        if not batches or width * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-        batches[-1].append(example)
-    rng.shuffle(batches)
-    return batches
-
-
-def collate(items: Sequence[Sequence[Example]]) -> dict[str, Any]:
-    """One batch of ``make_batches`` as tensors; the loss is on the responses alone."""
-    import torch
-
-    (batch,) = items
-    width = max(example.size for example in batch)
-    rows = [(e.prompt, e.response, width - e.size) for e in batch]
-    return {
-        "input_ids": torch.tensor([p + r + [0] * pad for p, r, pad in rows]),
-        "labels": torch.tensor([[-100] * len(p) + r + [-100] * pad for p, r, pad in rows]),
-        "attention_mask": torch.tensor([[1] * (len(p) + len(r)) + [0] * pad for p, r, pad in rows]),
-    }
+    return Lines()
 
 
 def train(recipe: Recipe, tokenizer: Any, model: Any, excluded: set[tuple[str, int, int]], folder: Path) -> None:
     """Train ``model`` with transformers' Trainer: first plain examples, then both kinds mixed."""
-    from torch.utils.data import SequentialSampler
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-    class Lines(TrainerCallback):
-        """Progress where a bar can't be drawn over itself."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "loss" in (logs or {}):
-                share = 100 * state.global_step / state.max_steps
-                print(f"warm start: {share:3.0f} %  loss {float(logs['loss']):.3f}", flush=True)
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     rng = random.Random(recipe.seed)
     plain, candidates = make_examples(recipe, tokenizer, excluded)
@@ -260,13 +133,13 @@ def train(recipe: Recipe, tokenizer: Any, model: Any, excluded: set[tuple[str, i
         use_cpu=True,
         seed=recipe.seed,
         remove_unused_columns=False,
-        dataloader_num_workers=0,
+        train_sampling_strategy="sequential",
         disable_tqdm=not sys.stderr.isatty(),
     )
-    trainer = InOrder(model=model, args=arguments, train_dataset=batches, data_collator=collate)
+    trainer = Trainer(model=model, args=arguments, train_dataset=batches, data_collator=collate)
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Lines())
+        trainer.add_callback(_progress_lines())
     trainer.train()
 
 

@@ -18,23 +18,16 @@ from examples.arithmetic import warm_start
 from examples.arithmetic.task import (
     LEVELS,
     OPERATIONS,
+    NoisySolver,
     PrepError,
-    Pupil,
     Question,
     draw_question,
     held_out,
     parse_question,
     work_out,
 )
-from examples.arithmetic.warm_start import (
-    Example,
-    Recipe,
-    collate,
-    make_batches,
-    make_examples,
-    make_model,
-    make_tokenizer,
-)
+from examples.arithmetic.training_data import Example, Recipe, collate, make_batches, make_examples
+from examples.arithmetic.warm_start import make_model, make_tokenizer
 from gcpo.collider.prompts import CandidatePrompts, PromptTemplate
 from gcpo.rewards import compute_score
 
@@ -151,13 +144,13 @@ def test_a_forgotten_carry_is_missing_from_the_column_and_the_result(question: Q
     assert solution.text == text and not solution.right and not any(solution.carries)
 
 
-def test_a_reminded_pupil_forgets_less() -> None:
+def test_a_reminded_solver_forgets_less() -> None:
     rng = random.Random(0)
-    pupil = Pupil(forget_carry=0.6, forget_borrow=0.6, miscount=0.0)
+    solver = NoisySolver(forget_carry=0.6, forget_borrow=0.6, miscount=0.0)
     columns = frozenset(range(4))
     drawn = [draw_question(rng, 2, "-") for _ in range(400)]
     alone, reminded = (
-        sum(pupil.solve(question, rng, seen).right for question in drawn) for seen in (frozenset(), columns)
+        sum(solver.solve(question, rng, seen).right for question in drawn) for seen in (frozenset(), columns)
     )
     assert alone < 0.5 * len(drawn) < 0.85 * len(drawn) < reminded
 

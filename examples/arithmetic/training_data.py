@@ -1,0 +1,127 @@
+"""What the warm start is trained on: the recipe, worked solutions as token ids, and batches of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from examples.arithmetic.task import LEVELS, OPERATIONS, NoisySolver, Question, draw_question
+from gcpo.collider.prompts import CandidatePrompts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the model depends on; a change of a value makes it anew."""
+
+    version: int = 2
+    """Raised when the code below changes what it makes."""
+    vocab_size: int = 352
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    layers: int = 3
+    heads: int = 3
+    context: int = 2048
+    initializer_range: float = 0.08
+    plain_examples: int = 24_000
+    plain_first: float = 0.6
+    """Share of the plain examples that come before any example with candidates."""
+    candidate_examples: int = 9_000
+    max_blocks: int = 8
+    batch_tokens: int = 1024
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    forget_carry: float = 0.3
+    forget_borrow: float = 0.6
+    miscount: float = 0.02
+    seed: int = 11
+
+    @property
+    def hash(self) -> str:
+        """Names the recipe."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and of the response that is trained on."""
+
+    prompt: list[int]
+    response: list[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def make_examples(recipe: Recipe, tokenizer: Any, excluded: set[tuple[str, int, int]]) -> list[list[Example]]:
+    """The plain examples and those with candidates, none about an excluded question."""
+    rng = random.Random(recipe.seed)
+    solver = NoisySolver(recipe.forget_carry, recipe.forget_borrow, recipe.miscount)
+    prompts = CandidatePrompts(tokenizer)
+
+    def question() -> Question:
+        while True:
+            drawn = draw_question(rng, rng.choice(LEVELS), rng.choice(OPERATIONS))
+            if drawn.key not in excluded:
+                return drawn
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def plain(asked: Question) -> Example:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": asked.text}], add_generation_prompt=True, tokenize=False
+        )
+        return Example(encode(prompt), [*encode(solver.solve(asked, rng).text), tokenizer.eos_token_id])
+
+    def with_candidates(asked: Question) -> Example:
+        count = rng.randint(1, recipe.max_blocks)
+        skill = rng.choice((0.2, 0.5, 1.0, 1.3))
+        others = NoisySolver(solver.forget_carry * skill, solver.forget_borrow * skill, solver.miscount * 2)
+        solutions = [others.solve(asked, rng) for _ in range(count)]
+        reminded = frozenset(c for s in solutions for c, kept in enumerate(s.carries) if kept)
+        labels = rng.sample(range(recipe.max_blocks), count)
+        blocks = [prompts.candidate_block(k, encode(s.text)) for k, s in zip(labels, solutions, strict=True)]
+        if rng.random() < 0.5:
+            joint = solver.solve(asked, rng, reminded)
+            reminded |= {c for c, kept in enumerate(joint.carries) if kept}
+            blocks[rng.randrange(count)] = prompts.collider_block(encode(joint.text))
+        target = replace(solver, miscount=0.0).solve(asked, rng, reminded)
+        frame = prompts.frame([{"role": "user", "content": asked.text}])
+        return Example(prompts.join(frame, blocks), [*encode(target.text), tokenizer.eos_token_id])
+
+    return [
+        [plain(question()) for _ in range(recipe.plain_examples)],
+        [with_candidates(question()) for _ in range(recipe.candidate_examples)],
+    ]
+
+
+def make_batches(examples: Sequence[Example], budget: int, rng: random.Random) -> list[list[Example]]:
+    """Batches of examples of about the same length, at most ``budget`` tokens with padding, in random order."""
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: (e.size // 4, rng.random())):
+        width = max([example.size, *(e.size for e in batches[-1])]) if batches else example.size
+        if not batches or width * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+        batches[-1].append(example)
+    rng.shuffle(batches)
+    return batches
+
+
+def collate(items: Sequence[Sequence[Example]]) -> dict[str, Any]:
+    """One batch of ``make_batches`` as tensors; the loss covers only the responses."""
+    import torch
+
+    (batch,) = items
+    width = max(example.size for example in batch)
+    rows = [(e.prompt, e.response, width - e.size) for e in batch]
+    return {
+        "input_ids": torch.tensor([p + r + [0] * pad for p, r, pad in rows]),
+        "labels": torch.tensor([[-100] * len(p) + r + [-100] * pad for p, r, pad in rows]),
+        "attention_mask": torch.tensor([[1] * (len(p) + len(r)) + [0] * pad for p, r, pad in rows]),
+    }
