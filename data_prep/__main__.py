@@ -1,4 +1,4 @@
-"""``python -m data_prep SET``: prepare a data set; ``python -m data_prep --list``: which there are."""
+"""``python -m data_prep SET``: prepare a data set; ``python -m data_prep --list``: list them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.core import SEED, is_prepared, prepare
-from data_prep.decontamination import load_sets
-from data_prep.schema import PROVENANCE, DataError
+from data_prep.core import SEED, Prepared, prepare
+from data_prep.decontamination import EvaluationSets, load_sets
+from data_prep.output import is_prepared
+from data_prep.schema import PROVENANCE, DataError, DataSet
 from data_prep.sets import SETS, find_set
 from gcpo.rewards import GraderError
-
-FOLDER = Path("data")
 
 
 def show_list() -> None:
@@ -38,7 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--revision", help="of the data set of the hub (default: the newest)")
     parser.add_argument(
-        "--data", type=Path, default=FOLDER, metavar="DIR", help="where sets are prepared (%(default)s)"
+        "--data", type=Path, default=Path("data"), metavar="DIR", help="where sets are prepared (%(default)s)"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of this set (default: DATA/SET)")
     parser.add_argument(
@@ -65,20 +64,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prepare one set and say what became of it."""
+    """Prepare one set and print the result."""
     dataset = find_set(options.set)
     output = options.output or options.data / dataset.name
-    evaluation = None
-    if dataset.kind == "train":
-        names = [one.name for one in SETS.values() if one.kind == "eval"]
-        evaluation = load_sets(options.against, names, options.data)
-        if evaluation.origin:
-            print(f"compared with: {', '.join(one['set'] for one in evaluation.origin)}")
-        elif options.against != ["none"]:
-            print(
-                f"note: no evaluation set is prepared in {options.data}, so {dataset.name} is compared with none",
-                file=sys.stderr,
-            )
     prepared = prepare(
         dataset,
         output,
@@ -86,18 +74,34 @@ def run(options: argparse.Namespace) -> None:
         revision=options.revision,
         rows=options.rows,
         seed=options.seed,
-        evaluation=evaluation,
+        evaluation=evaluation_sets(options, dataset) if dataset.kind == "train" else None,
         examples=options.examples,
         say=lambda line: print(line, flush=True),
     )
     if dataset.rows and prepared.read not in dataset.rows and not options.rows:
         known = " or ".join(map(str, dataset.rows))
         print(f"note: {dataset.name} is known with {known} rows, this source has {prepared.read}", file=sys.stderr)
+    show_result(output, prepared)
+
+
+def evaluation_sets(options: argparse.Namespace, dataset: DataSet) -> EvaluationSets:
+    """The problems that must not be trained on."""
+    sets = load_sets(options.against, [one.name for one in SETS.values() if one.kind == "eval"], options.data)
+    if sets.origin:
+        print(f"compared with: {', '.join(one['set'] for one in sets.origin)}")
+    elif options.against != ["none"]:
+        note = f"note: no evaluation set is prepared in {options.data}, so {dataset.name} is compared with none"
+        print(note, file=sys.stderr)
+    return sets
+
+
+def show_result(output: Path, prepared: Prepared) -> None:
+    """Print the counts and the reasons."""
     counts = {"to train on": len(prepared.train), "to evaluate on": len(prepared.test)}
-    print(f"{output}: " + ", ".join(f"{count} rows {what}" for what, count in counts.items() if count))
+    print(f"{output}: " + ", ".join(f"{count} rows {purpose}" for purpose, count in counts.items() if count))
     for word, reasons in (("dropped", prepared.dropped), ("kept", prepared.noted)):
-        for reason, which in reasons.items():
-            print(f"{word}: {len(which)} × {reason}")
+        for reason, rows in reasons.items():
+            print(f"{word}: {len(rows)} × {reason}")
     for name in prepared.changed:
         print(f"note: {output / name} is not what it was before", file=sys.stderr)
     if prepared.dropped or prepared.noted:

@@ -23,19 +23,20 @@ NO_ANSWER = (
     "notfound", "not found", "answer not found", "no answer", "no answer found", "not available", "not provided",
     "not given", "n/a", "n.a", "nan", "none", "null", "unknown", "unanswered", "tbd", "todo",
 )  # fmt: skip
-"""Words that stand in the answer column of a problem that has no answer, in small letters, without fonts, dollar signs
-and punctuation at their ends. Add a word here to drop its rows."""
+"""Entries of answer columns that mean "no answer", in lower case, without fonts, dollar signs and punctuation
+at the ends. Add a word here to drop its rows."""
 
 _FONTS = re.compile(r"\\(?:text|math|operatorname)(?:bf|it|rm|sf|tt|normal)?\s*\{([^{}]*)\}|\\mbox\s*\{([^{}]*)\}")
 _ENDS = " .,:;!?$-\u2010\u2011\u2012\u2013\u2014\u2212_\u2026"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
-_ACCEPTED = re.compile(r"(\d+(?: or \d+)+)(?: \(.*\))?")
+# As in gcpo.rewards.math: with a remark these are alternatives, and a bare "4 or 5" is a list that needs both.
+_ACCEPTED = re.compile(r"(\d+(?: or \d+)+) \(.*\)", re.ASCII)
 
 
 def answers_of(value: Any) -> list[str]:
-    """All forms of an answer, each normalised and none twice: the value of an answer column, of any type.
+    """All right answers that the value of an answer column holds, normalised, without duplicates.
 
     Raises:
         Drop: there is no answer that could be graded.
@@ -58,14 +59,14 @@ def answers_of(value: Any) -> list[str]:
 
 
 def is_no_answer(answer: str) -> bool:
-    """Whether an answer is one of `NO_ANSWER`, or has no sign except punctuation and dashes."""
+    """Whether an answer is one of `NO_ANSWER`, or only punctuation and dashes."""
     bare = _FONTS.sub(lambda match: match[1] or match[2] or "", answer)
     bare = re.sub(r"\s+", " ", bare).strip(_ENDS).lower()
     return not bare or bare in NO_ANSWER
 
 
 def canonical(value: Any) -> str:
-    """An answer as text: numbers without leading zeros, thousands separators, units and ``.0``; else as it stands."""
+    """An answer as text: numbers without leading zeros, thousands separators, units and ``.0``; others unchanged."""
     if value is None or isinstance(value, bool):
         return ""
     if isinstance(value, float):
@@ -86,8 +87,7 @@ def boxed(solution: Any) -> str:
     r"""The answer in the ``\boxed{}`` of a solution.
 
     Raises:
-        Drop: there is none, or there are several with different answers: nobody can tell the parts of an answer from
-            steps on the way to it.
+        Drop: there is none, or several hold different answers: they may be parts of the answer or steps to it.
     """
     found = [answer for answer in boxes_of(solution) if answer.strip()] if isinstance(solution, str) else []
     if not found:
@@ -98,7 +98,7 @@ def boxed(solution: Any) -> str:
 
 
 def boxes_of(text: str) -> Iterator[str]:
-    """The contents of all boxes that are closed, in order; of nested boxes only the outermost is a box of its own."""
+    """The contents of all closed boxes, in order; of nested boxes only the outermost counts."""
     at = 0
     while box := _BOX.search(text, at):
         at, depth = box.end(), 1
@@ -111,22 +111,14 @@ def boxes_of(text: str) -> Iterator[str]:
 
 
 def string_of(value: Any, what: str) -> str:
-    """A text as it stands.
-
-    Raises:
-        Drop: it is no text.
-    """
+    """``value``; raises `Drop` if it is no text."""
     if not isinstance(value, str):
         raise Drop(f"its {what} is no text")
     return value
 
 
 def text_of(value: Any, what: str = "question") -> str:
-    """A text that is there.
-
-    Raises:
-        Drop: it is empty or no text.
-    """
+    """``value`` without white space at its ends; raises `Drop` if it is empty or no text."""
     text = value.strip() if isinstance(value, str) else ""
     if not text:
         raise Drop(f"empty {what}")

@@ -1,19 +1,16 @@
-"""The sets of programs: where they lie, how they are asked, and how their tests are put.
+"""The sets of programs: where they are on the hub, their prompts, and their tests as ``gcpo.rewards.code`` reads them.
 
-The tests are what ``gcpo.rewards.code`` reads.
+**MBPP** has the prompt of its authors: the task and its tests, here with the request for a code block, since the answer
+is a chat message and not a continuation up to their ``[DONE]``. Task ids 601 to 974 are for training, 511 to 600 are
+held out, 11 to 510 are the evaluation set ``mbpp_test``, and 1 to 10 are only for few-shot prompts: MBPP's own splits.
 
-**MBPP** is asked as its authors do: the task and its tests, here with the request for a code block, since the answer
-is a chat message and not a continuation up to their ``[DONE]``. Task ids 601 to 974 are trained on, 511 to 600 are held
-out, 11 to 510 are the evaluation set ``mbpp_test``, and 1 to 10 are for few-shot prompts alone: MBPP's own splits.
+**HumanEval** has EvalPlus' prompt for chat models: one sentence, and the function's head in a code block. The answer is
+a whole function or the rest of one. HumanEval has no few-shot examples; frameworks that offer them (such as
+lm-evaluation-harness with ``--num_fewshot 5``, which warns about it) draw from the 164 problems that are measured.
+``humaneval_5shot`` uses problems 2 to 6 of MBPP's prompt split instead (2, 3 and 4 are the examples of MBPP's authors),
+in HumanEval's form, as earlier turns of the conversation.
 
-**HumanEval** is asked as EvalPlus asks chat models: one sentence, and the function's head in a code block. The answer
-is a whole function or the rest of one. HumanEval has no examples for few-shot prompts. Frameworks that offer them (such
-as lm-evaluation-harness with ``--num_fewshot 5``, which itself warns about it) draw from the 164 problems that are
-being measured. ``humaneval_5shot`` doesn't: its five examples are the problems 2 to 6 of MBPP's prompt split (2, 3 and
-4 are the examples of MBPP's authors), brought into HumanEval's form and put as earlier turns of the conversation.
-
-The reference solutions stay in ``extra_info.details``: nothing is asked or graded with them, but that they pass can be
-checked (``benchmarks.code_grading``).
+``extra_info.details`` keeps the reference solutions for ``benchmarks.code_grading``; no prompt or reward uses them.
 """
 
 from __future__ import annotations
@@ -24,8 +21,8 @@ import dataclasses
 import json
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from data_prep.answers import string_of, text_of
 from data_prep.core import read_source
@@ -50,11 +47,7 @@ HUMANEVAL_QUESTION = (
 
 
 def lines(text: Any, what: str) -> str:
-    """Text whose lines end alike; MBPP was written on more than one system.
-
-    Raises:
-        Drop: it is no text.
-    """
+    """Text with ``LF`` line ends, which vary in MBPP; raises `Drop` if it is no text."""
     return string_of(text, what).replace("\r\n", "\n")
 
 
@@ -64,8 +57,8 @@ def lines(text: Any, what: str) -> str:
 def mbpp_tests(row: Raw) -> dict[str, Any]:
     """The tests of a row of MBPP.
 
-    The names that the tests take from the program are those that the reference solution defines: some are those of
-    builtins (``sum``), which the program may replace in one problem, but not in another one to pass its tests.
+    ``names`` are the names that the tests use and the reference solution defines. Some shadow builtins (``sum``), which
+    a program may replace only where the reference solution does.
 
     Raises:
         Drop: a test is no Python, or nothing of the program is tested.
@@ -89,11 +82,7 @@ def mbpp_tests(row: Raw) -> dict[str, Any]:
 
 
 def tests_of(row: Raw) -> list[str]:
-    """The tests of a row of MBPP.
-
-    Raises:
-        Drop: they are no list of texts.
-    """
+    """The tests of a row of MBPP; raises `Drop` if they are no list of texts."""
     if not isinstance(row["test_list"], list):
         raise Drop("its tests are no list")
     return [lines(test, "test") for test in row["test_list"]]
@@ -207,17 +196,17 @@ def five_shot(sources: Sequence[str]) -> DataSet:
     missing = set(MBPP_COLUMNS) - source.records.columns
     if missing:
         raise DataError(f"{source.label} can't give the examples: it lacks the columns {', '.join(sorted(missing))}")
-    found = {}
+    problems = {}
     for row in source.records.read(range(len(source.records))):
         if row.keys() >= set(MBPP_COLUMNS) and isinstance(row["task_id"], int):
-            found[row["task_id"]] = row
-    if not found.keys() >= set(EXAMPLES):
-        wanted = ", ".join(map(str, EXAMPLES))
-        raise DataError(f"{source.label} can't give the examples: it lacks task ids of {wanted}; give all of MBPP")
+            problems[row["task_id"]] = row
+    if not problems.keys() >= set(EXAMPLES):
+        ids = ", ".join(map(str, EXAMPLES))
+        raise DataError(f"{source.label} can't give the examples: it lacks task ids of {ids}; give all of MBPP")
     turns: list[dict[str, str]] = []
     for number in EXAMPLES:
         try:
-            asked, answer = example_of(found[number])
+            asked, answer = example_of(problems[number])
         except Drop as reason:
             raise DataError(f"MBPP's problem {number} of {source.label} can't be an example: {reason}") from reason
         turns.append({"role": "user", "content": HUMANEVAL_QUESTION.format(prompt=asked)})
@@ -259,71 +248,46 @@ def eurus_row(row: Raw) -> Row:
 # ---- the sets --------------------------------------------------------------------------------------------------------
 
 MBPP_EXTRAS = ("test_setup_code",)
-MBPP_HUB = "google-research-datasets/mbpp"
 HUMANEVAL_COLUMNS = ("task_id", "prompt", "entry_point", "test")
 HUMANEVAL_EXTRAS = ("canonical_solution",)
-HUMANEVAL_HUBS = (Hub("openai/openai_humaneval", "test"),)
+HUMANEVAL_HUB = Hub("openai/openai_humaneval", "test")
 
-MBPP_PROMPTS = DataSet(
-    name="mbpp_prompt",
-    title="MBPP's few-shot part",
-    kind="eval",
-    ability="code",
-    schemas=(Schema(MBPP_COLUMNS, mbpp_row, MBPP_EXTRAS),),
-    hubs=(Hub(MBPP_HUB, "prompt", ("full",)),),
-    split="prompt",
-)
-"""Where the examples come from; no set of its own."""
 
-HUMANEVAL_5SHOT = DataSet(
-    name="humaneval_5shot",
-    title="HumanEval after five examples of MBPP (--examples)",
-    kind="eval",
-    ability="code",
-    schemas=(Schema(HUMANEVAL_COLUMNS, _without_examples),),
-    hubs=HUMANEVAL_HUBS,
-    split="test",
+def _set(name: str, kind: Literal["train", "eval"], title: str, schema: Schema, *hubs: Hub, **options: Any) -> DataSet:
+    return DataSet(name, title, kind, "code", (schema,), hubs, **options)
+
+
+def _mbpp(
+    name: str, kind: Literal["train", "eval"], title: str, convert: Callable[[Raw], Row], split: str, *rows: int
+) -> DataSet:
+    hub = Hub("google-research-datasets/mbpp", split, ("full",))
+    return _set(name, kind, title, Schema(MBPP_COLUMNS, convert, MBPP_EXTRAS), hub, rows=rows, split=split)
+
+
+MBPP_PROMPTS = _mbpp("mbpp_prompt", "eval", "MBPP's few-shot part", mbpp_row, "prompt")
+"""The source of the few-shot examples; not a set of its own."""
+
+HUMANEVAL_5SHOT = _set(
+    "humaneval_5shot",
+    "eval",
+    "HumanEval after five examples of MBPP (--examples)",
+    Schema(HUMANEVAL_COLUMNS, _without_examples),
+    HUMANEVAL_HUB,
     rows=(164,),
     few_shot=five_shot,
 )
+HUMANEVAL = Schema(HUMANEVAL_COLUMNS, humaneval_row, HUMANEVAL_EXTRAS)
 
 SETS = (
-    DataSet(
-        name="mbpp",
-        title="MBPP, task ids 601 to 974",
-        kind="train",
-        ability="code",
-        schemas=(Schema(MBPP_COLUMNS, mbpp_train, MBPP_EXTRAS),),
-        hubs=(Hub(MBPP_HUB, "train", ("full",)),),
-        rows=(374, 974),
+    _mbpp("mbpp", "train", "MBPP, task ids 601 to 974", mbpp_train, "train", 374, 974),
+    _set(
+        "eurus_code",
+        "train",
+        "programming contests of Eurus-2-RL-Data (codecontests, apps, codeforces, taco)",
+        Schema(("data_source", "prompt", "reward_model"), eurus_row),
+        Hub("PRIME-RL/Eurus-2-RL-Data", "train"),
     ),
-    DataSet(
-        name="eurus_code",
-        title="programming contests of Eurus-2-RL-Data (codecontests, apps, codeforces, taco)",
-        kind="train",
-        ability="code",
-        schemas=(Schema(("data_source", "prompt", "reward_model"), eurus_row),),
-        hubs=(Hub("PRIME-RL/Eurus-2-RL-Data", "train"),),
-    ),
-    DataSet(
-        name="humaneval",
-        title="HumanEval",
-        kind="eval",
-        ability="code",
-        schemas=(Schema(HUMANEVAL_COLUMNS, humaneval_row, HUMANEVAL_EXTRAS),),
-        hubs=HUMANEVAL_HUBS,
-        split="test",
-        rows=(164,),
-    ),
+    _set("humaneval", "eval", "HumanEval", HUMANEVAL, HUMANEVAL_HUB, rows=(164,)),
     HUMANEVAL_5SHOT,
-    DataSet(
-        name="mbpp_test",
-        title="MBPP, task ids 11 to 510",
-        kind="eval",
-        ability="code",
-        schemas=(Schema(MBPP_COLUMNS, mbpp_test, MBPP_EXTRAS),),
-        hubs=(Hub(MBPP_HUB, "test", ("full",)),),
-        split="test",
-        rows=(500, 974),
-    ),
+    _mbpp("mbpp_test", "eval", "MBPP, task ids 11 to 510", mbpp_test, "test", 500, 974),
 )

@@ -1,11 +1,10 @@
-"""Training problems that also stand in an evaluation set: word for word, or nearly so."""
+"""Decontamination: training problems that an evaluation set also has, word for word or nearly so."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from data_prep.schema import PROVENANCE, DataError
 
 GRAM = 5
 """Words of an n-gram."""
-SHARE = 0.6
-"""Two problems are nearly the same from this share of the shorter one's n-grams on."""
+MIN_SHARED = 0.6
+"""Two problems are nearly the same if they share at least this fraction of the shorter one's n-grams."""
 FEWEST = 10
-"""A problem counts as having at least so many n-grams: a short one is not the same as all that hold its words."""
+"""Lower bound of the n-grams of a problem in that fraction: a short problem does not match all that contain it."""
 QUESTION_COLUMNS = ("question", "problem", "Question", "Problem", "prompt", "text")
 
 _DIAGRAM = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
@@ -35,7 +34,7 @@ def words(question: str) -> list[str]:
 
 
 def key_of(question: str) -> str:
-    """Equal for problems that differ in layout alone."""
+    """A key that is equal for problems that differ only in layout."""
     return " ".join(words(question)) or question.strip()
 
 
@@ -46,29 +45,22 @@ def grams(parts: Sequence[str], size: int = GRAM) -> set[tuple[str, ...]]:
     return {tuple(parts[start : start + size]) for start in range(len(parts) - size + 1)}
 
 
-@dataclass
 class EvaluationSets:
-    """The problems of evaluation sets, found by their text or by what most of it is.
+    """The problems of evaluation sets, found by their text or by most of their n-grams.
 
     Attributes:
-        share: problems that share this part of the shorter one's n-grams count as the same.
         origin: which sets these are, for the provenance.
     """
 
-    share: float = SHARE
-    origin: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
+        self.origin: list[dict[str, Any]] = []
         self._places: list[tuple[str, int, str]] = []
         self._sizes: list[int] = []
         self._exact: dict[str, int] = {}
         self._index: dict[tuple[str, ...], list[int]] = defaultdict(list)
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def add(self, name: str, questions: Iterable[str]) -> None:
-        """Take in the problems of a set."""
+        """Add the problems of a set."""
         for number, question in enumerate(questions):
             place = len(self._places)
             of_question = grams(words(question))
@@ -83,45 +75,45 @@ class EvaluationSets:
 
         Returns:
             Its ``set`` and ``set_row``; ``match``: exact (but for white space), letters (the same letters and digits)
-            or near; ``shared``: the part of the shorter problem's n-grams that the other one has. None: there is none.
+            or near; ``shared``: the fraction of the shorter problem's n-grams that the other one has; or None.
         """
         of_question = grams(words(question))
         if (place := self._exact.get(key_of(question))) is not None:
             return self._result(question, place, 1.0)
         shared = Counter(place for gram in of_question for place in self._index.get(gram, ()))
-        share, place = max(
+        fraction, place = max(
             ((n / max(min(len(of_question), self._sizes[at]), FEWEST), -at) for at, n in shared.items()),
             default=(0.0, 0),
         )
-        return self._result(question, -place, share) if share >= self.share else None
+        return self._result(question, -place, fraction) if fraction >= MIN_SHARED else None
 
-    def _result(self, question: str, place: int, share: float) -> dict[str, Any]:
+    def _result(self, question: str, place: int, fraction: float) -> dict[str, Any]:
         name, number, other = self._places[place]
         match = "near"
         if question.split() == other.split():
             match = "exact"
         elif _letters(question) == _letters(other):
             match = "letters"
-        return {"set": name, "set_row": number, "match": match, "shared": round(share, 3)}
+        return {"set": name, "set_row": number, "match": match, "shared": round(fraction, 3)}
 
 
 def _letters(question: str) -> str:
     return re.sub(r"[\W_]", "", question.lower())
 
 
-def load_sets(wanted: Sequence[str], names: Sequence[str], folder: Path) -> EvaluationSets:
+def load_sets(against: Sequence[str], names: Sequence[str], folder: Path) -> EvaluationSets:
     """Evaluation sets by name, as prepared under ``folder``, or any file that has problems.
 
     Args:
-        wanted: names or files; ``auto`` stands for all that are prepared, ``none`` for none.
+        against: names or files; ``auto`` means all that are prepared, ``none`` none.
         names: names of all evaluation sets.
         folder: where sets are prepared.
 
     Raises:
-        DataError: one is not there or has no problems.
+        DataError: one does not exist or has no problems.
     """
     sets = EvaluationSets()
-    for one in wanted:
+    for one in against:
         if one == "none":
             continue
         if one == "auto":

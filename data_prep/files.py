@@ -37,8 +37,10 @@ def files_of(dataset: DataSet, path: Path) -> list[Path]:
     if not found:
         raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file; give the folder or the file with the rows")
     splits = {file: split_of(file.relative_to(path)) for file in found}
-    chosen = [file for file in found if splits[file] == dataset.split] or [file for file in found if not splits[file]]
-    # Without the split in their names, parts of one set differ in numbers alone, and other files are other sets.
+    chosen = [file for file in found if splits[file] == dataset.folder_split] or [
+        file for file in found if not splits[file]
+    ]
+    # Without the split in their names, parts of one set differ only in numbers; other files are other sets.
     kinds = {re.sub(r"\d+", "", file.name) for file in chosen if split_of(Path(file.name)) is None}
     if chosen and len(kinds) <= 1:
         return chosen
@@ -66,7 +68,7 @@ def read_files(dataset: DataSet, files: Sequence[Path]) -> Source:
     columns: list[set[str]] = []
     origin: list[dict[str, Any]] = []
     for file in files:
-        rows, names = read_file(file, dataset.wanted)
+        rows, names = read_file(file, dataset.used)
         if not len(rows):
             raise DataError(f"{file} has no rows")
         parts.append(rows)
@@ -83,12 +85,12 @@ def read_files(dataset: DataSet, files: Sequence[Path]) -> Source:
     return Source(Records(joined, set.intersection(*columns)), label, {"kind": "files", "files": origin})
 
 
-def read_file(path: Path, wanted: Callable[[Iterable[str]], list[str]] = list) -> tuple[Any, set[str]]:
+def read_file(path: Path, used: Callable[[Iterable[str]], list[str]] = list) -> tuple[Any, set[str]]:
     """Rows of a json, jsonl (also gzipped) or parquet file, and the names of all its columns.
 
     Args:
         path: the file.
-        wanted: told the columns of a parquet file, says which to read.
+        used: chooses the columns of a parquet file that are read.
 
     Returns:
         A list of mappings, or an arrow table for parquet.
@@ -102,7 +104,7 @@ def read_file(path: Path, wanted: Callable[[Iterable[str]], list[str]] = list) -
     try:
         if path.name.endswith(".parquet"):
             names = pq.read_schema(path).names
-            return pq.read_table(path, columns=wanted(names), partitioning=None), set(names)
+            return pq.read_table(path, columns=used(names), partitioning=None), set(names)
         data = path.read_bytes()
         if path.name.endswith(".gz"):
             data = gzip.decompress(data)
@@ -115,7 +117,7 @@ def read_file(path: Path, wanted: Callable[[Iterable[str]], list[str]] = list) -
 
 
 def _rows_of_json(text: str) -> Any:
-    """A list of objects, or one object per line, which files with the suffix .json are, too, now and then."""
+    """A list of objects, or one object per line, which some files with the suffix .json hold as well."""
     if text.lstrip()[:1] in ("[", ""):
         return json.loads(text) if text.strip() else []
     rows = []
@@ -130,7 +132,7 @@ def _rows_of_json(text: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without its other lines."""
+    """The first line of an error."""
     text = getattr(error, "strerror", None) or str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 

@@ -1,10 +1,10 @@
 """Whether the grader can grade the right answers of a set.
 
-An answer that the grader does not take for right even when a response has exactly this answer in its box is of no use.
-An answer that math-verify cannot read as mathematics is compared as text only; such rows are counted.
+An answer is useless if the grader rejects a response that has exactly this answer in its box. An answer that
+math-verify cannot parse as mathematics is compared only as text; such rows are counted.
 
-The answers are read by a program of its own, ``python -m data_prep.gradable``: sympy evaluates while it reads, which
-takes for ever for some answers, in code that no exception interrupts. The system ends the program at such an answer.
+A separate program, ``python -m data_prep.gradable``, parses the answers: sympy evaluates while it parses, which never
+ends for some answers, in code that no exception interrupts. A signal ends the program at such an answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gcpo.rewards import GraderError, boxed_answer, grader_of, same_answer
 UNGRADABLE = "an answer that the grader cannot take for right, such as unclosed braces"
 TEXT_ONLY = "an answer that math-verify cannot read, which is compared as text only"
 SECONDS = 5.0
-"""Processor time for one answer."""
+"""Processor time per answer."""
 MEMORY = 2**30
 """Bytes of address space."""
 _PLAIN = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
@@ -47,7 +47,7 @@ def checked(dataset: DataSet, row: Row) -> Row:
 
 
 def is_gradable(ground_truth: str) -> bool:
-    """Whether the grader takes each of the right answers for right when a response has it in a box."""
+    """Whether the grader accepts each of the right answers in the box of a response."""
     try:
         if grader_of("", ground_truth) != "boxed":
             return False
@@ -70,7 +70,7 @@ def compared_as_text(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def unreadable(answers: Iterable[str]) -> set[str]:
-    """The answers that math-verify cannot read within the limits. Plain numbers are readable and cost nothing."""
+    """The answers that math-verify cannot parse within the limits. Plain numbers need no parser."""
     left = [answer for answer in dict.fromkeys(answers) if not _PLAIN.fullmatch(answer)]
     found: set[str] = set()
     while left:
@@ -83,7 +83,7 @@ def unreadable(answers: Iterable[str]) -> set[str]:
 
 
 def _read(answers: list[str]) -> str:
-    """One digit an answer, as far as the program came."""
+    """One digit per answer, up to the answer at which the program ended."""
     folder = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *filter(None, sys.path)])}
     command = [sys.executable, "-m", "data_prep.gradable"]

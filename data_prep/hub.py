@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 HASHED = 65_536
 """Rows that are hashed at a time."""
 TIMEOUT = 20
-"""Seconds that the hub has to answer before the cache is asked instead."""
+"""Seconds until the cache is used instead of the hub."""
 
 
 def read_hub(dataset: DataSet, hub: Hub, revision: str | None = None) -> Source:
-    """The rows of a data set of the hub, or of its copy in the cache where the hub doesn't answer.
+    """The rows of a data set of the hub, or of its copy in the cache if the hub does not answer.
 
     Raises:
         DataError: neither has it, or it has no such revision, configuration or split, or no rows.
@@ -38,9 +38,9 @@ def read_hub(dataset: DataSet, hub: Hub, revision: str | None = None) -> Source:
     with _cache_only(commit is None):
         for config in hub.configs:
             try:
-                # A commit that is named can't change between the question for it and the download.
+                # A fixed commit cannot change between the request for its hash and the download.
                 splits = datasets.load_dataset(hub.name, config, revision=commit or revision)
-            except Exception as error:  # what builds a data set raises all sorts of things
+            except Exception as error:  # builders of data sets raise many kinds of errors
                 if commit is None:
                     raise DataError(
                         f"the data set {hub.name} is not in the cache, and the hub does not answer; "
@@ -52,7 +52,7 @@ def read_hub(dataset: DataSet, hub: Hub, revision: str | None = None) -> Source:
     if revision not in (None, found) and commit is None:
         raise DataError(f"the revision {revision} of {hub.name} is not in the cache, and the hub does not answer")
     table = pa.concat_tables(
-        [part.with_format("arrow").select_columns(dataset.wanted(part.column_names))[:] for part in parts],
+        [part.with_format("arrow").select_columns(dataset.used(part.column_names))[:] for part in parts],
         promote_options="default",
     )
     if not sum(map(len, parts)):
@@ -95,7 +95,7 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _cache_only(wanted: bool) -> Iterator[None]:
-    """Without this, the libraries try for half a minute to reach a hub that is known not to answer."""
+    """Switch the libraries offline: otherwise they retry for half a minute although the hub does not answer."""
     import datasets
     import huggingface_hub
 
@@ -109,7 +109,7 @@ def _cache_only(wanted: bool) -> Iterator[None]:
 
 
 def _one_split(splits: Any, hub: Hub) -> Any:
-    """The split asked for, or the only one that there is."""
+    """The requested split, or the only one."""
     if hub.split in splits:
         return splits[hub.split]
     if len(splits) == 1:

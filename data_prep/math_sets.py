@@ -1,11 +1,11 @@
-"""The mathematics sets: where they lie, and how their rows are read."""
+"""The mathematics sets: where they are on the hub, and how their rows are read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.answers import answers_of, boxed, encode, text_of
 from data_prep.schema import DataSet, Drop, Hub, Row, Schema
@@ -64,7 +64,7 @@ def numina_cot(row: Raw) -> Row:
 
 
 def numina_15(row: Raw) -> Row:
-    """NuminaMath-1.5: it says itself which rows are proofs, and which were found to be broken."""
+    """NuminaMath-1.5: columns mark the rows that are proofs or not valid."""
     if str(row.get("question_type") or "").lower() == "proof":
         raise Drop("a proof is asked for")
     if str(row.get("problem_is_valid") or "Yes") != "Yes" or str(row.get("solution_is_valid") or "Yes") != "Yes":
@@ -73,14 +73,14 @@ def numina_15(row: Raw) -> Row:
 
 
 def numina(row: Raw, answer: Any, details: tuple[str, ...]) -> Row:
-    """A row of NuminaMath whose answer is short enough to be compared as mathematics."""
+    """A row of NuminaMath; an answer of more than `LONGEST` characters is dropped."""
     if isinstance(answer, str) and len(answer.strip()) > LONGEST:
         raise Drop(f"an answer of more than {LONGEST} characters")
     return problem(row["problem"], answer, kept(row, details))
 
 
 def gsm8k(row: Raw) -> Row:
-    """GSM8K: the answer stands behind ``####`` at the end of the solution."""
+    """GSM8K: the answer follows ``####`` at the end of the solution."""
     solution = row["answer"]
     if not isinstance(solution, str) or "####" not in solution:
         raise Drop("no #### before the answer")
@@ -88,18 +88,16 @@ def gsm8k(row: Raw) -> Row:
 
 
 def minerva(row: Raw) -> Row:
-    """MinervaMATH: the box of the solution is right, and forms of an answer column that say the same.
+    """MinervaMATH: the box of the solution counts, with the forms of an answer column that agrees with it.
 
-    In DeepScaleR's copy that column has the answer of another part of the question in some rows.
+    In some rows of DeepScaleR's copy that column has the answer of another part of the question.
     """
     box = boxed(row["solution"])
     box = re.sub(r"\bnp\.([a-z]+)", r"\\\1", box)  # np.arcsin(10/13)
     forms = answers_of(row["answer"]) if row.get("answer") else []
     agree = not forms or any(_same_form(box, form) for form in forms)
-    found = problem(row["problem"], [box, *forms] if agree else box, kept(row, MINERVA_DETAILS))
-    return (
-        found if agree else replace(found, note="the answer column differs from the box of the solution, which counts")
-    )
+    read = problem(row["problem"], [box, *forms] if agree else box, kept(row, MINERVA_DETAILS))
+    return read if agree else replace(read, note="the answer column differs from the box of the solution, which counts")
 
 
 def _same_form(one: str, other: str) -> bool:
@@ -108,18 +106,16 @@ def _same_form(one: str, other: str) -> bool:
 
 
 MINERVA_DETAILS = ("type", "idx")
-GSM8K = Schema(("question", "answer"), gsm8k)
-AIME_DETAILS = ("ID", "Problem Number", "Part")
+GSM8K = (Schema(("question", "answer"), gsm8k),)
 DEEPSCALER_DETAILS = ("aime_number", "problem_number", "difficulty")
+DEEPSCALER_AIME = aime("problem", "answer", "year", *DEEPSCALER_DETAILS)
+HUB_AIME = aime("Question", "Answer", "Year", "ID", "Problem Number", "Part")
+NUMINA_15 = ("source", "question_type", "problem_is_valid", "solution_is_valid")
 MATH_DETAILS = ("subject", "type", "level", "unique_id")
+MATH = columns("problem", "answer", *MATH_DETAILS)
 MATH_SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
+    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
+    *("number_theory", "prealgebra", "precalculus"),
 )
 ANY = (
     columns("problem", "answer", "id", "url", "year", *DEEPSCALER_DETAILS),
@@ -127,148 +123,107 @@ ANY = (
     columns("Problem", "Answer", "ID"),
     worked("problem", "solution", "id", "url"),
 )
-"""How evaluation sets are spelled on the hub and on people's disks."""
+"""The spellings of evaluation sets on the hub and in local files."""
+MINERVA = (
+    columns("question", "answer"),
+    Schema(("problem", "solution"), minerva, ("answer", *MINERVA_DETAILS)),
+    columns("problem", "answer", *MINERVA_DETAILS),
+)
+
+
+def _set(
+    name: str,
+    kind: Literal["train", "eval"],
+    title: str,
+    schemas: tuple[Schema, ...],
+    *hubs: Hub,
+    rows: tuple[int, ...] = (),
+    **options: Any,
+) -> DataSet:
+    return DataSet(name, title, kind, "math", schemas, hubs, rows, instruction=INSTRUCTION, **options)
+
 
 SETS = (
-    DataSet(
+    _set(
         "aime",
-        f"AIME 1983 to {LAST_YEAR}, the paper's 919 problems; later years go to test.parquet",
         "train",
-        "math",
-        (
-            aime("Question", "Answer", "Year", *AIME_DETAILS),
-            aime("problem", "answer", "year", *DEEPSCALER_DETAILS),
-        ),
-        hubs=(Hub("di-zhang-fdu/AIME_1983_2024", "train"),),
-        instruction=INSTRUCTION,
+        f"AIME 1983 to {LAST_YEAR}, the paper's 919 problems; later years go to test.parquet",
+        (HUB_AIME, DEEPSCALER_AIME),
+        Hub("di-zhang-fdu/AIME_1983_2024", "train"),
         rows=(933, 975),
     ),
-    DataSet(
+    _set(
         "deepscaler_aime",
+        "train",
         "AIME 1983 to 2023 as DeepScaleR has it, 975 problems",
-        "train",
-        "math",
-        (aime("problem", "answer", "year", *DEEPSCALER_DETAILS),),
-        found_in="deepscaler/data/train/aime.json of github.com/agentica-project/deepscaler",
-        instruction=INSTRUCTION,
+        (DEEPSCALER_AIME,),
         rows=(975,),
+        found_in="deepscaler/data/train/aime.json of github.com/agentica-project/deepscaler",
     ),
-    DataSet(
+    _set(
         "numinamath",
-        "4,000 problems drawn from NuminaMath-CoT (or NuminaMath-1.5)",
         "train",
-        "math",
-        (
-            Schema(
-                ("problem", "answer"),
-                numina_15,
-                ("source", "question_type", "problem_is_valid", "solution_is_valid"),
-            ),
-            Schema(("problem", "solution"), numina_cot, ("source",)),
-        ),
-        hubs=(Hub("AI-MO/NuminaMath-CoT", "train"), Hub("AI-MO/NuminaMath-1.5", "train")),
-        instruction=INSTRUCTION,
+        "4,000 problems drawn from NuminaMath-CoT (or NuminaMath-1.5)",
+        (Schema(("problem", "answer"), numina_15, NUMINA_15), Schema(("problem", "solution"), numina_cot, ("source",))),
+        Hub("AI-MO/NuminaMath-CoT", "train"),
+        Hub("AI-MO/NuminaMath-1.5", "train"),
         sample=4000,
     ),
-    DataSet(
+    _set(
         "gsm8k_train",
-        "GSM8K, training part",
         "train",
-        "math",
-        (GSM8K,),
-        hubs=(Hub("openai/gsm8k", "train", ("main",)),),
-        instruction=INSTRUCTION,
+        "GSM8K, training part",
+        GSM8K,
+        Hub("openai/gsm8k", "train", ("main",)),
         rows=(7473,),
     ),
-    DataSet(
+    _set(
         "math_train",
-        "MATH, training part",
         "train",
-        "math",
-        (columns("problem", "answer", *MATH_DETAILS), worked("problem", "solution", *MATH_DETAILS)),
-        hubs=(
-            Hub("DigitalLearningGmbH/MATH-lighteval", "train"),
-            Hub("EleutherAI/hendrycks_math", "train", MATH_SUBJECTS),
-        ),
-        instruction=INSTRUCTION,
+        "MATH, training part",
+        (MATH, worked("problem", "solution", *MATH_DETAILS)),
+        Hub("DigitalLearningGmbH/MATH-lighteval", "train"),
+        Hub("EleutherAI/hendrycks_math", "train", MATH_SUBJECTS),
         rows=(7500,),
     ),
-    DataSet(
+    _set(
         "aime24",
+        "eval",
         "AIME 2024, I and II",
-        "eval",
-        "math",
         ANY,
-        hubs=(
-            Hub("math-ai/aime24", "test"),
-            Hub("HuggingFaceH4/aime_2024", "train"),
-            Hub("Maxwell-Jia/AIME_2024", "train"),
-        ),
-        split="test",
-        instruction=INSTRUCTION,
+        Hub("math-ai/aime24", "test"),
+        Hub("HuggingFaceH4/aime_2024", "train"),
+        Hub("Maxwell-Jia/AIME_2024", "train"),
         rows=(30,),
     ),
-    DataSet(
+    _set(
         "aime25",
-        "AIME 2025, I and II",
         "eval",
-        "math",
+        "AIME 2025, I and II",
         ANY,
-        hubs=(
-            Hub("math-ai/aime25", "test"),
-            Hub("opencompass/AIME2025", "test", ("AIME2025-I", "AIME2025-II")),
-            Hub("yentinglin/aime_2025", "train"),
-        ),
-        split="test",
-        instruction=INSTRUCTION,
+        Hub("math-ai/aime25", "test"),
+        Hub("opencompass/AIME2025", "test", ("AIME2025-I", "AIME2025-II")),
+        Hub("yentinglin/aime_2025", "train"),
         rows=(30,),
     ),
-    DataSet(
+    _set(
         "amc23",
-        "AMC 2023, 40 problems (or DeepScaleR's 83 of 2022 and 2023)",
         "eval",
-        "math",
+        "AMC 2023, 40 problems (or DeepScaleR's 83 of 2022 and 2023)",
         ANY,
-        hubs=(Hub("math-ai/amc23", "test"), Hub("AI-MO/aimo-validation-amc", "train")),
-        split="test",
-        instruction=INSTRUCTION,
+        Hub("math-ai/amc23", "test"),
+        Hub("AI-MO/aimo-validation-amc", "train"),
         rows=(40, 83),
     ),
-    DataSet(
+    _set(
         "math500",
-        "MATH500",
         "eval",
-        "math",
-        (columns("problem", "answer", *MATH_DETAILS),),
-        hubs=(Hub("HuggingFaceH4/MATH-500", "test"), Hub("math-ai/math500", "test")),
-        split="test",
-        instruction=INSTRUCTION,
+        "MATH500",
+        (MATH,),
+        Hub("HuggingFaceH4/MATH-500", "test"),
+        Hub("math-ai/math500", "test"),
         rows=(500,),
     ),
-    DataSet(
-        "minerva",
-        "MinervaMATH",
-        "eval",
-        "math",
-        (
-            columns("question", "answer"),
-            Schema(("problem", "solution"), minerva, ("answer", *MINERVA_DETAILS)),
-            columns("problem", "answer", *MINERVA_DETAILS),
-        ),
-        hubs=(Hub("math-ai/minervamath", "test"),),
-        split="test",
-        instruction=INSTRUCTION,
-        rows=(272,),
-    ),
-    DataSet(
-        "gsm8k",
-        "GSM8K, test part",
-        "eval",
-        "math",
-        (GSM8K,),
-        hubs=(Hub("openai/gsm8k", "test", ("main",)),),
-        split="test",
-        instruction=INSTRUCTION,
-        rows=(1319,),
-    ),
+    _set("minerva", "eval", "MinervaMATH", MINERVA, Hub("math-ai/minervamath", "test"), rows=(272,)),
+    _set("gsm8k", "eval", "GSM8K, test part", GSM8K, Hub("openai/gsm8k", "test", ("main",)), rows=(1319,)),
 )

@@ -27,12 +27,12 @@ class Row:
     """One problem.
 
     Attributes:
-        question: the bare problem; duplicates and overlaps are looked for in it.
-        ground_truth: what the reward function is given; see `data_prep.answers.encode` for several right answers.
+        question: the problem without instruction; duplicates and overlaps are found by it.
+        ground_truth: passed to the reward function; see `data_prep.answers.encode` for several right answers.
         prompt: the user's message, or all messages; by default the question and the set's instruction.
-        details: whatever else is worth keeping, as JSON values; stands in ``extra_info.details``.
+        details: other columns worth keeping, as JSON values; written to ``extra_info.details``.
         held_out: a row of a training set that must not be trained on; it goes to ``test.parquet``.
-        note: something to be counted in the provenance, such as "two answers were accepted".
+        note: counted in the provenance, such as "two answers were accepted".
     """
 
     question: str
@@ -48,9 +48,9 @@ class Schema:
     """One form that a set's rows come in.
 
     Attributes:
-        columns: what a source must have to be read this way.
+        columns: the columns that a source must have to be read this way.
         convert: makes a `Row` of a raw row that has these columns, or raises `Drop`.
-        optional: columns that ``convert`` looks at if they are there; others are not read.
+        optional: columns that ``convert`` reads if they exist; all others are ignored.
     """
 
     columns: tuple[str, ...]
@@ -72,22 +72,19 @@ class DataSet:
     """A data set that can be prepared.
 
     Attributes:
-        name: what the command calls it.
+        name: the name in the command.
         title: one line for the list of sets.
-        kind: ``train`` or ``eval``; only rows of training sets are left out because they are doubled or also stand in
-            an evaluation set.
+        kind: ``train`` or ``eval``; only training sets lose duplicates and rows that an evaluation set has.
         ability: verl's column of this name.
-        schemas: the forms it comes in; the first one whose columns are all there is taken.
-        hubs: where it lies on the hub, the usual place first; empty where it is no data set of the hub.
-        found_in: where people find it, for the message that asks for a file where it is no data set of the hub.
-        split: which files of a local folder are read.
-        instruction: stands behind the question, after a space.
-        style: verl's ``reward_model.style``.
-        data_source: verl's column of this name; ``gcpo/<name>`` if empty.
-        sample: how many rows are drawn at random; None: all of them.
-        rows: how many rows the source is known to have; another number is reported.
-        few_shot: makes the set with its examples, of which it is told the sources; None: it has none.
-        examples: where they are from, for the provenance.
+        schemas: the forms it comes in; the first one whose columns all exist is used.
+        hubs: where it is on the hub, the usual place first; empty for a set that is not on the hub.
+        rows: the known numbers of rows of the source; another number is reported.
+        split: the files of a local folder that are read; None: ``train`` or ``test`` by ``kind``.
+        instruction: follows the question, after a space.
+        found_in: where to find a set that is not on the hub, for the message that asks for its file.
+        sample: number of rows to draw at random; None: all of them.
+        few_shot: makes the set with examples from the given sources; None: the set has no examples.
+        examples: the origin of the examples, for the provenance.
     """
 
     name: str
@@ -96,34 +93,39 @@ class DataSet:
     ability: Literal["math", "code"]
     schemas: tuple[Schema, ...]
     hubs: tuple[Hub, ...] = ()
-    found_in: str = ""
-    split: str = "train"
-    instruction: str = ""
-    style: str = "rule"
-    data_source: str = ""
-    sample: int | None = None
     rows: tuple[int, ...] = ()
+    split: str | None = None
+    instruction: str = ""
+    found_in: str = ""
+    sample: int | None = None
     few_shot: Callable[[Sequence[str]], DataSet] | None = None
     examples: Mapping[str, Any] | None = None
 
-    def wanted(self, columns: Iterable[str]) -> list[str]:
-        """Those of the columns that a schema looks at."""
+    @property
+    def folder_split(self) -> str:
+        """The split whose files of a local folder are read."""
+        return self.split or ("train" if self.kind == "train" else "test")
+
+    def used(self, columns: Iterable[str]) -> list[str]:
+        """The columns that a schema reads."""
         used = {column for schema in self.schemas for column in (*schema.columns, *schema.optional)}
         return [column for column in columns if column in used]
 
     def hub(self, name: str) -> Hub:
-        """How to read a data set of the hub: as it is known, or else like the usual one."""
-        known = {hub.name: hub for hub in self.hubs}
-        return known.get(name, Hub(name, self.split))
+        """How to read a data set of the hub; an unknown one has the set's split and no configuration."""
+        return {hub.name: hub for hub in self.hubs}.get(name, Hub(name, self.folder_split))
 
 
 class Records:
-    """Raw rows: a list of mappings, or an arrow table, of which only the rows asked for are made Python objects."""
+    """Raw rows: a list of mappings, or an arrow table, of which only the requested rows become Python objects.
+
+    Attributes:
+        columns: all columns of the source, also those that were not read.
+    """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]] | pa.Table, columns: Iterable[str]) -> None:
         self._rows = rows
         self.columns = frozenset(columns)
-        """All columns of the source, also those that were not read."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -131,8 +133,7 @@ class Records:
     def read(self, indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         """The rows of these numbers, in this order."""
         if isinstance(self._rows, Sequence):
-            for index in indices:
-                yield self._rows[index]
+            yield from (self._rows[index] for index in indices)
             return
         for start in range(0, len(indices), BATCH):
             yield from self._rows.take(list(indices[start : start + BATCH])).to_pylist()
@@ -140,10 +141,8 @@ class Records:
 
 @dataclass(frozen=True)
 class Source:
-    """Raw rows and where they are from."""
+    """Raw rows, a name for messages ("the file aime.json"), and their origin for the provenance."""
 
     records: Records
     label: str
-    """For messages: "the file aime.json"."""
     origin: dict[str, Any]
-    """For the provenance."""

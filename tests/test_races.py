@@ -34,16 +34,16 @@ PROGRAMS = {
         warm_start(folder / "arithmetic", folder / "warm", Recipe(**few))
     """,
     "set": """
-        from data_prep import core
+        from data_prep import core, output
         from data_prep.sets import SETS
-        write = core._write_locked
+        write = output._write_staged
         def write_alone(*arguments):
             (folder / "writing").mkdir()
             time.sleep(0.2)
             changed = write(*arguments)
             (folder / "writing").rmdir()
             return changed
-        core._write_locked = write_alone
+        output._write_staged = write_alone
         core.prepare(SETS["aime"], folder / "sets" / "aime", [str(folder / "rows.json")])
     """,
     "merged": """

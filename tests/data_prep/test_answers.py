@@ -61,6 +61,17 @@ def test_several_forms():
 
 
 @pytest.mark.parametrize(
+    "value", ["4 or 5 (both were accepted)", "4 or 5", "004 or 005 (either)", "4 or 5 or 6", "\u0664 or 5 (x)"]
+)
+def test_alternatives_are_those_of_the_grader(value):
+    """Each number is accepted for itself after preparation exactly if the grader accepts it for the raw text."""
+    truth = encode(answers_of(value))
+    for response in ("4", "5", "6", "4 or 5", "5, 4", "4, 5, 6"):
+        assert same_answer(response, truth) == same_answer(response, value), response
+    assert same_answer("4", truth) == ("(" in value and value.isascii())
+
+
+@pytest.mark.parametrize(
     ("value", "reason"),
     [
         ("", "no answer"),

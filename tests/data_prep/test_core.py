@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import core
+from data_prep.files import sha256_of
 from data_prep.schema import DataError, Hub, Row, Schema
 from data_prep.sets import SETS
 from tests.data_prep.made import AIME_ROWS, TINY, files_under, provenance, run, table, write
@@ -25,7 +26,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     prepared = core.prepare(TINY, tmp_path / "out", [str(write(tmp_path / name, ROWS))])
     assert [row["reward_model"]["ground_truth"] for row in prepared.train] == ["0", "1", "2", "3", "4"]
     (file,) = provenance(tmp_path / "out")["source"]["files"]
-    assert file == {"file": str(tmp_path / name), "rows": 5, "sha256": core.sha256_of(tmp_path / name)}
+    assert file == {"file": str(tmp_path / name), "rows": 5, "sha256": sha256_of(tmp_path / name)}
 
 
 def test_json_that_has_one_object_per_line(tmp_path):
@@ -41,8 +42,6 @@ def test_a_row_in_full(tmp_path):
         TINY,
         ability="code",
         instruction="Think.",
-        style="tests",
-        data_source="theirs",
         schemas=(
             Schema(("q",), lambda row: Row(row["q"], "t", details={"b": [1], "a": "é"}, note="odd")),
             Schema(("never",), lambda row: Row("", "")),
@@ -51,10 +50,10 @@ def test_a_row_in_full(tmp_path):
     core.prepare(dataset, tmp_path, [str(write(tmp_path / "x.json", [{"q": "Add."}]))])
     assert table(tmp_path / "train.parquet") == [
         {
-            "data_source": "theirs",
+            "data_source": "gcpo/tiny",
             "prompt": [{"role": "user", "content": "Add. Think."}],
             "ability": "code",
-            "reward_model": {"style": "tests", "ground_truth": "t"},
+            "reward_model": {"style": "rule", "ground_truth": "t"},
             "extra_info": {
                 "index": 0,
                 "split": "train",
@@ -66,7 +65,7 @@ def test_a_row_in_full(tmp_path):
     ]
     written = provenance(tmp_path)
     assert written["noted"] == {"odd": {"count": 1, "rows": [0]}} and written["source"]["columns"] == ["q"]
-    assert written["files"]["train.parquet"]["sha256"] == core.sha256_of(tmp_path / "train.parquet")
+    assert written["files"]["train.parquet"]["sha256"] == sha256_of(tmp_path / "train.parquet")
 
 
 def test_prompts_of_several_messages(tmp_path):
