@@ -328,6 +328,21 @@ def test_a_write_that_fails_half_way(tmp_path, monkeypatch, there):
     assert after == before and (tmp_path / "out").exists() == there
 
 
+def test_a_rename_that_fails_leaves_no_new_folder(tmp_path, monkeypatch):
+    source = str(write(tmp_path / "a.json", AIME_ROWS))
+    replace = os.replace
+
+    def fails(old, new):
+        if Path(new).name == "test.parquet":
+            raise OSError(5, "Input/output error")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(DataError, match="can't be written: Input/output error"):
+        core.prepare(SETS["aime"], tmp_path / "new" / "out", [source])
+    assert files_under(tmp_path) == ["a.json"]
+
+
 def test_a_folder_of_another_set_is_left_alone(tmp_path, capsys):
     source = write(tmp_path / "a.json", AIME_ROWS)
     assert run("aime", "--source", source, "--output", tmp_path / "out") == 0
