@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the run scripts share; sourced, never run. After `source`, the working directory is the repository's root.
+# Shared by the run scripts; sourced, never run. After `source`, the working directory is the repository's root.
 
 CALLER="$PWD"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -15,13 +15,9 @@ die() { # die MESSAGE [EXIT_CODE]
 # No pipe: with pipefail, `grep -q` closing it early would look like no GPU.
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && [[ "$(nvidia-smi -L 2>/dev/null)" == "GPU "* ]]; }
 
-count_gpus() { # count_gpus DEFAULT
-    if has_gpu; then nvidia-smi -L | grep -c '^GPU'; else printf '%s' "$1"; fi
-}
+count_gpus() { nvidia-smi -L | grep -c '^GPU'; }
 
-is_count() { [[ "$1" =~ ^[1-9][0-9]*$ ]]; }
-
-# A path that exists from where the caller stands, made absolute; anything else (a hub id) unchanged.
+# A path that exists in the caller's folder, made absolute; anything else (a hub id) unchanged.
 from_caller() { if [ -n "$1" ] && [ -e "$CALLER/$1" ]; then (cd "$CALLER" && realpath "$1"); else printf '%s' "$1"; fi; }
 
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$ROOT/$1" ;; esac; }
@@ -29,40 +25,33 @@ absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$ROOT/$1" ;; e
 # The comment at the top of the script that runs.
 print_help() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
 
-# The value of an option that needs one: need_value "$@" inside a `case` over "$1".
+# Checks of an option and its value, for a `case` over "$1".
 need_value() { if [ "$#" -lt 2 ] || [ -z "$2" ]; then die "$1 needs a value (see --help)" 2; fi; }
 
-# Decides the profile once: what the caller says, else by the machine.
+is_count() { [[ "$2" =~ ^[1-9][0-9]*$ ]] || die "$1 is '$2'; it must be a positive number" 2; }
+
+one_of() { # one_of OPTION VALUE ALLOWED "A, B or C"
+    [[ " $3 " == *" $2 "* ]] || die "$1 is '$2'; it must be $4" 2
+}
+
+# The profile: GCPO_PROFILE, else by the machine.
 choose_profile() {
-    if [ -n "${GCPO_PROFILE:-}" ]; then
-        : "${GCPO_PROFILE_REASON:=GCPO_PROFILE says so}"
-    elif has_gpu; then
-        GCPO_PROFILE=gpu
-        GCPO_PROFILE_REASON="an NVIDIA GPU answers"
-    else
-        GCPO_PROFILE=cpu
-        GCPO_PROFILE_REASON="no NVIDIA GPU answers"
-    fi
-    export GCPO_PROFILE GCPO_PROFILE_REASON
-    case "$GCPO_PROFILE" in
-        cpu | gpu) ;;
-        *) die "GCPO_PROFILE is '$GCPO_PROFILE'; it must be cpu or gpu" 2 ;;
-    esac
+    if has_gpu; then prefer gpu "an NVIDIA GPU answers"; else prefer cpu "no NVIDIA GPU answers"; fi
+    one_of GCPO_PROFILE "$GCPO_PROFILE" "cpu gpu" "cpu or gpu"
     # Two environments: the two vLLM packages own the same files.
-    case "$GCPO_PROFILE" in
-        cpu) VENV="${GCPO_VENV:-$ROOT/.venv}" ;;
-        gpu) VENV="${GCPO_VENV:-$ROOT/.venv-gpu}" ;;
-    esac
+    VENV="$ROOT/.venv"
+    [ "$GCPO_PROFILE" = cpu ] || VENV="$ROOT/.venv-gpu"
+    VENV="${GCPO_VENV:-$VENV}"
     PY="$VENV/bin/python"
 }
 
-# For what runs on the CPU even where there is a GPU: the CPU profile, unless the caller says otherwise.
-prefer_cpu() { # prefer_cpu REASON
-    if [ -z "${GCPO_PROFILE:-}" ]; then
-        GCPO_PROFILE=cpu
-        GCPO_PROFILE_REASON="$1"
-    fi
+prefer() { # prefer PROFILE REASON; GCPO_PROFILE of the environment wins
+    : "${GCPO_PROFILE_REASON:=${GCPO_PROFILE:+GCPO_PROFILE says so}}"
+    : "${GCPO_PROFILE:=$1}" "${GCPO_PROFILE_REASON:=$2}"
+    export GCPO_PROFILE GCPO_PROFILE_REASON
 }
+
+prefer_cpu() { prefer cpu "$1"; } # for programs that run on the CPU although there is a GPU
 
 # Installs what is not installed yet and sets PY to the environment's interpreter.
 ensure_environment() {

@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# Plain GRPO with the settings of gcpo_deepscaler.sh, to compare with: the same arguments.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/gcpo_deepscaler.sh" --method grpo "$@"
+# Plain GRPO with the settings of gcpo_deepscaler.sh.
+# Options: bash run_scripts/grpo_deepscaler.sh --help
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train.sh" deepscaler --method grpo "$@"

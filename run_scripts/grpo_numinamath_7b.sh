@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# Plain GRPO with the settings of gcpo_numinamath_7b.sh, to compare with: the same arguments.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/gcpo_numinamath_7b.sh" --method grpo "$@"
+# Plain GRPO with the settings of gcpo_numinamath_7b.sh.
+# Options: bash run_scripts/grpo_numinamath_7b.sh --help
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train.sh" numinamath_7b --method grpo "$@"

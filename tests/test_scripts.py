@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -25,6 +27,8 @@ RUNS = [
     *(f"gc2po_{name}.sh" for name in MATHEMATICS),
 ]
 MATH_SETS = ["aime24", "aime25", "amc23", "math500", "minerva"]
+EXPERIMENTS = ROOT / "gcpo" / "config" / "experiment"
+START = "from gcpo.tools import launch, report; "
 
 
 class Sandbox:
@@ -50,19 +54,33 @@ class Sandbox:
         lines = "".join(f'echo "GPU {i}: Some GPU (UUID: GPU-{i})";' for i in range(count))
         self.program(self.bin / "nvidia-smi", lines or "exit 9")
 
-    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("GCPO_")}
         kept |= {"GCPO_SKIP_SETUP": "1", "GCPO_VENV": str(self.folder / "venv"), "GCPO_DATA": str(self.folder / "sets")}
         kept["PATH"] = f"{self.bin}:{kept['PATH']}"
-        return subprocess.run(
+        return subprocess.Popen(
             ["bash", str(ROOT / "run_scripts" / script), *arguments],
             env={**kept, **environment},
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
         )
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(script, *arguments, **environment)
+        out, error = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+    def train(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """As `run`, for a run whose output is in the sandbox."""
+        return self.run(script, "--output", str(self.folder / "o"), *arguments)
+
+    def overrides(self) -> list[str]:
+        """The hydra overrides of the training command, which is the last call."""
+        words = self.calls[-1].partition(" -m recipe.gcpo.main_gcpo --config-name ")[2].split()
+        return [word for word in words[1:] if not word.startswith("hydra.")]
 
     @property
     def calls(self) -> list[str]:
@@ -124,37 +142,81 @@ def test_wrong_arguments(sandbox, script, arguments, sentence):
 
 
 def test_quickstart(sandbox):
-    done = sandbox.run("quickstart.sh", "--preset", "light", "--seed", "3", "--steps", "4", "trainer.save_freq=2")
+    done = sandbox.train("quickstart.sh", "--preset", "light", "--seed", "3", "--steps", "4", "trainer.save_freq=2")
     assert done.returncode == 0, done.stderr
-    data, model, train, shown = sandbox.calls
+    output = sandbox.folder / "o"
+    data, model, train = sandbox.calls
     assert data == "-m examples.arithmetic.task --output data/arithmetic"
     assert model == "-m examples.arithmetic.warm_start --data data/arithmetic --output models/arithmetic-warm"
-    assert train.startswith("-m gcpo.tools.launch --output outputs/quickstart -- ")
+    assert train.startswith(f"-c import sys; {START}") and f" --output {output} -- " in train
     assert "-m recipe.gcpo.main_gcpo --config-name gcpo_quickstart " in train
-    assert f"trainer.default_local_dir={ROOT}/outputs/quickstart/checkpoints" in train
+    assert f"trainer.default_local_dir={output}/checkpoints" in train
     assert train.endswith(
         "gcpo.preset=light gcpo.seed=3 data.seed=3 actor_rollout_ref.actor.data_loader_seed=3 "
         "trainer.total_training_steps=4 trainer.save_freq=2"
     )
-    assert shown == "-m gcpo.tools.report outputs/quickstart"
 
 
-def test_quickstart_with_grpo_runs_beside(sandbox):
-    assert sandbox.run("quickstart.sh", "--method", "grpo").returncode == 0
-    assert "--output outputs/quickstart-grpo " in sandbox.calls[2]
-    assert sandbox.calls[2].endswith("gcpo.kappa=0 gcpo.weighting=off")
-
-
-def test_quickstart_with_gc2po(sandbox):
-    assert sandbox.run("quickstart.sh", "--method", "gc2po").returncode == 0
-    assert "--output outputs/quickstart-gc2po " in sandbox.calls[2]
-    assert "-m recipe.gcpo.main_gcpo --config-name gc2po_quickstart " in sandbox.calls[2]
+def test_the_quick_starts_run_beside_each_other(sandbox):
+    """Dry runs: the folders of the real ones are not touched."""
+    for method, name in (("gcpo", "quickstart"), ("grpo", "quickstart-grpo"), ("gc2po", "quickstart-gc2po")):
+        done = sandbox.run("quickstart.sh", "--method", method, "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert f" trainer.default_local_dir={ROOT}/outputs/{name}/checkpoints " in sandbox.calls[-1]
+        config = "gc2po_quickstart" if method == "gc2po" else "gcpo_quickstart"
+        assert f"-m recipe.gcpo.main_gcpo --config-name {config} " in sandbox.calls[-1]
+        assert ("gcpo.kappa=0 gcpo.weighting=off" in sandbox.calls[-1]) == (method == "grpo")
+    assert len(sandbox.calls) == 3
 
 
 def test_quickstart_stops_where_a_step_fails(sandbox):
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}; exit 7')
-    assert sandbox.run("quickstart.sh").returncode == 7
+    assert sandbox.train("quickstart.sh").returncode == 7
     assert len(sandbox.calls) == 1
+
+
+def test_an_experiment_that_does_not_exist(sandbox):
+    done = sandbox.run("train.sh", "deepscale")
+    assert done.returncode == 2 and "'deepscale' is none of arithmetic code_qwen2_7b deepscaler " in done.stderr
+
+
+def test_a_signal_to_the_script_reaches_the_launcher(sandbox):
+    """The chain of scripts has become the launcher, so nobody is left who could swallow the signal."""
+    sandbox.program(
+        sandbox.folder / "venv" / "bin" / "python",
+        f'[ "$1" = -c ] || exit 0; trap "echo told >> {sandbox.calls_file}; exit 143" TERM; '
+        f"echo launcher >> {sandbox.calls_file}; for i in {{1..300}}; do sleep 0.1; done",
+    )
+    process = sandbox.start("quickstart.sh", "--output", str(sandbox.folder / "o"))
+    wait_for(lambda: sandbox.calls == ["launcher"])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143 and sandbox.calls == ["launcher", "told"]
+    process.communicate()
+
+
+def test_of_two_starts_the_second_prepares_nothing(sandbox, tiny_folder):
+    """Neither while the first one prepares (python -m data_prep) nor while it trains (python -c)."""
+    sandbox.program(
+        sandbox.folder / "venv" / "bin" / "python",
+        f'echo "$1" >> {sandbox.calls_file}; for i in {{1..300}}; do [ -e {sandbox.folder}/go$1 ] || sleep 0.1; done',
+    )
+    arguments = ("gcpo_deepscaler.sh", "--output", str(sandbox.folder / "o"), "--model", "tiny", "--data", "my/set")
+    first = sandbox.start(*arguments)
+    for calls in (["-m"], ["-m", "-c"]):
+        wait_for(lambda calls=calls: sandbox.calls == calls)
+        second = sandbox.run(*arguments)
+        sentence = f"error: a run is going on in {sandbox.folder}/o; wait for it or give another --output\n"
+        assert second.returncode == 2 and second.stderr == sentence and sandbox.calls == calls
+        (sandbox.folder / f"go{calls[-1]}").touch()
+    first.communicate()
+    assert first.returncode == 0 and sandbox.run(*arguments).returncode == 0
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_deepscaler_without_a_gpu_stops(sandbox):
@@ -164,19 +226,18 @@ def test_deepscaler_without_a_gpu_stops(sandbox):
     assert done.stderr.count("\n") == 1
 
 
-def test_deepscaler_with_a_tiny_model_goes_on(sandbox, tiny_folder):
+def test_deepscaler_with_a_tiny_model_goes_on(sandbox, tiny_folder, recipe_config):
     (sandbox.folder / "aime.json").write_text("[]")
-    done = sandbox.run(
-        "gcpo_deepscaler.sh", "--model", "tiny", "--data", "aime.json", "--output", str(sandbox.folder / "o")
-    )
+    done = sandbox.train("gcpo_deepscaler.sh", "--model", "tiny", "--data", "aime.json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == f"no NVIDIA GPU here: two steps on the CPU, since {tiny_folder} is small"
-    prepare, train, shown = sandbox.calls
+    prepare, train = sandbox.calls
     home = sandbox.folder
     assert prepare == f"-m data_prep aime --source {home}/aime.json --data {home}/sets --output {home}/o/data"
-    assert f"data.train_files={home}/o/data/train.parquet" in train and "device=cpu" in train
-    assert "trainer.total_training_steps=2" in train and "trainer.val_before_train=False" in train
-    assert shown == f"-m gcpo.tools.report {home}/o"
+    assert f"data.train_files={home}/o/data/train.parquet" in train
+    config = recipe_config(*sandbox.overrides())
+    assert config.trainer.device == "cpu" and config.trainer.total_training_steps == 2
+    assert not config.trainer.val_before_train and config.data.max_response_length == 64
 
 
 @pytest.mark.parametrize(
@@ -188,31 +249,26 @@ def test_deepscaler_with_a_tiny_model_goes_on(sandbox, tiny_folder):
         ("code_qwen2_7b", "Qwen/Qwen2-7B-Instruct", "mbpp"),
     ],
 )
-def test_with_gpus_it_is_the_paper_s_run(sandbox, name, model, data_set):
+def test_with_gpus_it_is_the_paper_s_run(sandbox, recipe_config, name, model, data_set):
     sandbox.gpus(4)
-    done = sandbox.run(f"gcpo_{name}.sh", "gcpo.alpha=1")
+    done = sandbox.train(f"gcpo_{name}.sh", "gcpo.alpha=1")
     assert done.returncode == 0, done.stderr
-    *prepared, train, _ = sandbox.calls
+    *prepared, train = sandbox.calls
     sets = ["humaneval"] if data_set == "mbpp" else MATH_SETS
-    output = f"{ROOT}/outputs/gcpo-{name.replace('_', '-')}"
+    output = sandbox.folder / "o"
     assert prepared == [
         *(f"-m data_prep {one} --data {sandbox.folder}/sets" for one in sets),
         f"-m data_prep {data_set} --data {sandbox.folder}/sets --output {output}/data",
     ]
-    for setting in (
-        f"actor_rollout_ref.model.path={model}",
-        "data.train_batch_size=256",
-        f"data.max_response_length={2048 if data_set == 'mbpp' else 16384}",
-        "actor_rollout_ref.rollout.n=8",
-        "actor_rollout_ref.actor.optim.lr=1e-6",
-        "actor_rollout_ref.actor.optim.weight_decay=0.01",
-        "gcpo.kappa=0.06",
-        "gcpo.preset=paper",
-        "trainer.n_gpus_per_node=4",
-        "trainer.nnodes=1",
-    ):
-        assert f" {setting} " in train
-    assert "device=cpu" not in train and train.endswith(" gcpo.alpha=1")
+    assert train.endswith(" gcpo.alpha=1")
+    config = recipe_config(*sandbox.overrides())
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert config.actor_rollout_ref.model.path == model and config.trainer.device == "cuda"
+    assert config.data.max_response_length == (2048 if data_set == "mbpp" else 16384)
+    assert (config.data.train_batch_size, actor.ppo_mini_batch_size, rollout.n) == (256, 256, 8)
+    assert (actor.optim.lr, actor.optim.weight_decay) == (1e-6, 0.01)
+    assert (config.gcpo.kappa, config.gcpo.alpha, config.gcpo.preset) == (0.06, 1, "paper")
+    assert (config.trainer.n_gpus_per_node, config.trainer.nnodes) == (4, 1)
 
 
 def test_validation_is_on_a_prepared_set(sandbox):
@@ -220,37 +276,29 @@ def test_validation_is_on_a_prepared_set(sandbox):
     for name in MATH_SETS:
         (sandbox.folder / "sets" / name).mkdir(parents=True)
         (sandbox.folder / "sets" / name / "test.parquet").write_text("")
-    assert sandbox.run("gcpo_numinamath_7b.sh").returncode == 0
-    prepare, train, _ = sandbox.calls
+    assert sandbox.train("gcpo_numinamath_7b.sh").returncode == 0
+    prepare, train = sandbox.calls
     assert prepare.startswith("-m data_prep numinamath ")
     assert f" data.val_files={sandbox.folder}/sets/aime24/test.parquet " in train and "test_freq=-1" not in train
 
 
 def test_validation_on_what_the_data_holds_out(sandbox, tiny_folder):
     """No evaluation set is prepared here, so that is what is left; without it nothing is validated on."""
-    arguments = [
-        "gcpo_numinamath_1.5b.sh",
-        "--model",
-        "tiny",
-        "--data",
-        "my/set",
-        "--output",
-        str(sandbox.folder / "o"),
-    ]
-    assert sandbox.run(*arguments).returncode == 0
-    assert f"data.val_files={sandbox.folder}/o/data/train.parquet" in sandbox.calls[-2]
-    assert "trainer.test_freq=-1" in sandbox.calls[-2]
+    arguments = ["gcpo_numinamath_1.5b.sh", "--model", "tiny", "--data", "my/set"]
+    assert sandbox.train(*arguments).returncode == 0
+    assert f"data.val_files={sandbox.folder}/o/data/train.parquet" in sandbox.calls[-1]
+    assert "trainer.test_freq=-1" in sandbox.calls[-1]
     (sandbox.folder / "o" / "data").mkdir(parents=True)
     (sandbox.folder / "o" / "data" / "test.parquet").write_text("")
-    assert sandbox.run(*arguments).returncode == 0
-    assert f"data.val_files={sandbox.folder}/o/data/test.parquet" in sandbox.calls[-2]
-    assert "trainer.test_freq=-1" not in sandbox.calls[-2]
+    assert sandbox.train(*arguments).returncode == 0
+    assert f"data.val_files={sandbox.folder}/o/data/test.parquet" in sandbox.calls[-1]
+    assert "trainer.test_freq=-1" not in sandbox.calls[-1]
 
 
 def test_a_set_that_can_not_be_prepared_stops_the_run(sandbox):
     sandbox.gpus(1)
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}; exit 2')
-    assert sandbox.run("gcpo_deepscaler.sh").returncode == 2
+    assert sandbox.train("gcpo_deepscaler.sh").returncode == 2
     assert sandbox.calls == [f"-m data_prep aime24 --data {sandbox.folder}/sets"]
 
 
@@ -258,12 +306,12 @@ def test_deepscaler_uses_a_parquet_that_is_ready(sandbox):
     sandbox.gpus(1)
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}')
     (sandbox.folder / "mine.parquet").write_text("")
-    done = sandbox.run(
+    done = sandbox.train(
         "gcpo_deepscaler.sh", "--data", "mine.parquet", "--val", "mine.parquet", "--nodes", "2", "--gpus", "8"
     )
     assert done.returncode == 0, done.stderr
-    assert len(sandbox.calls) == 3 and f"data.train_files={sandbox.folder}/mine.parquet" in sandbox.calls[1]
-    assert "trainer.test_freq=10" in sandbox.calls[1] and "test_freq=-1" not in sandbox.calls[1]
+    assert len(sandbox.calls) == 2 and f"data.train_files={sandbox.folder}/mine.parquet" in sandbox.calls[1]
+    assert "test_freq=-1" not in sandbox.calls[1]
     assert "trainer.nnodes=2" in sandbox.calls[1] and "+ray_kwargs.ray_init.address=auto" in sandbox.calls[1]
 
 
@@ -272,42 +320,49 @@ def test_grpo_is_the_same_run_without_gcpo(sandbox, name):
     sandbox.gpus(4)
     trained = []
     for method in ("gcpo", "grpo"):
-        done = sandbox.run(f"{method}_{name}.sh", "--data", "some/set")
+        done = sandbox.train(f"{method}_{name}.sh", "--data", "some/set")
         assert done.returncode == 0, done.stderr
-        trained.append(set(sandbox.calls[-2].replace(f"{method}-", "X-").split()))
+        trained.append(set(sandbox.calls[-1].split()))
     gcpo, grpo = trained
-    assert gcpo - grpo == {"gcpo.preset=paper"}
+    assert gcpo - grpo == set()
     assert grpo - gcpo == {"gcpo.kappa=0", "gcpo.weighting=off"}
 
 
 @pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
-def test_context_of_the_paper_s_runs(name, context):
-    """The numbers in the scripts' comments: the longest prompt with candidates and a response fit the context."""
+def test_context_of_the_paper_s_runs(recipe_config, name, context):
+    """The longest prompt with candidates and a response fit the context, and the comments have the right numbers."""
     from gcpo.methods.gcpo.settings import BlocksConfig
 
-    text = (ROOT / "run_scripts" / f"gcpo_{name}.sh").read_text()
-    number = lambda key: int(re.search(rf"^    {re.escape(key)}=(\d+)$", text, re.MULTILINE)[1])  # noqa: E731
+    config = recipe_config(f"experiment={name}")
+    response, length = config.data.max_response_length, config.actor_rollout_ref.rollout.max_model_len
     blocks = BlocksConfig()
     label = max(len(blocks.candidate.format(label=8)), len(blocks.collider))
-    prompt = number("data.max_prompt_length") + len(blocks.intro + blocks.outro)
-    prompt += 9 * (number("gcpo.blocks.max_tokens") + label)
+    prompt = config.data.max_prompt_length + len(blocks.intro + blocks.outro)
+    prompt += 9 * (config.gcpo.blocks.max_tokens + label)
     # The comment counts a label as 16 tokens.
-    stated = prompt + 9 * (16 - label) + number("data.max_response_length")
-    assert f"= {stated:,} " in text and f"-> a context of {number('actor_rollout_ref.rollout.max_model_len'):,}" in text
-    for key in ("data.max_response_length", "gcpo.collider.max_tokens", "gcpo.regenerated.max_tokens"):
-        assert prompt + number(key) <= number("actor_rollout_ref.rollout.max_model_len") <= context
-    assert number("actor_rollout_ref.rollout.max_model_len") <= number(
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
-    )
+    stated = prompt + 9 * (16 - label) + response
+    text = (EXPERIMENTS / ("code_qwen2_7b.yaml" if "code" in name else "deepscaler.yaml")).read_text()
+    assert f"= {stated:,} " in text and f"-> a context of {length:,}" in text
+    for tokens in (response, config.gcpo.collider.max_tokens, config.gcpo.regenerated.max_tokens):
+        assert prompt + tokens <= length <= context
+    assert length <= config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_draws_are_cut_no_earlier_than_responses(name):
+def test_draws_are_cut_no_earlier_than_responses(recipe_config, name):
     """A draw that is cut is left out; with a shorter limit these would be the long answers."""
-    text = (ROOT / "run_scripts" / f"gcpo_{name}.sh").read_text()
-    limits = dict(re.findall(r"^    (data\.max_response_length|gcpo\.\w+\.max_tokens)=(\d+)$", text, re.MULTILINE))
-    assert len(limits) == 4 and int(limits.pop("gcpo.blocks.max_tokens")) <= 2048
-    assert len(set(limits.values())) == 1
+    config = recipe_config(f"experiment={name}")
+    limits = {config.data.max_response_length, config.gcpo.collider.max_tokens, config.gcpo.regenerated.max_tokens}
+    assert len(limits) == 1 and config.gcpo.blocks.max_tokens <= 2048
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("trainer", ["gcpo_trainer", "gc2po_trainer"])
+def test_an_experiment_without_the_scripts(recipe_config, trainer, name):
+    """``python -m recipe.gcpo.main_gcpo experiment=NAME``: a method's own settings win over the experiment's."""
+    config = recipe_config(f"experiment={name}", name=trainer)
+    assert config.gcpo.kappa == (0.06 if trainer == "gcpo_trainer" else 0) and config.data.train_batch_size == 256
+    assert config.algorithm.adv_estimator == trainer.removesuffix("_trainer")
 
 
 @pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
@@ -320,10 +375,9 @@ def test_settings_pass_the_checks_of_a_run(sandbox, recipe_config, tiny_model, m
     data = str(write_set(sandbox.folder / "mine.parquet", rows(256)))
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}')
     sandbox.gpus(8)
-    done = sandbox.run(f"gcpo_{name}.sh", "--model", "model", "--data", data, "--val", data)
+    done = sandbox.train(f"gcpo_{name}.sh", "--model", "model", "--data", data, "--val", data)
     assert done.returncode == 0, done.stderr
-    overrides = sandbox.calls[-2].partition(" -m recipe.gcpo.main_gcpo ")[2].split()
-    config = recipe_config(*(one for one in overrides if not one.startswith("hydra.")))
+    config = recipe_config(*sandbox.overrides())
     check_run(config)
     assert config.trainer.n_gpus_per_node % config.actor_rollout_ref.rollout.tensor_model_parallel_size == 0
 
@@ -338,12 +392,11 @@ def test_gc2po_runs_are_accepted(sandbox, recipe_config, tiny_model, monkeypatch
     data = str(write_set(sandbox.folder / "mine.parquet", rows(256)))
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}')
     sandbox.gpus(8)
-    done = sandbox.run(f"gc2po_{name}.sh", "--model", "model", "--data", data, "--val", data)
+    done = sandbox.train(f"gc2po_{name}.sh", "--model", "model", "--data", data, "--val", data)
     assert done.returncode == 0, done.stderr
-    module, option, config_name, *overrides = sandbox.calls[-2].partition(" -m ")[2].split()
-    assert (module, option, config_name) == ("recipe.gcpo.main_gcpo", "--config-name", "gc2po_trainer")
-    config = recipe_config(*(one for one in overrides if not one.startswith("hydra.")), name=config_name)
-    assert check_gc2po_run(config).intervention == "hidden_state" and config.data.episode_prompt
+    assert " -m recipe.gcpo.main_gcpo --config-name gc2po_trainer " in sandbox.calls[-1]
+    config = recipe_config(*sandbox.overrides(), name="gc2po_trainer")
+    assert check_gc2po_run(config).form == "hidden_state" and config.data.episode_prompt
 
 
 def test_dry_run_resolves_the_configuration(sandbox):
