@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the project's environment (.venv, for GPUs .venv-gpu) and installs the pinned packages of
-# requirements/<profile>.txt into it.
-# Done once: it is done again only when the lock, pyproject.toml, the profile or the interpreter changes.
+# requirements/<profile>.txt into it. It is repeated only when the lock, pyproject.toml, the profile or the interpreter
+# changes.
 #
 #   bash run_scripts/setup.sh
 #
@@ -15,45 +15,28 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
-LOCK=""
-STAMP=""
-
-python_is_fit() { # one line "VERSION PATH" where "$1" is a CPython 3.11 or 3.12
+python_is_fit() { # whether "$1" is a CPython 3.11 or 3.12
     "$1" -c 'import platform, sys
-if (3, 11) <= sys.version_info < (3, 13) and platform.python_implementation() == "CPython":
-    print(platform.python_version(), sys.executable)' 2>/dev/null
+sys.exit(not ((3, 11) <= sys.version_info < (3, 13) and platform.python_implementation() == "CPython"))' 2>/dev/null
 }
 
-find_python() {
-    local candidate found
-    if [ -n "${GCPO_PYTHON:-}" ]; then
-        found="$(python_is_fit "$GCPO_PYTHON" || true)"
-        [ -n "$found" ] || die "GCPO_PYTHON=$GCPO_PYTHON is no CPython 3.11 or 3.12"
-        printf '%s' "${found#* }"
-        return
-    fi
+find_python() { # prints the first fit interpreter, or nothing
+    local candidate
     for candidate in python3.11 python3.12 python3 python /usr/bin/python3.11 /usr/bin/python3.12 /usr/bin/python3; do
-        found="$(python_is_fit "$candidate" || true)"
-        if [ -n "$found" ]; then
-            printf '%s' "${found#* }"
-            return
-        fi
+        if python_is_fit "$candidate"; then command -v "$candidate" && return; fi
     done
 }
 
-find_uv() { # sets the array UV; empty where there is no uv
+find_uv() { # sets the array UV; empty without uv
+    local candidate
     UV=()
     [ "${GCPO_INSTALLER:-}" != pip ] || return 0
-    if command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1; then
-        UV=(uv)
-    elif python3 -m uv --version >/dev/null 2>&1; then
-        UV=(python3 -m uv)
-    elif [ -x "$VENV/bin/uv" ] && "$VENV/bin/uv" --version >/dev/null 2>&1; then
-        UV=("$VENV/bin/uv")
-    fi
+    for candidate in uv "python3 -m uv" "$VENV/bin/uv"; do
+        if $candidate --version >/dev/null 2>&1; then read -ra UV <<< "$candidate" && return; fi
+    done
 }
 
-pip_setting() { # a setting of the user's pip, empty where there is none
+pip_setting() { # a setting of the user's pip, or nothing
     { "${BASE_PYTHON:-python3}" -m pip config get "$1" 2>/dev/null || true; } | tr '\n' ' '
 }
 
@@ -62,43 +45,38 @@ fingerprint() {
         sha256sum | cut -d' ' -f1
 }
 
+# Makes the environment without packages, and finds or installs uv.
 make_environment() {
-    BASE_PYTHON="$(find_python)"
-    find_uv
+    BASE_PYTHON="${GCPO_PYTHON:-$(find_python)}"
+    [ -z "$BASE_PYTHON" ] || python_is_fit "$BASE_PYTHON" || die "GCPO_PYTHON=$GCPO_PYTHON is no CPython 3.11 or 3.12"
     if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.gcpo-profile" 2>/dev/null)" != "$GCPO_PROFILE" ]; then
         [ -f "$VENV/.gcpo-profile" ] ||
             die "$VENV is an environment that this script did not make; move it away or set GCPO_VENV"
         say "$VENV holds the other profile: made anew"
         rm -rf "$VENV"
     fi
+    find_uv
     mkdir -p "$VENV"
     printf '%s\n' "$GCPO_PROFILE" > "$VENV/.gcpo-profile"
-    if ! { [ -x "$VENV/bin/python" ] && [ -n "$(python_is_fit "$VENV/bin/python" || true)" ]; }; then
-        if [ -n "$BASE_PYTHON" ]; then
-            say "making $VENV with $("$BASE_PYTHON" -V 2>&1)"
-            if [ "${#UV[@]}" -gt 0 ]; then
-                "${UV[@]}" venv --quiet --allow-existing --python "$BASE_PYTHON" "$VENV"
-            else
-                "$BASE_PYTHON" -m venv "$VENV" ||
-                    die "$BASE_PYTHON can't make an environment; install its venv module (Debian: python3-venv) or uv"
-            fi
-        elif [ "${#UV[@]}" -gt 0 ]; then
-            say "no Python 3.11 or 3.12 here: uv fetches one"
-            "${UV[@]}" venv --quiet --allow-existing --python '>=3.11,<3.13' "$VENV" ||
+    if ! python_is_fit "$VENV/bin/python"; then
+        say "making $VENV with ${BASE_PYTHON:-a Python that uv fetches}"
+        if [ "${#UV[@]}" -gt 0 ]; then
+            "${UV[@]}" venv --quiet --allow-existing --python "${BASE_PYTHON:->=3.11,<3.13}" "$VENV" ||
                 die "no Python 3.11 or 3.12 was found and uv could not fetch one; install one or set GCPO_PYTHON"
         else
-            die "no Python 3.11 or 3.12 was found (tried python3.11, python3.12, python3, python); install one or set GCPO_PYTHON"
+            [ -n "$BASE_PYTHON" ] || die "no Python 3.11 or 3.12 was found; install one, install uv, or set GCPO_PYTHON"
+            "$BASE_PYTHON" -m venv "$VENV" ||
+                die "$BASE_PYTHON can't make an environment; install its venv module (Debian: python3-venv) or uv"
         fi
     fi
     if [ "${#UV[@]}" -eq 0 ] && [ "${GCPO_INSTALLER:-}" != pip ]; then
-        say "no uv here: trying to install it into the environment (pip does the work where that fails)"
+        say "no uv here: trying to install it into the environment (pip does the work otherwise)"
         "$VENV/bin/python" -m pip install --quiet uv >/dev/null 2>&1 || true
         find_uv
     fi
 }
 
-# install ARGUMENTS...: one `install` with uv or pip, into the environment.
-install() {
+install() { # install ARGUMENTS...: with uv or pip, into the environment
     if [ "${#UV[@]}" -gt 0 ]; then
         "${UV[@]}" pip install --python "$VENV/bin/python" "${SOURCES[@]}" "$@"
     else
@@ -106,18 +84,18 @@ install() {
     fi
 }
 
-# Where packages come from. uv does not read pip's settings, so what a user's pip is told is passed on to it.
+# Sets LINKS and SOURCES, where packages come from. uv does not read pip's settings, so they are passed on to it.
 choose_sources() {
+    local link
+    LINKS="${PIP_FIND_LINKS:-$(pip_setting global.find-links)}"
     SOURCES=()
-    local links link
-    links="${PIP_FIND_LINKS:-$(pip_setting global.find-links)}"
     if [ "${#UV[@]}" -eq 0 ]; then
         if [ "$GCPO_PROFILE" = cpu ] && [ -n "${GCPO_TORCH_INDEX_URL:-}" ]; then
-            SOURCES+=(--extra-index-url "$GCPO_TORCH_INDEX_URL")
+            SOURCES=(--extra-index-url "$GCPO_TORCH_INDEX_URL")
         fi
         return
     fi
-    for link in $links; do SOURCES+=(--find-links "$link"); done
+    for link in $LINKS; do SOURCES+=(--find-links "$link"); done
     if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
         link="${PIP_INDEX_URL:-$(pip_setting global.index-url)}"
         link="${link%% *}"
@@ -126,22 +104,20 @@ choose_sources() {
     SOURCES+=(--compile-bytecode)
 }
 
-# True where a local directory named to pip or uv holds the CPU build of torch for this interpreter.
-local_cpu_torch() {
-    local links link tag version
+torch_version() { sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$LOCK"; }
+
+local_cpu_torch() { # whether a local directory that pip or uv reads holds the CPU build of torch for this interpreter
+    local link tag
     tag="$("$VENV/bin/python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')"
-    version="$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$LOCK")"
-    links="${PIP_FIND_LINKS:-$(pip_setting global.find-links)} ${UV_FIND_LINKS:-}"
-    for link in ${links//,/ }; do
-        link="${link#file://}"
-        if compgen -G "$link/torch-$version+cpu-$tag-*.whl" >/dev/null; then return 0; fi
+    for link in $LINKS $(tr , " " <<< "${UV_FIND_LINKS:-}"); do
+        if compgen -G "${link#file://}/torch-$(torch_version)+cpu-$tag-*.whl" >/dev/null; then return 0; fi
     done
     return 1
 }
 
 install_cpu() {
     if [ "${#UV[@]}" -gt 0 ] && ! local_cpu_torch && [ -z "${UV_TORCH_BACKEND:-}" ]; then
-        # PyTorch's own index has the CPU build. Where it can't be reached, the default build runs on CPU as well.
+        # PyTorch's own index has the CPU build. If it can't be reached, the default build runs on the CPU as well.
         install --no-deps --torch-backend cpu -r "$LOCK" && return
         say "PyTorch's CPU index did not answer: taking the default build of torch, which is larger"
     fi
@@ -176,7 +152,7 @@ main() {
     install --no-deps --no-build-isolation --editable "$ROOT"
     if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
         say "torch is the CUDA build here: adding the libraries that it loads"
-        install "torch==$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$LOCK")" ||
+        install "torch==$(torch_version)" ||
             die "torch is installed but can't be imported, and its libraries could not be added"
         "$VENV/bin/python" -c 'import torch' || die "torch is installed but can't be imported"
     fi
