@@ -1,13 +1,17 @@
-"""What the benchmarks share: one training run of the quick-start configuration, and the machine it ran on."""
+"""Shared by the benchmarks: one training run of the quick-start configuration, intervals, tables and the record."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +94,39 @@ def run(output: Path, method: str, model: str, data: str, *overrides: str) -> li
         done.write_text("\n".join(command))
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [{"step": line["step"], **line["data"]} for line in lines]
+
+
+def arguments(description: str | None, output: str) -> argparse.ArgumentParser:
+    """A parser with the model, the data and the folder of the results."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--model", default="models/arithmetic-warm")
+    parser.add_argument("--data", default="data/arithmetic")
+    parser.add_argument("--output", type=Path, default=Path(output))
+    return parser
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of the 95 % interval (Student's t) of the finite values; NaN for a single one."""
+    from scipy.stats import t
+
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return statistics.mean(finite), math.nan
+    half = t.ppf(0.975, len(finite) - 1) * statistics.stdev(finite) / math.sqrt(len(finite))
+    return statistics.mean(finite), float(half)
+
+
+def print_table(header: Sequence[str], *rows: Sequence[Any]) -> None:
+    """A markdown table."""
+    for cells in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(map(str, cells)) + " |")
+    print()
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Write the results with the `record` as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**record(), **results}, indent=1) + "\n")
 
 
 def record() -> dict[str, Any]:

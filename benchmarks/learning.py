@@ -7,25 +7,12 @@ prints the accuracy on the held-out questions before and after with a 95 % inter
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import statistics
 from pathlib import Path
 
-from benchmarks.common import METHODS, record, run
+from benchmarks.common import METHODS, arguments, interval, print_table, run, save
 
 ACCURACY = "val-core/gcpo/arithmetic/acc/mean@1"
-# Quantile .975 of Student's t by degrees of freedom.
-T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of the 95 % interval over seeds."""
-    if len(values) < 2:
-        return values[0], math.nan
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), T_QUANTILE[len(values) - 1] * spread
 
 
 def plot(curves: dict[str, list[list[dict]]], path: Path) -> None:
@@ -50,10 +37,7 @@ def plot(curves: dict[str, list[list[dict]]], path: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/arithmetic-warm")
-    parser.add_argument("--data", default="data/arithmetic")
-    parser.add_argument("--output", type=Path, default=Path("outputs/learning"))
+    parser = arguments(__doc__, "outputs/learning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["grpo", "light"])
     args = parser.parse_args()
@@ -64,18 +48,17 @@ def main() -> None:
             seeds = (f"gcpo.seed={seed}", f"data.seed={seed}")
             curves[method].append(run(output, method, args.model, args.data, *seeds))
             print(f"seed {seed}: {method} done", flush=True)
-    table = {}
-    print("| method | before | after | gain, 95 % interval over seeds | sampled reward, first step | last step |")
-    print("|---|---|---|---|---|---|")
+    results, rows = {}, []
     for method, runs in curves.items():
         tests = [[step[ACCURACY] for step in steps if ACCURACY in step] for steps in runs]
         scores = [[step["critic/score/mean"] for step in steps if "critic/score/mean" in step] for steps in runs]
         gain, half = interval([100 * (values[-1] - values[0]) for values in tests])
-        table[method] = {"held-out accuracy": tests, "sampled reward": scores, "gain": gain, "half-width": half}
-        before, after = (100 * statistics.mean(values[i] for values in tests) for i in (0, -1))
-        first, last = (100 * statistics.mean(values[i] for values in scores) for i in (0, -1))
-        print(f"| {method} | {before:.1f} | {after:.1f} | {gain:+.1f} ± {half:.1f} | {first:.1f} | {last:.1f} |")
-    (args.output / "learning.json").write_text(json.dumps({**record(), "runs": table}, indent=2) + "\n")
+        results[method] = {"held-out accuracy": tests, "sampled reward": scores, "gain": gain, "half-width": half}
+        ends = [f"{100 * statistics.mean(own[i] for own in values):.1f}" for values in (tests, scores) for i in (0, -1)]
+        rows.append([method, *ends[:2], f"{gain:+.1f} ± {half:.1f}", *ends[2:]])
+    header = ["method", "before", "after", "gain, 95 % interval over seeds", "sampled reward, first step", "last step"]
+    print_table(header, *rows)
+    save(args.output / "learning.json", {"runs": results})
     plot(curves, args.output / "learning.png")
 
 

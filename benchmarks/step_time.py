@@ -12,12 +12,9 @@ the prefix cache, and with little.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 
-from benchmarks.common import METHODS, UNTRAINED, record, run
+from benchmarks.common import METHODS, UNTRAINED, arguments, print_table, run, save
 
 STAGES = {
     "generation": ("timing_s/gen",),
@@ -30,7 +27,7 @@ STAGES = {
 
 
 def total(step: dict[str, float], names: tuple[str, ...]) -> float:
-    """The sum of what a step has of some metrics."""
+    """The sum of the metrics that a step has of these names."""
     return sum(step.get(name, 0.0) for name in names)
 
 
@@ -39,7 +36,7 @@ def by_kind(step: dict[str, float], name: str) -> float:
     return sum(value for key, value in step.items() if key.startswith(f"gcpo/tokens/{name}/"))
 
 
-# Each of a step, with the questions of a batch.
+# Each takes the metrics of a step and the number of questions of a batch.
 TOKENS = {
     "generated": lambda step, batch: by_kind(step, "generated") or step["response_length/mean"] * batch * 8,
     "scored": lambda step, batch: total(step, ("gcpo/tokens/scored", "gc2po/tokens/scored")),
@@ -51,10 +48,7 @@ TOKENS = {
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/arithmetic-warm")
-    parser.add_argument("--data", default="data/arithmetic")
-    parser.add_argument("--output", type=Path, default=Path("outputs/step_time"))
+    parser = arguments(__doc__, "outputs/step_time")
     parser.add_argument("--steps", type=int, default=5, help="steps of a run; the first is not counted")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["grpo", "light", "balanced", "paper"])
@@ -82,23 +76,15 @@ def main() -> None:
         for method, found in steps.items()
     }
     first = medians[args.methods[0]]["whole step"]
-    print(f"| seconds | {' | '.join(args.methods)} |\n|---|{'---|' * len(args.methods)}")
-    for stage in STAGES:
-        print(f"| {stage} | " + " | ".join(f"{medians[m][stage]:.2f}" for m in args.methods) + " |")
-    print("| ratio | " + " | ".join(f"{medians[m]['whole step'] / first:.2f}" for m in args.methods) + " |")
-    for name in TOKENS:
-        print(f"| tokens {name} | " + " | ".join(f"{tokens[m][name]:,.0f}" for m in args.methods) + " |")
-    shares = {
-        method: tokens[method]["cached"] / (tokens[method]["prompts of extra generations"] or 1) for method in tokens
-    }
-    print("| prefix-cache hits | " + " | ".join(f"{100 * shares[m]:.0f} %" for m in args.methods) + " |")
-    found = {
-        **record(),
-        "steps counted per method": {method: len(entries) for method, entries in steps.items()},
-        "median seconds": medians,
-        "median tokens": tokens,
-    }
-    (args.output / "step_time.json").write_text(json.dumps(found, indent=2) + "\n")
+    rows = [[stage, *(f"{medians[m][stage]:.2f}" for m in args.methods)] for stage in STAGES]
+    rows.append(["ratio", *(f"{medians[m]['whole step'] / first:.2f}" for m in args.methods)])
+    rows += [[f"tokens {name}", *(f"{tokens[m][name]:,.0f}" for m in args.methods)] for name in TOKENS]
+    hits = [tokens[m]["cached"] / (tokens[m]["prompts of extra generations"] or 1) for m in args.methods]
+    rows.append(["prefix-cache hits", *(f"{100 * hit:.0f} %" for hit in hits)])
+    print_table(["seconds", *args.methods], *rows)
+    counted = {method: len(entries) for method, entries in steps.items()}
+    results = {"steps counted per method": counted, "median seconds": medians, "median tokens": tokens}
+    save(args.output / "step_time.json", results)
 
 
 if __name__ == "__main__":
