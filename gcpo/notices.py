@@ -1,4 +1,4 @@
-"""Sentences of a run that a person must see: the launcher shows them between the lines of the steps."""
+"""What a run tells the launcher besides its metrics: sentences that a person must see, and its number of steps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 
 MARK = "gcpo notice: "
 """The launcher shows what follows it in a line of the log, each sentence once."""
+TOTAL_STEPS = "training/total_steps"
+"""Metric of every step: the number of the last one."""
 
 
 def notice(logger: logging.Logger, sentence: str) -> None:

@@ -19,6 +19,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from gcpo.faults import RunStoppedError
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.notices import TOTAL_STEPS
 from gcpo.stability import ENTROPY, SKIPPED_UPDATES, WEIGHT_CHANGE, StabilityConfig, StabilityMonitor, describe
 
 logger = logging.getLogger(__name__)
@@ -179,8 +180,9 @@ class StableTrainer(PPOTrainerSync):
         return metrics
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
-        """verl's metrics, and the signs of a collapse in them."""
+        """verl's metrics, the number of steps of the run, and the signs of a collapse."""
         super()._compute_metrics(batch, metrics, *args, **kwargs)
+        metrics[TOTAL_STEPS] = self.total_training_steps
         found = self.stability_monitor.step(metrics)
         metrics.update(found)
         if found.keys() - {ENTROPY} or metrics.get(SKIPPED_UPDATES):

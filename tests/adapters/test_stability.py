@@ -21,6 +21,7 @@ from gcpo.adapters import stability
 from gcpo.adapters.stability import SETTINGS, StableTrainer
 from gcpo.adapters.trainer import MethodTrainer
 from gcpo.faults import RunStoppedError
+from gcpo.notices import TOTAL_STEPS
 from gcpo.stability import (
     HELD_OUT_COLLAPSE,
     REWARD_COLLAPSE,
@@ -259,6 +260,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> StableTrainer:
         }
     )
     made.tokenizer, made.global_steps, made.given, made.settings = range(326), 2, {}, []
+    made.total_training_steps = 9
 
     def verls_update(self: Any, batch: Any, metrics: dict) -> Any:
         made.settings.append(dict(batch.extra_info))
@@ -295,6 +297,7 @@ def test_signs_are_logged_with_the_metrics_of_the_step(
     assert trainer._validate() == {ACCURACY: 0.5}
     healthy = step(**{"critic/score/mean": 0.4, "critic/score/max": 1.0, WEIGHT_CHANGE: 0.01, "actor/entropy": 0.05})
     assert not any("collapse" in name for name in healthy) and not caplog.records
+    assert healthy[TOTAL_STEPS] == 9
     found = step(**{ACCURACY: 0.0, WEIGHT_CHANGE: 7.0})
     assert {REWARD_COLLAPSE, HELD_OUT_COLLAPSE, WEIGHT_COLLAPSE} <= set(found)
     assert "step 2: collapse: no response has a reward" in caplog.text and caplog.records[0].name == stability.__name__
