@@ -22,7 +22,7 @@ from gcpo.stability import (
     describe,
     token_entropy,
 )
-from gcpo.tools.launch import step_line
+from gcpo.tools.metrics import step_line
 
 ACCURACY = "val-core/gcpo/arithmetic/acc/mean@1"
 VOCABULARY = 326

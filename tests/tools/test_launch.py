@@ -1,7 +1,8 @@
-"""The launcher, with a small program in the place of a training run. The real stack is in tests/end_to_end."""
+"""The launcher, with a small program instead of a training run. The real stack is in tests/end_to_end."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,9 +12,15 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from rich.console import Console
 
-from gcpo.tools import launch, report
+from gcpo.notices import TOTAL_STEPS
+from gcpo.tools import display, launch
+from gcpo.tools.launch import leftovers
+from gcpo.tools.launch.log import lines_of
+from gcpo.tools.metrics import EARLIER_METRICS_FILE, SHOWN, Shown, read_metrics, step_line
 
 pytestmark = pytest.mark.usefixtures("default_hangup")
 
@@ -82,7 +89,7 @@ def test_a_run_its_log_and_its_lines(fake, capfd):
     assert "done after" in shown and "3 steps" in shown
     log = (output / launch.LOG_FILE).read_text()
     assert "(TaskRunnerV1 pid=7) INFO:now:Total training steps: 3" in log and "\x1b" not in log
-    assert list(report.read_metrics(output)) == [0, 1, 2, 3]
+    assert list(read_metrics(output)) == [0, 1, 2, 3]
     assert launch.RunState.load(output).status == "complete"
 
 
@@ -95,13 +102,13 @@ def test_a_complete_run_is_left_alone_and_a_longer_one_goes_on(fake, capfd):
     assert launch.launch(command(steps=2), output) == 0
     assert "holds the complete run (3 steps)" in capfd.readouterr().out
     assert launch.launch(command(steps=5), output) == 0
-    metrics = report.read_metrics(output)
+    metrics = read_metrics(output)
     assert list(metrics) == [0, 1, 2, 3, 4, 5]
     # Validation when the run goes on is step 3 once more: both kinds of metrics stay.
     assert metrics[3] == {"critic/score/mean": pytest.approx(0.3), "training/global_step": 3, "timing_s/step": 2.0} | {
         "val-core/x/acc/mean@1": pytest.approx(0.7)
     }
-    assert not (output / report.EARLIER_METRICS_FILE).exists()
+    assert not (output / EARLIER_METRICS_FILE).exists()
     assert launch.RunState.load(output).starts == 2
 
 
@@ -114,7 +121,7 @@ def test_a_failed_run_says_why_and_goes_on_later(fake, capfd):
     assert launch.main(["--output", str(output), "--", *command()]) == 2
     assert "holds a run with other settings (fail, ok)" in capfd.readouterr().err
     assert launch.main(["--output", str(output), "--resume-changed", "--", *command()]) == 0
-    assert list(report.read_metrics(output)) == [0, 1, 2, 3]
+    assert list(read_metrics(output)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -159,44 +166,42 @@ def test_a_command_that_is_not_there(tmp_path, capfd):
 
 
 def test_lines_and_control_codes():
-    chunks = [b"one\ntw", b"o\r\n\x1b[31mthree\x1b[0m\rfo", b"ur\rfive"]
-    assert list(launch.split_lines(chunks)) == ["one", "two", "three", "four", "five"]
+    output = io.BytesIO(b"one\ntwo\r\n\x1b[31mthree\x1b[0m\rfo\xffur\rfive")
+    assert list(lines_of(output)) == ["one", "two", "three", "fo\ufffdur", "five"]
 
 
-def test_phases_of_verl_0_9_1():
-    progress, labels = launch.Progress(), []
-    for line in (
-        "ray init kwargs: {'num_cpus': 16}",
-        "2026-01-01 00:00:00,000\tINFO worker.py:2038 -- Started a local Ray instance.",
-        "(TaskRunnerV1 pid=1)              'val_before_train': True,",
-        "(TaskRunnerV1 pid=1) INFO:t:train and validate dataloader initialized, train dataset size: 9",
-        "(TaskRunnerV1 pid=1) INFO:t:Total training steps: 20",
-        "(TaskRunnerV1 pid=1) INFO:t:create worker group dict_keys(['actor_rollout'])",
-        "(TaskRunnerV1 pid=1) INFO:t:actor and ref model engine initialized",
-        "(TaskRunnerV1 pid=1) INFO:t:Resuming from /x/global_step_5, setting global step to 5",
-        "(TaskRunnerV1 pid=1) INFO:t:all initialize finished, ready to fit",
-        "(TaskRunnerV1 pid=1) Creating file logger at /x/metrics.jsonl",
-        "(TaskRunnerV1 pid=1) Initial validation metrics: {}",
-        "Training Progress:  30%|###       | 6/20 [00:10<00:30,  2.1s/it]",
-        "(TaskRunnerV1 pid=1) INFO:t:Saving checkpoint to /x/global_step_6",
-        "(TaskRunnerV1 pid=1) Final validation metrics: {}",
-    ):
-        progress.read(line)
-        if not labels or labels[-1] != progress.label:
-            labels.append(progress.label)
-    assert labels == [
-        "starting Ray",
-        "importing again in the trainer's process",
-        "starting the workers",
-        "loading the model",
-        "starting vLLM",
-        "syncing weights to vLLM",
-        "validating before the first step",
-        "step 6",
-        "step 7",
-        "finishing",
-    ]
-    assert (progress.total, progress.start_step, progress.checkpoint) == (20, 5, "/x/global_step_6")
+def test_lines_come_when_they_are_printed():
+    """A reader that waits for a full buffer would keep the log behind the run."""
+    reading, writing = os.pipe()
+    lines = lines_of(os.fdopen(reading, "rb"))
+    for text in ("first", "second"):
+        os.write(writing, f"{text}\nand a part".encode())
+        assert next(lines).endswith(text)
+    os.close(writing)
+    assert list(lines) == ["and a part"]
+
+
+def test_notices_are_shown_once_and_the_last_line_while_it_starts(fake, capfd, monkeypatch):
+    output, _ = fake
+    monkeypatch.setattr(display, "HEARTBEAT_SECONDS", 0.5)
+    code = (
+        "import time\nfor i in range(2): print('(TaskRunnerV1 pid=7) WARNING:x:gcpo notice: step_4 is rejected')\n"
+        "print('loading the model', flush=True); time.sleep(2)"
+    )
+    assert launch.launch([sys.executable, "-c", code], output) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("] step_4 is rejected\n") == 1
+    assert "] starting\n" in shown and "] still at it: starting: loading the model\n" in shown
+
+
+def test_the_total_comes_from_the_metrics_where_the_command_leaves_it_out(fake, capfd):
+    output, _ = fake
+    code = (
+        "import json, os\nfile = open(os.environ['VERL_FILE_LOGGER_PATH'], 'w')\n"
+        f"print(json.dumps({{'step': 3, 'data': {{'training/global_step': 3, {TOTAL_STEPS!r}: 20}}}}), file=file)"
+    )
+    assert launch.launch([sys.executable, "-c", code], output) == 0
+    assert "step  3/20" in capfd.readouterr().out
 
 
 def test_error_of_the_main_process_wins_over_noise():
@@ -242,11 +247,11 @@ def test_step_line():
         "timing_s/old_log_prob": 0.4,
         "timing_s/update_actor": 0.6,
     }
-    assert launch.step_line(7, metrics, 40) == (
+    assert step_line(7, metrics, 40) == (
         "step  7/40  reward 0.412  held-out 47.5 %  Υ 1.900±0.060  κ-KL 0.0123  length 23  "
         "2.1 s (generate 0.9, score 0.4, update 0.6)"
     )
-    assert launch.step_line(7, {}) == "step 7"
+    assert step_line(7, {}) == "step 7"
 
 
 def test_step_line_names_missing_shares():
@@ -256,23 +261,41 @@ def test_step_line_names_missing_shares():
         "gcpo/missing/targets_frac": 0.0,
         "gcpo/missing/references_frac": 0.004,
     }
-    assert launch.step_line(3, metrics) == "step 3  missing 31 % of draws, 0.4 % of references"
-    assert launch.step_line(3, dict.fromkeys(metrics, 0.0)) == "step 3"
-    assert launch.step_line(3, {"gcpo/missing/draws_frac": 1.0}) == "step 3  missing 100 % of draws"
+    assert step_line(3, metrics) == "step 3  missing 31 % of draws, 0.4 % of references"
+    assert step_line(3, dict.fromkeys(metrics, 0.0)) == "step 3"
+    assert step_line(3, {"gcpo/missing/draws_frac": 1.0}) == "step 3  missing 100 % of draws"
 
 
-def test_time_left_leaves_the_warm_up_out():
+def test_a_method_adds_what_it_shows_by_its_prefix(monkeypatch):
+    monkeypatch.setitem(SHOWN, "toy/", (Shown(("toy/gain",), "gain {:+.1f}", spread="toy/spread"),))
+    assert step_line(3, {"toy/gain": 0.25, "toy/spread": 0.5}) == "step 3  gain +0.2±0.500"
+    assert step_line(3, {"toy/other": 1.0}) == "step 3"
+
+
+def on_terminal(monkeypatch, clock):
+    """A display on a terminal of 100 columns, and where it writes."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, highlight=False, soft_wrap=True)
+    monkeypatch.setattr(display, "Console", lambda **options: console)
+    return display.Display(clock), screen
+
+
+def test_time_left_leaves_the_warm_up_out(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     now = [0.0]
-    eta, progress = launch.Eta(lambda: now[0]), launch.Progress(training=True, total=10)
-    for step, moment in ((0, 0.0), (1, 30.0), (2, 32.0), (3, 34.0)):
-        now[0], progress.step = moment, step
-        left = eta.left(progress)
-    assert left == pytest.approx(14.0)
+    shown, screen = on_terminal(monkeypatch, lambda: now[0])
+    for step, moment in ((4, 30.0), (5, 60.0), (6, 90.0), (7, 120.0)):
+        now[0] = moment
+        shown.refresh("training", f"step {step}", step, 10)
+    # The first step of this start took as long as the run that it goes on from, and the steps took 30 seconds each.
+    assert shown.bar.tasks[0].time_remaining == 90
+    assert "training: step 7" in screen.getvalue() and "7/10" in screen.getvalue() and "0:01:30" in screen.getvalue()
+    shown.close()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(48.9, "48 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
 def test_duration(seconds, text):
-    assert launch.duration(seconds) == text
+    assert display.duration(seconds) == text
 
 
 def test_settings_that_differ():
@@ -306,8 +329,8 @@ def test_processes_are_found_by_their_launch():
         [sys.executable, "-c", "import time; time.sleep(60)"], env={**os.environ, launch.LAUNCH_VARIABLE: mark}
     )
     deadline = time.monotonic() + 5
-    while launch.processes_of(mark) != [process.pid] and time.monotonic() < deadline:
+    while [one.pid for one in leftovers.processes(mark)] != [process.pid] and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert launch.processes_of(mark) == [process.pid] and launch.processes_of("other") == []
+    assert leftovers.processes(mark) == [psutil.Process(process.pid)] and leftovers.processes("other") == []
     process.kill()
     process.wait()

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from gcpo.tools import launch, report
+from gcpo.tools.display import Display
 from gcpo.tools.launch import metrics
-from gcpo.tools.launch.display import Guarded, PlainDisplay
-from gcpo.tools.launch.errors import error_summary
-from gcpo.tools.launch.log import Log
+from gcpo.tools.launch.log import Log, error_summary
+from gcpo.tools.metrics import EARLIER_METRICS_FILE, METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,8 +88,8 @@ def test_no_room_for_the_state_at_the_end(small_disk: Path, capfd: pytest.Captur
 @pytest.fixture
 def two_files(tmp_path: Path) -> Path:
     line = lambda step: json.dumps({"step": step, "data": {"a": step}}) + "\n"  # noqa: E731
-    (tmp_path / report.EARLIER_METRICS_FILE).write_text(line(1))
-    (tmp_path / report.METRICS_FILE).write_text(line(2))
+    (tmp_path / EARLIER_METRICS_FILE).write_text(line(1))
+    (tmp_path / METRICS_FILE).write_text(line(2))
     return tmp_path
 
 
@@ -99,20 +99,20 @@ def test_no_metrics_are_lost(two_files: Path, monkeypatch: pytest.MonkeyPatch, f
         patch.setattr(metrics, "write_atomically", full)
         with pytest.raises(OSError):
             function(two_files)
-    assert list(report.read_metrics(two_files)) == [1, 2]
+    assert list(read_metrics(two_files)) == [1, 2]
     function(two_files)
-    assert list(report.read_metrics(two_files)) == [1, 2]
+    assert list(read_metrics(two_files)) == [1, 2]
 
 
 def test_a_cut_line_of_an_earlier_start_does_not_take_the_next_one_along(tmp_path: Path) -> None:
-    (tmp_path / report.EARLIER_METRICS_FILE).write_text('{"step": 1, "da')
-    (tmp_path / report.METRICS_FILE).write_text('{"step": 2, "data": {"a": 1}}\n')
+    (tmp_path / EARLIER_METRICS_FILE).write_text('{"step": 1, "da')
+    (tmp_path / METRICS_FILE).write_text('{"step": 2, "data": {"a": 1}}\n')
     launch.keep_earlier_metrics(tmp_path)
-    assert list(report.read_metrics(tmp_path)) == [2]
+    assert list(read_metrics(tmp_path)) == [2]
 
 
 def test_no_room_for_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    (tmp_path / report.METRICS_FILE).write_text('{"step": 1, "data": {"critic/score/mean": 1}}\n')
+    (tmp_path / METRICS_FILE).write_text('{"step": 1, "data": {"critic/score/mean": 1}}\n')
     (tmp_path / "curves.png").write_bytes(b"old")
     with monkeypatch.context() as patch:
         patch.setattr(report, "write_atomically", full)
@@ -145,19 +145,20 @@ def test_our_own_errors_are_one_sentence() -> None:
     assert error_summary(lines) == ["the checkpoint /x/global_step_2 cannot be used: data.pt has 2 bytes"]
 
 
-def test_a_display_that_can_not_be_written_to_is_given_up() -> None:
-    class Broken(PlainDisplay):
-        def note(self, text: str) -> None:
-            calls.append(text)
-            raise OSError(errno.EIO, "Input/output error")
-
+def test_a_display_that_can_not_be_written_to_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    display = Guarded(Broken)
+
+    def broken(text: str, **_: object) -> None:
+        calls.append(text)
+        raise OSError(errno.EIO, "Input/output error")
+
+    display = Display()
+    monkeypatch.setattr(display.bar.console, "print", broken)
     display.note("one")
     display.note("two")
-    display.refresh(launch.Progress())
+    display.refresh("training")
     display.close()
-    assert calls == ["one"]
+    assert len(calls) == 1 and calls[0].endswith("] one")
 
 
 def test_output_that_goes_to_a_full_disk(tmp_path: Path) -> None:

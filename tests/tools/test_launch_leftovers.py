@@ -210,8 +210,8 @@ def test_children_without_the_mark_are_found(started: Callable) -> None:
         "time.sleep(600)"
     )
     parent = started("-c", code, env={**os.environ, LAUNCH_VARIABLE: "titled"})
-    wait_for(lambda: len(launch.processes_of("titled")) == 2)
-    pids = launch.processes_of("titled")
+    wait_for(lambda: len(leftovers.processes("titled")) == 2)
+    pids = [process.pid for process in leftovers.processes("titled")]
     assert parent.pid in pids and leftovers.end("titled") == 2
     assert not any(is_alive(pid) for pid in pids)
 

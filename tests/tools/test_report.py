@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gcpo.tools import report
+from gcpo.tools import metrics, report
+from gcpo.tools.metrics import EARLIER_METRICS_FILE, METRICS_FILE
+from gcpo.tools.metrics import HELD_OUT as HELD_OUT_METRIC
 
 HELD_OUT = "val-core/gcpo/arithmetic/acc/mean@1"
 
@@ -35,29 +37,29 @@ def training_run(directory: Path, steps: int = 4, causal: bool = True) -> Path:
             data |= {"gcpo/upsilon/mean": 1.5, "gcpo/upsilon/spread_in_group": 0.1, "gcpo/reference/kl_mean": 0.02}
         records.append((step, data))
     records.append((steps, {HELD_OUT: 0.65}))
-    write(directory / report.METRICS_FILE, records)
+    write(directory / METRICS_FILE, records)
     return directory
 
 
 def test_last_value_of_a_repeated_step_wins_and_other_keys_stay():
     lines = ['{"step": 2, "data": {"a": 1, "b": 5}}', '{"step": 1, "data": {"a": 7}}', '{"step": 2, "data": {"a": 3}}']
-    assert report.merge_lines(lines) == {2: {"a": 3.0, "b": 5.0}, 1: {"a": 7.0}}
+    assert metrics.merge_lines(lines) == {2: {"a": 3.0, "b": 5.0}, 1: {"a": 7.0}}
 
 
 @pytest.mark.parametrize("line", ["", "{", '{"step": 1}', '{"step": "x", "data": {}}', "[1]", '{"step": 1, "data": 3}'])
 def test_lines_that_are_no_metrics_are_left_out(line):
-    assert report.parse_line(line) is None
+    assert metrics.parse_line(line) is None
 
 
 def test_values_that_are_no_finite_numbers_are_left_out():
     line = '{"step": 3, "data": {"a": null, "b": true, "c": "x", "d": NaN, "e": 2, "f": Infinity}}'
-    assert report.parse_line(line) == (3, {"e": 2.0})
+    assert metrics.parse_line(line) == (3, {"e": 2.0})
 
 
 def test_earlier_starts_come_first(tmp_path):
-    write(tmp_path / report.EARLIER_METRICS_FILE, [(0, {"a": 1}), (1, {"a": 1, "b": 2})])
-    write(tmp_path / report.METRICS_FILE, [(1, {"a": 9}), (2, {"a": 2})])
-    assert report.read_metrics(tmp_path) == {0: {"a": 1.0}, 1: {"a": 9.0, "b": 2.0}, 2: {"a": 2.0}}
+    write(tmp_path / EARLIER_METRICS_FILE, [(0, {"a": 1}), (1, {"a": 1, "b": 2})])
+    write(tmp_path / METRICS_FILE, [(1, {"a": 9}), (2, {"a": 2})])
+    assert metrics.read_metrics(tmp_path) == {0: {"a": 1.0}, 1: {"a": 9.0, "b": 2.0}, 2: {"a": 2.0}}
 
 
 @pytest.mark.parametrize(
@@ -70,17 +72,19 @@ def test_earlier_starts_come_first(tmp_path):
     ],
 )
 def test_held_out_key(keys, found):
-    assert report.held_out_key([dict.fromkeys(keys, 0.5)]) == found
+    assert HELD_OUT_METRIC.name_in(keys) == found
 
 
 def test_stages_do_not_count_nested_timers_twice(tmp_path):
     run = report.load_run(training_run(tmp_path))
-    assert report.stage_seconds(run.steps[1]) == {"generate": 1.0, "score": 0.75, "update": 2.0}
+    assert metrics.stage_seconds(run.steps[1]) == {"generate": 1.0, "score": 0.75, "update": 2.0}
 
 
-def test_accuracy_change_takes_first_and_last(tmp_path):
-    assert report.accuracy_change(report.load_run(training_run(tmp_path))) == (0, 0.4, 4, 0.65)
-    assert report.accuracy_change(report.Run(tmp_path, {1: {"critic/score/mean": 0.5}})) is None
+def test_a_run_without_held_out_accuracy(tmp_path, capsys):
+    write(tmp_path / METRICS_FILE, [(1, {"critic/score/mean": 0.5}), (2, {"timing_s/step": 3.0})])
+    assert report.main([str(tmp_path)]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if tmp_path.name in line and "│" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")][1:] == ["2", "–", "–", "–", "0.500 → 0.500", "3.0"]
 
 
 def test_panels_without_data_are_left_out(tmp_path):

@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Iterable
@@ -25,9 +24,10 @@ LAUNCH_VARIABLE = "GCPO_LAUNCH_ID"
 """Set in the command's environment; every process that it starts inherits it, and nothing else has it."""
 
 SHARED_MEMORY = Path("/dev/shm")
-SEGMENTS = ("psm_", "verl_weights_", "vllm_", "torch_", "plasma", "nccl-")
-"""How the segments of Python and vLLM, verl's weight transfer, torch, Ray and NCCL begin."""
-
+# Segments of Python and vLLM, verl's weight transfer, torch, Ray and NCCL.
+_SEGMENT = re.compile(
+    rf" {SHARED_MEMORY}/((?:psm_|verl_weights_|vllm_|torch_|plasma|nccl-)[^/\n]*)(?<! \(deleted\))$", re.MULTILINE
+)
 _SESSION_ARGUMENT = re.compile(r"--session[-_]dir=(/.*/session_\d{4}-\d\d-\d\d_[\d_-]+)$")
 
 
@@ -37,36 +37,41 @@ class LeftoverError(Exception):
 
 @dataclass
 class LaunchRecord:
-    """What a start writes down about itself, in ``run.json``."""
+    """What a start writes down about itself, in ``run.json``.
+
+    Attributes:
+        id: marks the processes of this start.
+        host: the machine.
+        pid: of the command.
+        created: when that process began, which tells it from another one that was given the same number.
+        segments: names in ``/dev/shm``, each with its inode, which tells it from another one of the same name.
+        sessions: folders of Ray.
+    """
 
     id: str
     host: str = field(default_factory=socket.gethostname)
     pid: int | None = None
-    """Of the command."""
     created: float | None = None
-    """When that process began, which tells it from another one that was given the same number."""
     segments: dict[str, int] = field(default_factory=dict)
-    """Names in ``/dev/shm``, each with its inode, which tells it from another one that was given the same name."""
     sessions: list[str] = field(default_factory=list)
-    """Folders of Ray."""
 
     @classmethod
     def load(cls, data: Any) -> LaunchRecord | None:
         """A record from JSON, None where there is none or it has another form."""
-        names = {one.name for one in fields(cls)}
-        if not isinstance(data, dict) or set(data) != names or not isinstance(data["id"], str):
-            return None
-        return cls(**data)
+        whole = isinstance(data, dict) and set(data) == {one.name for one in fields(cls)}
+        return cls(**data) if whole and isinstance(data["id"], str) else None
 
     def update(self) -> bool:
         """Add what the processes of this start use now; whether anything is new."""
-        running = processes(self.id)
-        segments, sessions = segments_of(running), sessions_of(running)
-        new = {name: inode for name, inode in segments.items() if self.segments.get(name) != inode}
-        more = [session for session in sessions if session not in self.sessions]
-        self.segments |= new
-        self.sessions += more
-        return bool(new or more)
+        before = (dict(self.segments), list(self.sessions))
+        for process in processes(self.id):
+            for name in _mapped(process.pid):
+                with contextlib.suppress(OSError):
+                    self.segments[name] = (SHARED_MEMORY / name).stat().st_ino
+            with contextlib.suppress(psutil.Error):
+                found = filter(None, map(_SESSION_ARGUMENT.match, process.cmdline()))
+                self.sessions += [match[1] for match in found if match[1] not in self.sessions]
+        return before != (self.segments, self.sessions)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -77,35 +82,13 @@ def processes(launch_id: str) -> list[psutil.Process]:
 
     Descendants belong to them as well: a process that sets its title may overwrite its environment with it.
     """
-    found: dict[int, psutil.Process] = {}
-    children: dict[int, list[psutil.Process]] = {}
-    for process in psutil.process_iter():
-        if process.pid == os.getpid():
-            continue
-        # A process may end while it is looked at, and those of other users cannot be read.
-        with contextlib.suppress(psutil.Error, OSError):
-            children.setdefault(process.ppid(), []).append(process)
-            if process.environ().get(LAUNCH_VARIABLE) == launch_id:
-                found[process.pid] = process
-    rest = list(found)
-    while rest:
-        for child in children.get(rest.pop(), []):
-            if child.pid not in found and _is_there(child):
-                found[child.pid] = child
-                rest.append(child.pid)
-    return list(found.values())
-
-
-def _is_there(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def processes_of(launch_id: str) -> list[int]:
-    """The process ids of `processes`."""
-    return [process.pid for process in processes(launch_id)]
+    # Other users' processes and those that have ended have no environment to read, and get None.
+    every = {one.pid: one for one in psutil.process_iter(["ppid", "environ", "status"]) if one.pid != os.getpid()}
+    found = {pid for pid, one in every.items() if (one.info["environ"] or {}).get(LAUNCH_VARIABLE) == launch_id}
+    alive = {pid: one for pid, one in every.items() if one.info["status"] != psutil.STATUS_ZOMBIE}
+    while more := {pid for pid, one in alive.items() if one.info["ppid"] in found} - found:
+        found |= more
+    return [every[pid] for pid in sorted(found)]
 
 
 def end(launch_id: str, patience: float = 10.0) -> int:
@@ -119,10 +102,10 @@ def end(launch_id: str, patience: float = 10.0) -> int:
     """
     remaining = processes(launch_id)
     count = len(remaining)
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
         for process in remaining:
             with contextlib.suppress(psutil.Error):  # gone, or another user's: what remains is looked at below
-                process.send_signal(number)  # psutil compares the time of birth first
+                stop(process)  # psutil compares the time of birth first
         deadline = time.monotonic() + patience
         while remaining and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -145,80 +128,43 @@ def _still_there(process: psutil.Process) -> str:
 # ---- shared memory and Ray's session ---------------------------------------------------------------------------------
 
 
-def segments_of(running: Iterable[psutil.Process]) -> dict[str, int]:
-    """The shared-memory segments that these processes have mapped, by name, each with its inode."""
-    found = {}
-    for process in running:
-        for name in _mapped(process.pid):
-            with contextlib.suppress(OSError):
-                found[name] = (SHARED_MEMORY / name).stat().st_ino
-    return found
-
-
 def _mapped(pid: int) -> set[str]:
     """Names of the segments of the known kinds that a process has mapped and that still have a name."""
-    names = set()
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-            _, found, name = line.partition(f" {SHARED_MEMORY}/")
-            if found and name.startswith(SEGMENTS) and not name.endswith(" (deleted)") and "/" not in name:
-                names.add(name)
-    return names
-
-
-def sessions_of(running: Iterable[psutil.Process]) -> list[str]:
-    """Folders of Ray's sessions that these processes were started with."""
-    found = []
-    for process in running:
-        with contextlib.suppress(psutil.Error):
-            for argument in process.cmdline():
-                match = _SESSION_ARGUMENT.match(argument)
-                if match and match[1] not in found:
-                    found.append(match[1])
-    return found
+        # psutil's memory_maps() reads smaps, which is slow for processes that map much.
+        return set(_SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text(errors="replace")))
+    return set()
 
 
 def remove_segments(segments: dict[str, int]) -> int:
     """Remove these shared-memory segments, but none that another process uses, or that is another one by now."""
-    theirs = {name: inode for name, inode in segments.items() if _is_ours(SHARED_MEMORY / name, inode)}
-    if not theirs:
-        return 0
-    used = set().union(*(_mapped(pid) for pid in psutil.pids()))
+    theirs = {name for name, inode in segments.items() if _is_ours(SHARED_MEMORY / name, inode)}
     removed = 0
-    for name in set(theirs) - used:
+    for name in theirs.difference(*map(_mapped, psutil.pids() if theirs else [])):
         with contextlib.suppress(OSError):
             (SHARED_MEMORY / name).unlink()
             removed += 1
     return removed
 
 
-def _is_ours(path: Path, inode: int) -> bool:
-    try:
+def _is_ours(path: Path, inode: int | None = None) -> bool:
+    """Whether it is there, belongs to this user, is no link, and has this inode."""
+    with contextlib.suppress(OSError):
         status = path.lstat()
-    except OSError:
-        return False
-    return status.st_ino == inode and status.st_uid == os.geteuid()
+        return status.st_uid == os.geteuid() and inode in (None, status.st_ino) and not path.is_symlink()
+    return False
 
 
 def remove_sessions(sessions: Iterable[str]) -> int:
     """Remove the folders of Ray's sessions that nobody uses any more."""
+    named = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     removed = 0
     for session in sessions:
-        folder = Path(session)
-        if not _SESSION_ARGUMENT.match(f"--session-dir={session}") or folder.is_symlink() or not folder.is_dir():
-            continue
-        if folder.stat().st_uid == os.geteuid() and not _is_named_by_a_process(session):
-            shutil.rmtree(folder, ignore_errors=True)
+        ours = _SESSION_ARGUMENT.match(f"--session-dir={session}") and _is_ours(Path(session))
+        if ours and not any(session in command for command in named):
+            shutil.rmtree(session, ignore_errors=True)
             removed += 1
     return removed
-
-
-def _is_named_by_a_process(session: str) -> bool:
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any(session in argument for argument in process.cmdline()):
-                return True
-    return False
 
 
 # ---- the next start --------------------------------------------------------------------------------------------------
@@ -238,36 +184,26 @@ def clear(record: LaunchRecord, was_running: bool) -> str | None:
         LeftoverError: a process cannot be ended.
     """
     if record.host != socket.gethostname():
-        if not was_running:
-            return None
-        return (
+        sentence = (
             f"the last start ran on the machine {record.host} and was not ended in order; its processes cannot be seen "
             "from here: make sure that none of them still runs"
         )
-    running = processes(record.id)
-    segments, sessions = record.segments | segments_of(running), [*record.sessions, *sessions_of(running)]
+        return sentence if was_running else None
+    record.update()
     count = end(record.id)
     _check_command(record)
-    parts = [f"ended {_count(count, 'process', 'processes')}"] if count else []
-    removed = remove_segments(segments)
-    if removed:
-        parts.append(f"removed {_count(removed, 'shared-memory segment', 'shared-memory segments')}")
-    if was_running and remove_sessions(sessions):
+    parts = [f"ended {count} process{'es' if count > 1 else ''}"] if count else []
+    if removed := remove_segments(record.segments):
+        parts.append(f"removed {removed} shared-memory segment{'s' if removed > 1 else ''}")
+    if was_running and remove_sessions(record.sessions):
         parts.append("removed the folder of its Ray session")
-    if not parts:
-        return None
-    return f"the last start was not ended in order: {', '.join(parts)}"
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+    return f"the last start was not ended in order: {', '.join(parts)}" if parts else None
 
 
 def _check_command(record: LaunchRecord) -> None:
     """Refuse to start beside the command of an earlier start; its environment cannot be read by other users."""
-    if record.pid is None or record.created is None:
-        return
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(record.pid)
-        if abs(process.create_time() - record.created) < 1.0 and _is_there(process):
+        process = psutil.Process(record.pid) if record.pid and record.created else None
+        same = process is not None and abs(process.create_time() - (record.created or 0.0)) < 1.0
+        if process is not None and same and process.status() != psutil.STATUS_ZOMBIE:
             raise LeftoverError(_still_there(process))

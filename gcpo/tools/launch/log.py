@@ -1,38 +1,44 @@
-"""The log of a run: lines of a byte stream, and a file that outlasts a full disk."""
+"""The output of a command: its lines, the file that keeps them, and what they say of a failure."""
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from gcpo.files import why
 
 LOG_FILE = "train.log"
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
+_RAY_PREFIX = re.compile(r"^\([\w.:-]+ pid=\d+(?:, ip=[^)]*)?\) ?")
+_EXCEPTION = re.compile(
+    r"^(?!ray\.exceptions\.RayTaskError)"
+    r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Died)\w*(?:\([\w.]+\))?(?::|$)"
+)
+_WORKER_DIED = re.compile(r"^ray\.exceptions\.\w*(?:Died|Crashed|Actor|OutOfMemory)")
+_OWN_ERROR = re.compile(r"^gcpo\.[\w.]+: (.+)")
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+_FRAME = re.compile(r'^\s*File "([^"]+)", line \d+')
+_AFTER_MESSAGE = ("Traceback", "(", "[", "The above", "During handling", "Set the env")
 
 
-def clean(line: str) -> str:
-    """The line without terminal control codes."""
-    return _ANSI.sub("", line).rstrip("\r\n")
-
-
-def split_lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Lines of a byte stream; a carriage return ends a line too, since progress bars use nothing else."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = re.split(rb"\r\n|\n|\r(?!\n)", rest + chunk)
-        for line in lines:
-            yield clean(line.decode("utf-8", errors="replace"))
-    if rest:
-        yield clean(rest.decode("utf-8", errors="replace"))
+def lines_of(stream: IO[bytes]) -> Iterator[str]:
+    """Lines without terminal control codes; a carriage return ends a line too, since progress bars use nothing else."""
+    for line in io.TextIOWrapper(stream, encoding="utf-8", errors="replace"):
+        yield _ANSI.sub("", line).rstrip("\n")
 
 
 class Log:
     """A file to which lines are appended. A line that cannot be written is counted, and the next one is tried.
 
     The reader of a command's output must not stop: the command would wait for it once the pipe is full.
+
+    Attributes:
+        problem: a sentence once a line was lost.
+        lost: how many lines were lost since the last one that was written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,15 +49,13 @@ class Log:
         """
         self.path = path
         self.problem: str | None = None
-        """A sentence once a line was lost."""
         self.lost = 0
         self._file = path.open("ab", buffering=0)
 
     def write(self, line: str) -> None:
         """Append a line."""
-        data = (line + "\n").encode("utf-8", errors="replace")
-        if self.lost:
-            data = f"### {self.lost} lines are missing here: {self.problem}\n".encode() + data
+        missing = f"### {self.lost} lines are missing here: {self.problem}\n" if self.lost else ""
+        data = f"{missing}{line}\n".encode(errors="replace")
         try:
             while data:
                 data = data[self._file.write(data) or 0 :]
@@ -66,3 +70,38 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def error_summary(lines: Sequence[str], limit: int = 12) -> list[str]:
+    """The lines of a failed run's output that say why.
+
+    That is a refusal or an error of our own, which is one sentence, or that the disk is full; else the last exception
+    of the main process and where it was raised; with it the last one of a worker where the main process only says that
+    a worker died; else the last lines.
+    """
+    own = [line for line in lines if line.strip() and not _RAY_PREFIX.match(line)]
+    if own and own[-1].startswith(("gcpo: ", "error: ")):
+        return [own[-1]]
+    found = _last_exception(own, limit)
+    for match in filter(None, map(_OWN_ERROR.match, found)):
+        return [match[1]]
+    if any(map(_DISK_FULL.search, found)):
+        return [f"no space is left on the disk ({found[-1].strip()}); make room and start the same command again"]
+    if found and not any(map(_WORKER_DIED.match, found)):
+        return found
+    workers = [_RAY_PREFIX.sub("", line) for line in lines if _RAY_PREFIX.match(line)]
+    return [*found, *_last_exception(workers, limit)] or own[-6:]
+
+
+def _last_exception(lines: Sequence[str], limit: int) -> list[str]:
+    """The last exception with at most ``limit`` lines of its message, behind the place where it was raised."""
+    index = next((i for i in reversed(range(len(lines))) if _EXCEPTION.match(lines[i])), None)
+    if index is None:
+        return []
+    message = [lines[index]]
+    for line in lines[index + 1 : index + limit]:
+        if not line.strip() or line.startswith(_AFTER_MESSAGE):
+            break
+        message.append(line)
+    frame = next((line.strip() for line in reversed(lines[:index]) if _FRAME.match(line)), None)
+    return ([f"in {frame}"] if frame else []) + message

@@ -12,21 +12,21 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from gcpo.tools import report
+from gcpo.files import why
+from gcpo.notices import MARK, TOTAL_STEPS
+from gcpo.tools.display import Display
 from gcpo.tools.launch import leftovers
-from gcpo.tools.launch.display import Display
-from gcpo.tools.launch.errors import error_summary
 from gcpo.tools.launch.leftovers import LAUNCH_VARIABLE, LaunchRecord
-from gcpo.tools.launch.log import LOG_FILE, Log, split_lines
-from gcpo.tools.launch.metrics import MetricsTail, step_line
-from gcpo.tools.launch.progress import Progress
-from gcpo.tools.launch.state import LaunchError
+from gcpo.tools.launch.log import LOG_FILE, Log, error_summary, lines_of
+from gcpo.tools.launch.metrics import MetricsTail
+from gcpo.tools.launch.state import STATE_FILE, LaunchError, RunState, wanted_steps
+from gcpo.tools.metrics import METRICS_FILE, step_line
 
 GRACE_SECONDS = 30.0
 """How long a stopped run may take to end by itself before it is told again, more firmly."""
@@ -36,40 +36,33 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Launcher:
-    """One start of a training command."""
+    """One start of a training command.
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        directory: Path,
-        display: Display,
-        save: Callable[[LaunchRecord], None] = lambda record: None,
-    ) -> None:
+    Attributes:
+        step: the last one that has metrics.
+        stopped_by: the last signal that was passed on, None where there was none.
+    """
+
+    def __init__(self, state: RunState, directory: Path, display: Display) -> None:
         """
         Args:
-            command: the program and its arguments.
+            state: of the run; the record of this start is put into it, and saved whenever it changes.
             directory: of the run.
             display: shows progress.
-            save: keeps the record of this start whenever it has changed.
         """
-        self.command = list(command)
-        self.directory = directory
-        self.display = display
-        self.progress = Progress()
-        self.record = LaunchRecord(uuid.uuid4().hex)
+        self.state, self.directory, self.display = state, directory, display
+        self.record = state.launch = LaunchRecord(uuid.uuid4().hex)
+        self.step = 0
         self.stopped_by: int | None = None
-        self._save = save
-        self._process: subprocess.Popen[bytes] | None = None
+        self._total = wanted_steps(state.command)
+        self._phase = "starting"
+        self._tail = MetricsTail(directory / METRICS_FILE)
+        self._output: deque[str] = deque(maxlen=20_000)
+        self._sentences: list[str] = []  # for the user, each once
+        self._said = 0
         self._stop_times: list[float] = []
         self._pressure = 0
-        self._output: deque[str] = deque(maxlen=20_000)
-        self._said = 0
         self._recorded = time.monotonic()
-
-    @property
-    def launch_id(self) -> str:
-        """Marks the processes of this start."""
-        return self.record.id
 
     def run(self) -> int:
         """Run the command to its end; returns its exit code.
@@ -78,87 +71,101 @@ class Launcher:
             LaunchError: it cannot be started.
             OSError: the log cannot be opened.
         """
-        tail = MetricsTail(self.directory / report.METRICS_FILE)
         # The handlers stand before the command starts: it must not inherit that a signal is ignored.
-        with contextlib.closing(Log(self.directory / LOG_FILE)) as log, self._forwarding_signals():
-            log.write(f"### {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(self.command)}")
-            process = self._process = self._start()
+        with contextlib.closing(Log(self.directory / LOG_FILE)) as log, self._noticing_signals():
+            log.write(f"### {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(self.state.command)}")
+            process = self._start()
             reader = threading.Thread(target=self._read_output, args=(process, log), daemon=True)
             reader.start()
             while process.poll() is None:
-                self._show(tail, log)
-                self._press_on()
-                self._record()
+                self._show()
+                self._pass_signals_on(process)
+                self._update_record()
                 time.sleep(0.25)
             # Workers that outlive the command keep its output open: don't wait for them, end them.
             reader.join(timeout=2)
             self.end_leftovers()
             reader.join(timeout=5)
-            self._show(tail, log)
+            self._show()
         return process.returncode
 
     def _start(self) -> subprocess.Popen[bytes]:
+        environment = {
+            "TENSORBOARD_DIR": str((self.directory / "tensorboard").resolve()),
+            **os.environ,
+            LAUNCH_VARIABLE: self.record.id,
+            "VERL_FILE_LOGGER_PATH": str((self.directory / METRICS_FILE).resolve()),
+            "PYTHONUNBUFFERED": "1",
+            "HYDRA_FULL_ERROR": "1",
+            "RAY_COLOR_PREFIX": "0",
+        }
         try:
             process = subprocess.Popen(
-                self.command,
+                self.state.command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env=environment,
                 start_new_session=True,
                 preexec_fn=_end_with_parent(),
             )
         except OSError as error:
-            raise LaunchError(f"can't start {self.command[0]}: {error.strerror}") from error
+            raise LaunchError(f"can't start {self.state.command[0]}: {error.strerror}") from error
         self.record.pid = process.pid
         with contextlib.suppress(psutil.Error):
             self.record.created = psutil.Process(process.pid).create_time()
-        self._save(self.record)
+        self._save()
         return process
 
     def errors(self) -> list[str]:
         """Why the command failed."""
         return error_summary(list(self._output))
 
-    def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
-        environment |= {
-            LAUNCH_VARIABLE: self.launch_id,
-            "VERL_FILE_LOGGER_PATH": str((self.directory / report.METRICS_FILE).resolve()),
-            "PYTHONUNBUFFERED": "1",
-            "HYDRA_FULL_ERROR": "1",
-            "RAY_COLOR_PREFIX": "0",
-        }
-        environment.setdefault("TENSORBOARD_DIR", str((self.directory / "tensorboard").resolve()))
-        return environment
-
     def _read_output(self, process: subprocess.Popen[bytes], log: Log) -> None:
         assert process.stdout is not None
-        descriptor = process.stdout.fileno()
-        for line in split_lines(iter(lambda: os.read(descriptor, 65536), b"")):
+        for line in lines_of(process.stdout):
             log.write(line)
             self._output.append(line)
-            self.progress.read(line)
+            for sentence in (line.partition(MARK)[2], log.problem):
+                if sentence and sentence not in self._sentences:
+                    self._sentences.append(sentence)
 
-    def _show(self, tail: MetricsTail, log: Log) -> None:
-        sentences = [*self.progress.notices, *([log.problem] if log.problem else [])]
-        for sentence in sentences[self._said :]:
+    def _show(self) -> None:
+        for sentence in self._sentences[self._said :]:
             self.display.note(sentence)
-        self._said = len(sentences)
-        for step, metrics in tail.read():
-            self.progress.finished_step(step, metrics)
-            self.display.note(step_line(step, metrics, self.progress.total))
-        self.display.refresh(self.progress)
+            self._said += 1
+        for step, metrics in self._tail.read():
+            self.step = max(self.step, step)
+            self._total = int(metrics.get(TOTAL_STEPS, self._total or 0)) or None
+            if "training/global_step" in metrics and self._phase == "starting":
+                self._phase = "training"
+            self.display.note(step_line(step, metrics, self._total))
+        if self._phase == "training" and self._total is not None and self.step >= self._total:
+            self._phase = "finishing"
+        if self._phase == "starting":
+            self.display.refresh(self._phase, self._output[-1] if self._output else "")
+        else:
+            self.display.refresh(self._phase, f"step {self.step}", self.step, self._total)
 
-    def _record(self) -> None:
+    def _update_record(self) -> None:
         if time.monotonic() - self._recorded > RECORD_SECONDS:
             self._recorded = time.monotonic()
             if self.record.update():
-                self._save(self.record)
+                self._save()
+
+    def _save(self) -> None:
+        try:
+            self.state.save(self.directory)
+        except OSError as error:
+            sentence = f"{self.directory / STATE_FILE} cannot be written ({why(error)}); the run goes on"
+            if sentence not in self._sentences:
+                self._sentences.append(sentence)
+
+    # ---- signals -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _forwarding_signals(self) -> Iterator[None]:
-        def forward(number: int, _frame: FrameType | None) -> None:
+    def _noticing_signals(self) -> Iterator[None]:
+        def notice(number: int, _frame: FrameType | None) -> None:
             self.stopped_by = number
             self._stop_times.append(time.monotonic())
 
@@ -169,43 +176,36 @@ class Launcher:
         # `nohup` lets a run go on without its terminal by ignoring this signal; without it a closed terminal stops it.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             handled.append(signal.SIGHUP)
-        before = {number: signal.signal(number, forward) for number in handled}
+        before = {number: signal.signal(number, notice) for number in handled}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _signal_group(self, number: int) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
-
-    def _press_on(self) -> None:
-        """Pass a signal on; a run that doesn't stop, or is told again, gets SIGTERM, then SIGKILL."""
+    def _pass_signals_on(self, process: subprocess.Popen[bytes]) -> None:
+        """A run that doesn't stop, or is told again, gets SIGTERM, then SIGKILL."""
         if not self._stop_times:
             return
-        if self._pressure == 0:
-            self.progress.training = False
-            self.progress.phase = "stopping (Ctrl-C again: at once)"
+        self._phase = "stopping (Ctrl-C again: at once)"
         waited = time.monotonic() - self._stop_times[0]
-        pressure = max(min(len(self._stop_times), 3), 1 + (waited > GRACE_SECONDS) + (waited > 2 * GRACE_SECONDS))
+        pressure = max(min(len(self._stop_times), 3), 1 + int(waited / GRACE_SECONDS))
         if pressure > self._pressure:
             self._pressure = pressure
             # The command has no terminal of its own, so a closed one is an ordinary stop for it.
             first = signal.SIGINT if self.stopped_by == signal.SIGINT else signal.SIGTERM
-            self._signal_group({1: first, 2: signal.SIGTERM, 3: signal.SIGKILL}[pressure])
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, {1: first, 2: signal.SIGTERM}.get(pressure, signal.SIGKILL))
 
-    def end_leftovers(self) -> int:
-        """End the processes of this start that are still there (Ray's, if the command was killed); their number.
+    def end_leftovers(self) -> None:
+        """End the processes of this start that are still there (Ray's, if the command was killed).
 
         Raises:
             LeftoverError: one cannot be ended.
         """
         self.record.update()
-        count = leftovers.end(self.launch_id)
+        leftovers.end(self.record.id)
         leftovers.remove_segments(self.record.segments)
-        return count
 
 
 def _end_with_parent() -> Callable[[], None]:

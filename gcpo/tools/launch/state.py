@@ -31,27 +31,32 @@ class LaunchError(Exception):
 
 @dataclass
 class RunState:
-    """The state of a run."""
+    """The state of a run.
+
+    Attributes:
+        command: the program and its arguments.
+        status: ``new``, ``running``, ``complete``, ``failed`` or ``stopped``.
+        starts: how often it was started.
+        seconds: how long all starts took together.
+        exit_code: of the last start.
+        launch: what the last start left to find it by.
+    """
 
     command: list[str]
     status: str = "new"
-    """``running``, ``complete``, ``failed`` or ``stopped``."""
     starts: int = 0
     seconds: float = 0.0
     exit_code: int | None = None
     launch: LaunchRecord | None = None
-    """What the last start left to find it by."""
 
     @classmethod
     def load(cls, directory: Path) -> RunState | None:
         """The state in ``directory``, None where there is none or it can't be read."""
         try:
             data = json.loads((directory / STATE_FILE).read_text())
-            state = cls(**{key: data[key] for key in ("command", "status", "starts", "seconds", "exit_code")})
-        except (OSError, ValueError, KeyError, TypeError):
+            return cls(**{**data, "launch": LaunchRecord.load(data.get("launch"))})
+        except (OSError, ValueError, AttributeError, TypeError):
             return None
-        state.launch = LaunchRecord.load(data.get("launch"))
-        return state
 
     def save(self, directory: Path) -> None:
         """Write the state.
@@ -69,7 +74,7 @@ def settings_that_differ(before: Sequence[str], now: Sequence[str]) -> list[str]
         return not argument.lstrip("+~").startswith(MAY_CHANGE)
 
     # The interpreter's path is no setting.
-    old, new = ([argument for argument in command[1:] if matters(argument)] for command in (before, now))
+    old, new = (list(filter(matters, command[1:])) for command in (before, now))
     return [argument for argument in [*old, *new] if (argument in old) != (argument in new)]
 
 
