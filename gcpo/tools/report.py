@@ -32,7 +32,7 @@ from gcpo.tools.metrics import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Run", "ReportError", "load_runs", "main", "merge_lines", "plot", "print_table"]
+__all__ = ["Run", "ReportError", "load_runs", "main", "merge_lines", "plot", "print_table", "short_names"]
 
 
 class ReportError(Exception):
@@ -77,15 +77,20 @@ def load_run(directory: Path) -> Run:
 
 
 def load_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs in ``directories``, named by the shortest end of their paths that tells them apart."""
+    """The runs in ``directories``, each with a `short_names` of its own."""
     runs = [load_run(directory) for directory in directories]
-    parts = [run.directory.resolve().parts for run in runs]
+    for run, name in zip(runs, short_names(directories), strict=True):
+        run.name = name
+    return runs
+
+
+def short_names(directories: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [directory.resolve().parts for directory in directories]
     length = 1
     while length < max(map(len, parts)) and len({path[-length:] for path in parts}) < len(set(parts)):
         length += 1
-    for run, path in zip(runs, parts, strict=True):
-        run.name = "/".join(path[-length:])
-    return runs
+    return ["/".join(path[-length:]) for path in parts]
 
 
 def checkpoint_of(directory: Path) -> Path | None:

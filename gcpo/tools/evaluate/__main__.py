@@ -13,6 +13,15 @@ from gcpo.tools.evaluate import EvaluationError
 from gcpo.tools.evaluate.questions import TABLE_1, TITLES
 from gcpo.tools.evaluate.run import Settings
 
+SAMPLING = {
+    "samples": "samples of every question",
+    "temperature": "0 is greedy",
+    "top_p": "smallest set of tokens with this probability",
+    "max_tokens": "of a response",
+    "seed": "of the samples",
+}
+"""Options that are the fields of `Settings`."""
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
@@ -22,24 +31,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="sample a model, grade the samples, and show the table of this run")
-    default = Settings()
     run.add_argument("model", metavar="MODEL", help="folder, checkpoint (global_step_N), or name on the hub")
-    run.add_argument(
-        "--sets",
-        default=",".join(TABLE_1),
-        metavar="A,B,...",
-        help=f"of {', '.join(TITLES)}, or parquet files (default: %(default)s)",
-    )
-    run.add_argument("--samples", type=int, default=default.samples, metavar="K", help="a question (%(default)s)")
-    run.add_argument("--temperature", type=float, default=default.temperature, help="%(default)s")
-    run.add_argument("--top-p", type=float, default=default.top_p, help="%(default)s")
-    run.add_argument("--max-tokens", type=int, default=default.max_tokens, help="of a response (%(default)s)")
-    run.add_argument("--seed", type=int, default=default.seed, help="of the samples (%(default)s)")
+    sets = f"of {', '.join(TITLES)}, or parquet files (default: %(default)s)"
+    run.add_argument("--sets", default=",".join(TABLE_1), metavar="A,B,...", help=sets)
+    for field, text in SAMPLING.items():
+        default = getattr(Settings, field)
+        option = f"--{field.replace('_', '-')}"
+        run.add_argument(option, type=type(default), default=default, help=f"{text} (%(default)s)")
     run.add_argument("--limit", type=int, metavar="N", help="the first N questions of every set (default: all)")
     run.add_argument("--gpus", type=int, default=1, metavar="N", help="that the model is spread over (%(default)s)")
-    run.add_argument(
-        "--sandbox", default="auto", help="for programs: auto, namespaces, bubblewrap or fusion (%(default)s)"
-    )
+    sandboxes = "for programs: auto, namespaces, bubblewrap or fusion (%(default)s)"
+    run.add_argument("--sandbox", default="auto", help=sandboxes)
     run.add_argument("--sandbox-fusion-url", metavar="URL", help="of SandboxFusion's run_code")
     run.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evaluation/NAME_OF_THE_MODEL")
 
@@ -50,14 +52,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, and show the table of this run alone."""
+    """Evaluate, and show the table of this run."""
     from gcpo.tools.evaluate.models import find_model
     from gcpo.tools.evaluate.questions import load_sets
     from gcpo.tools.evaluate.run import evaluate
     from gcpo.tools.evaluate.sampling import Sampler, make_prompts, vllm_sampler
     from gcpo.tools.evaluate.table import make_table, show
 
-    settings = Settings(options.samples, options.temperature, options.top_p, options.max_tokens, options.seed)
+    settings = Settings(**{name: getattr(options, name) for name in SAMPLING})
     for name, value in (("limit", options.limit), ("gpus", options.gpus)):
         if value is not None and value < 1:
             raise EvaluationError(f"--{name} is {value}; it must be 1 or more")

@@ -7,6 +7,7 @@ values of the questions makes an interval, not the spread of the samples: sample
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -79,18 +80,26 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """The metrics of a run on one set; shares and accuracies are between 0 and 1."""
+    """The metrics of a run on one set; fractions and accuracies are between 0 and 1.
+
+    Attributes:
+        questions: how many there are.
+        samples: n, the smallest number of samples that a question has.
+        pass_at_1: mean of c / n.
+        pass_at: unbiased pass@k for k = 1, 2, 4, ... and n.
+        majority: mean of maj@n.
+        truncated: fraction of the samples that were cut.
+        tokens: mean length of a sample.
+        formatted: fraction of the samples in the format of training.
+    """
 
     questions: int
     samples: int
-    """n, the smallest number of samples that a question has."""
     pass_at_1: Interval
     pass_at: dict[int, float]
-    """Unbiased pass@k for k = 1, 2, 4, ... and n."""
     majority: float | None
     truncated: float
     tokens: float
-    """Mean length of a sample."""
     formatted: float | None
 
 
@@ -112,37 +121,20 @@ def majority(samples: Sequence[Sample], same: Callable[[str, str], bool]) -> flo
     """maj@n: whether the answer that most samples give is right.
 
     Answers that ``same`` calls equal are one; samples without an answer don't vote. Where several answers have the most
-    votes the value is the share of them that are right, which is what drawing one of them by lot gives on average. 0
+    votes, the value is the fraction of them that are right, which is the mean of drawing one of them by lot. It is 0
     where some samples should have an answer and none has.
 
     Args:
         samples: of one question.
         same: whether two answers mean the same.
     """
-    groups: list[tuple[str, bool, int]] = []
-    for text, right, votes in _by_text(samples):
-        for index, (known, known_right, known_votes) in enumerate(groups):
-            if same(text, known):
-                groups[index] = (known, known_right, known_votes + votes)
-                break
-        else:
-            groups.append((text, right, votes))
-    if not groups:
+    right = {sample.answer: sample.right for sample in reversed(samples)}  # of the first sample with this text
+    votes: Counter[str] = Counter()
+    for text, count in Counter(sample.answer for sample in samples if sample.answer is not None).items():
+        votes[next((known for known in votes if same(text, known)), text)] += count
+    if not votes:
         return 0.0 if samples else None
-    most = max(votes for _, _, votes in groups)
-    winners = [right for _, right, votes in groups if votes == most]
-    return sum(winners) / len(winners)
-
-
-def _by_text(samples: Sequence[Sample]) -> list[tuple[str, bool, int]]:
-    """Different answers as they are written: the text, whether its first sample is right, and the votes."""
-    first: dict[str, bool] = {}
-    votes: dict[str, int] = {}
-    for sample in samples:
-        if sample.answer is not None:
-            first.setdefault(sample.answer, sample.right)
-            votes[sample.answer] = votes.get(sample.answer, 0) + 1
-    return [(text, right, votes[text]) for text, right in first.items()]
+    return float(np.mean([right[text] for text, count in votes.items() if count == max(votes.values())]))
 
 
 def of_question(id: str, samples: Sequence[Sample], same: Callable[[str, str], bool] | None) -> Question:
@@ -167,7 +159,7 @@ def interval(*sets: Sequence[float]) -> Interval:
 
     The interval is Student's t: the variance of the mean of a set of Q values is s²/Q with the sample variance s²; the
     variances of J sets add up over J², and the degrees of freedom are those of Welch and Satterthwaite (Q - 1 for one
-    set). It is NaN where no set has two values.
+    set). It is NaN where a set has fewer than two values.
 
     Args:
         sets: per set a value for every question.
@@ -177,29 +169,27 @@ def interval(*sets: Sequence[float]) -> Interval:
     """
     if not sets or any(len(values) == 0 for values in sets):
         raise ValueError("a mean needs at least one value")
-    arrays = [np.asarray(values, dtype=np.float64) for values in sets]
-    mean = float(np.mean([values.mean() for values in arrays]))
-    if any(len(values) < 2 for values in arrays):
+    mean = float(np.mean([np.mean(values) for values in sets]))
+    if any(len(values) < 2 for values in sets):
         return Interval(mean, math.nan, math.nan)
-    variances = np.array([values.var(ddof=1) / len(values) for values in arrays])
-    total = variances.sum()
+    variances = [float(stats.sem(values)) ** 2 for values in sets]
+    total = sum(variances)
     if total == 0:
         return Interval(mean, mean, mean)
-    freedom = total**2 / sum(v**2 / (len(values) - 1) for v, values in zip(variances, arrays, strict=True))
-    low, high = stats.t.interval(CONFIDENCE, freedom, loc=mean, scale=math.sqrt(total) / len(arrays))
+    freedom = total**2 / sum(v**2 / (len(values) - 1) for v, values in zip(variances, sets, strict=True))
+    low, high = stats.t.interval(CONFIDENCE, freedom, loc=mean, scale=math.sqrt(total) / len(sets))
     return Interval(mean, float(low), float(high))
 
 
-def share_interval(values: Sequence[float]) -> Interval:
+def fraction_interval(values: Sequence[float]) -> Interval:
     """`interval` of one set of values between 0 and 1, which stays between 0 and 1.
 
     Where every value is 0 or every value is 1 there is no spread to tell from; the interval is then that of Clopper and
     Pearson for as many right or wrong questions.
     """
     found = interval(values)
-    count = len(values)
     if found.mean in (0.0, 1.0):
-        exact = stats.binomtest(round(found.mean * count), count).proportion_ci(CONFIDENCE, method="exact")
+        exact = stats.binomtest(round(found.mean * len(values)), len(values)).proportion_ci(CONFIDENCE, method="exact")
         return Interval(found.mean, float(exact.low), float(exact.high))
     return Interval(found.mean, float(np.clip(found.low, 0, 1)), float(np.clip(found.high, 0, 1)))
 
@@ -223,14 +213,14 @@ def summarize(questions: Sequence[Question]) -> Summary:
     fewest = min((question.samples for question in questions), default=0)
     if fewest < 1:
         raise ValueError("every set needs a question and every question a sample")
-    ks = [2**power for power in range(fewest.bit_length()) if 2**power <= fewest]
+    ks = [2**power for power in range(fewest.bit_length())]
     total = sum(question.samples for question in questions)
     votes = [question.majority for question in questions if question.majority is not None]
     formatted = [question.formatted for question in questions if question.formatted is not None]
     return Summary(
         questions=len(questions),
         samples=fewest,
-        pass_at_1=share_interval([question.accuracy for question in questions]),
+        pass_at_1=fraction_interval([question.accuracy for question in questions]),
         pass_at={
             k: float(np.mean([pass_at_k(question.samples, question.right, k) for question in questions]))
             for k in dict.fromkeys([*ks, fewest])

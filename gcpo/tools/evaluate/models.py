@@ -6,19 +6,19 @@ whole. verl's merger writes bfloat16, which is also what vLLM samples with on a 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gcpo.files import lock, put_in_place
+from gcpo.checkpoints import unreadable
+from gcpo.files import lock, put_in_place, why
 from gcpo.tools.evaluate import EvaluationError
 
 MERGED = "merged"
@@ -64,8 +64,8 @@ def find_model(text: str, say: Callable[[str], None] = print) -> Model:
         return Model(path.name, str(path), weights_digest(path))
     actor = path / "actor" if (path / "actor").is_dir() else path
     if not (actor / "fsdp_config.json").is_file():
-        steps = sorted(path.glob("**/global_step_*/actor"))[:1]
-        hint = f"; it holds checkpoints, for example {steps[0].parent}" if steps else ""
+        step = next(iter(sorted(path.glob("**/global_step_*/actor"))), None)
+        hint = f"; it holds checkpoints, for example {step.parent}" if step else ""
         raise EvaluationError(
             f"{path} is no model (no config.json) and no FSDP checkpoint (no actor/fsdp_config.json){hint}"
         )
@@ -99,8 +99,8 @@ def weights_digest(folder: Path) -> str:
     for file in files:
         if not file.is_file():
             raise EvaluationError(f"{folder} is not whole: {file.name} is missing")
-        if file.suffix == ".safetensors":
-            _check_safetensors(file)
+        if file.suffix == ".safetensors" and (problem := unreadable(file)):
+            raise EvaluationError(f"{file} {problem}")
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
@@ -110,21 +110,13 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_safetensors(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np"):
-            pass  # opening compares the header with the size of the file
-    except (SafetensorError, OSError) as error:
-        raise EvaluationError(f"{file} is no whole safetensors file: {error}") from error
-
-
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
 def merge(actor: Path, say: Callable[[str], None] = print) -> Path:
     """The merged weights of the checkpoint in ``actor``; made by verl's merger if they aren't there yet.
+
+    Evaluations of one checkpoint that are started together wait for the first one's merge.
 
     Raises:
         EvaluationError: the checkpoint is not whole, or verl can't merge it; nothing is left behind then.
@@ -133,35 +125,28 @@ def merge(actor: Path, say: Callable[[str], None] = print) -> Path:
     target = actor.parent / MERGED if actor.name == "actor" else actor.with_name(f"{actor.name}-{MERGED}")
     if _made_of(target) == shards:
         return target  # also where nothing may be written
-    with _locked(target, say):
-        if _made_of(target) == shards:
-            return target
-        if target.exists() and _made_of(target) is None:
-            raise EvaluationError(f"{target} is in the way and was not made here; move it")
-        say(f"merging {actor} into {target} with verl's merger")
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
-        try:
-            unfinished.mkdir()
-            _run_merger(actor, unfinished)
-            (unfinished / _SHARDS_FILE).write_text(json.dumps(shards, indent=1) + "\n")
-            put_in_place(unfinished, target)
-        except OSError as error:
-            raise EvaluationError(f"{target} can't be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with lock(target, lambda: say(f"another process makes {target}; waiting")):
+            if _made_of(target) != shards:
+                _merge_into(target, actor, shards, say)
+    except OSError as error:
+        raise EvaluationError(f"{target} can't be written: {why(error)}") from error
     return target
 
 
-@contextlib.contextmanager
-def _locked(target: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Evaluations of one checkpoint that are started together: the second waits for the first one's merge."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock(target, lambda: say(f"another process makes {target}; waiting")))
-        except OSError as error:
-            raise EvaluationError(f"{target} can't be written: {error.strerror or error}") from error
-        yield
+def _merge_into(target: Path, actor: Path, shards: dict[str, list[int]], say: Callable[[str], None]) -> None:
+    if target.exists() and _made_of(target) is None:
+        raise EvaluationError(f"{target} is in the way and was not made here; move it")
+    say(f"merging {actor} into {target} with verl's merger")
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
+    try:
+        unfinished.mkdir()
+        _run_merger(actor, unfinished)
+        (unfinished / _SHARDS_FILE).write_text(json.dumps(shards, indent=1) + "\n")
+        put_in_place(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _shards(actor: Path) -> dict[str, list[int]]:
@@ -171,16 +156,12 @@ def _shards(actor: Path) -> dict[str, list[int]]:
         world = int(json.loads(config.read_text())["world_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{config} can't be read, so {actor} is no FSDP checkpoint: {error!r}") from error
-    if not (actor / "huggingface" / "config.json").is_file():
-        raise EvaluationError(f"the checkpoint {actor} is not whole: huggingface/config.json is missing")
-    shards = {}
-    for rank in range(world):
-        shard = actor / f"model_world_size_{world}_rank_{rank}.pt"
-        if not shard.is_file():
-            raise EvaluationError(f"the checkpoint {actor} is not whole: {shard.name} is missing")
-        status = shard.stat()
-        shards[shard.name] = [status.st_size, status.st_mtime_ns]
-    return shards
+    names = [f"model_world_size_{world}_rank_{rank}.pt" for rank in range(world)]
+    for name in ("huggingface/config.json", *names):
+        if not (actor / name).is_file():
+            raise EvaluationError(f"the checkpoint {actor} is not whole: {name} is missing")
+    states = {name: (actor / name).stat() for name in names}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
 def _made_of(target: Path) -> Any:

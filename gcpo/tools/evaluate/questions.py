@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,9 @@ def _find(name: str, data: Path) -> tuple[str, Path]:
     if name in TITLES:
         path = data / name / "test.parquet"
         if not path.is_file():
-            module = (
-                "examples.arithmetic.task --output data/arithmetic" if name == "arithmetic" else f"data_prep {name}"
-            )
+            module = f"data_prep {name}"
+            if name == "arithmetic":
+                module = "examples.arithmetic.task --output data/arithmetic"
             raise EvaluationError(f"the set {name} is not prepared ({path} is missing); run `python -m {module}` first")
         return name, path
     path = Path(name).expanduser()
@@ -115,8 +115,7 @@ def _find(name: str, data: Path) -> tuple[str, Path]:
     if not path.is_file():
         raise EvaluationError(f"there is no file {path}; `python -m data_prep` makes the known sets")
     # data_prep calls its files by their split, and the folder by the set.
-    own = path.stem if path.stem not in ("train", "test") else path.resolve().parent.name
-    return own, path
+    return (path.stem if path.stem not in ("train", "test") else path.resolve().parent.name), path
 
 
 def _load(name: str, path: Path, limit: int | None) -> QuestionSet:
@@ -124,7 +123,7 @@ def _load(name: str, path: Path, limit: int | None) -> QuestionSet:
 
     try:
         content = path.read_bytes()
-        table = pq.read_table(path, partitioning=None)
+        table = pq.ParquetFile(path).read()
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise EvaluationError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
     missing = [column for column in COLUMNS if column not in table.column_names]
@@ -141,36 +140,23 @@ def _load(name: str, path: Path, limit: int | None) -> QuestionSet:
     for index, row in enumerate(rows):
         question = _question(row, index, path)
         seen[question.id] += 1
-        if seen[question.id] > 1:
-            question = Question(**{**vars(question), "id": f"{question.id}-{seen[question.id]}"})
-        questions.append(question)
+        again = seen[question.id]
+        questions.append(replace(question, id=f"{question.id}-{again}") if again > 1 else question)
     return QuestionSet(name, path, hashlib.sha256(content).hexdigest(), questions)
 
 
 def _question(row: Mapping[str, Any], index: int, path: Path) -> Question:
-    prompt, reward = row["prompt"], row["reward_model"]
-    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
+    prompt, reward, source = row["prompt"], row["reward_model"], str(row["data_source"])
+    if not isinstance(prompt, list) or not prompt or not all(map(_is_message, prompt)):
         raise EvaluationError(f"the prompt in row {index} of {path} is empty or no list of messages")
     if not isinstance(reward, Mapping) or reward.get("ground_truth") is None:
         raise EvaluationError(f"row {index} of {path} has no reward_model.ground_truth to grade with")
     truth = reward["ground_truth"]
-    source = str(row["data_source"])
     identity = json.dumps([source, prompt, truth], sort_keys=True, default=str)
-    return Question(
-        id=hashlib.blake2b(identity.encode(), digest_size=6).hexdigest(),
-        row=index,
-        prompt=prompt,
-        data_source=source,
-        ground_truth=truth,
-        extra_info=row.get("extra_info") or {},
-        has_answer=row.get("ability") != "code",
-    )
+    id = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
+    return Question(id, index, prompt, source, truth, row.get("extra_info") or {}, row.get("ability") != "code")
 
 
 def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        and bool(message["content"].strip())
-    )
+    found = message if isinstance(message, Mapping) else {}
+    return all(isinstance(found.get(key), str) for key in ("role", "content")) and bool(found["content"].strip())

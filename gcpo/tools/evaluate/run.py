@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gcpo.seeding import request_seed
+from gcpo.tools.display import Display
 from gcpo.tools.evaluate import EvaluationError, metrics
 from gcpo.tools.evaluate.models import Model
 from gcpo.tools.evaluate.questions import Question, QuestionSet
@@ -63,12 +62,6 @@ class Settings:
                 "set --samples 1"
             )
 
-    def of_samples(self) -> dict[str, Any]:
-        """What a sample depends on: all but how many there are."""
-        values = dataclasses.asdict(self)
-        del values["samples"]
-        return values
-
 
 def sample_seed(seed: int, question: str, index: int) -> int:
     """The seed of a sample; it depends on the question and not on where it stands or on what else is sampled."""
@@ -103,18 +96,16 @@ def evaluate(
     """
     sandbox = dict(sandbox or {})
     _check_sandbox(sets, sandbox)
+    own = {"model": model.digest or model.path, **dataclasses.asdict(settings)}
+    del own["samples"]  # a sample does not depend on how many there are
     with alone_in(output):
-        own = {
-            "model": model.digest or model.path,
-            **settings.of_samples(),
-            "sets": {found.name: found.sha256 for found in sets},
-        }
-        recorded = check_settings(output, own)
+        recorded = check_settings(output, {**own, "sets": {found.name: found.sha256 for found in sets}})
         files = {found.name: SampleFile(output / f"{found.name}.jsonl") for found in sets}
         missing = {found.name: list(_missing(found, files[found.name], prompts, settings)) for found in sets}
-        count = sum(map(len, missing.values()))
+        count, wanted = sum(map(len, missing.values())), sum(len(found.questions) for found in sets) * settings.samples
         if count:
-            _say_what_is_there(sets, settings, count)
+            there = f"{wanted - count:,} of {wanted:,} samples are there; " if count < wanted else ""
+            print(f"{there}starting vLLM for {count:,}", flush=True)
             sampler = start(output / LOG_FILE)
             write_json(output / SETTINGS_FILE, recorded)
             for found in sets:
@@ -139,12 +130,6 @@ def _missing(found: QuestionSet, file: SampleFile, prompts: Prompts, settings: S
                 )
 
 
-def _say_what_is_there(sets: Sequence[QuestionSet], settings: Settings, missing: int) -> None:
-    wanted = sum(len(found.questions) for found in sets) * settings.samples
-    there = f"{wanted - missing:,} of {wanted:,} samples are there; " if missing < wanted else ""
-    print(f"{there}starting vLLM for {missing:,}", flush=True)
-
-
 def _sample_set(
     found: QuestionSet,
     file: SampleFile,
@@ -158,8 +143,8 @@ def _sample_set(
     questions = {question.id: question for question in found.questions}
     seeds = {request.key: request.seed for request in requests}
     wanted = [(question.id, index) for question in found.questions for index in range(settings.samples)]
-    known = [file.samples[key] for key in wanted if key in file.samples]
-    with Progress(found.name, len(wanted), known) as progress:
+    progress = Progress(found.name, len(wanted), [file.samples[key] for key in wanted if key in file.samples])
+    try:
         for completions in sampler(requests):
             asked = [questions[completion.key.rpartition(":")[0]] for completion in completions]
             scores = grade(asked, completions, sandbox)
@@ -169,6 +154,8 @@ def _sample_set(
                     for question, completion, score in zip(asked, completions, scores, strict=True)
                 )
             )
+    finally:
+        progress.display.close()
 
 
 def _line(question: Question, completion: Completion, seed: int, scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,10 +232,8 @@ def _write_results(output: Path, results: Mapping[str, Sequence[metrics.Question
     path = output / RESULTS_FILE
     sets = read_json(path)["sets"] if path.is_file() else {}
     for name, questions in results.items():
-        sets[name] = {
-            "summary": dataclasses.asdict(metrics.summarize(questions)),
-            "questions": [dataclasses.asdict(question) for question in questions],
-        }
+        summary = dataclasses.asdict(metrics.summarize(questions))
+        sets[name] = {"summary": summary, "questions": list(map(dataclasses.asdict, questions))}
     write_json(path, {"sets": sets})
 
 
@@ -270,55 +255,29 @@ def read_results(output: Path) -> dict[str, list[metrics.Question]]:
         raise EvaluationError(f"{path} is no results file: {error!r}") from error
 
 
-# ---- progress ------------------------------------------------------------------------------------------------------
-
-
 class Progress:
     """A bar where there is a terminal, else a line every 10 % and every minute."""
 
     def __init__(self, name: str, total: int, known: Sequence[metrics.Sample]) -> None:
         """``known`` are the samples that are there already, of ``total``."""
-        self._name = name
-        self._total = total
-        self._done = len(known)
-        self._right = sum(sample.right for sample in known)
-        self._tokens = 0
-        self._started = time.monotonic()
-        self._line_at = (self._done, self._started)
-        self._bar: Any = None
-
-    def __enter__(self) -> Progress:
-        if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-            from rich import progress
-
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeRemainingColumn()
-            )
-            self._task = self._bar.add_task(self._text, total=self._total, completed=self._done)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.display = Display()
+        self._name, self._total = name, total
+        self._done, self._right, self._tokens = len(known), sum(sample.right for sample in known), 0
+        self._started = self._shown_at = time.monotonic()
+        self._shown = self._done
 
     def update(self, samples: Sequence[metrics.Sample]) -> None:
-        """Count new samples."""
+        """Count new samples, and show what is done."""
         self._done += len(samples)
         self._right += sum(sample.right for sample in samples)
         self._tokens += sum(sample.tokens for sample in samples)
-        if self._bar is not None:
-            self._bar.update(self._task, description=self._text, completed=self._done)
-            return
         now = time.monotonic()
-        shown, shown_at = self._line_at
-        if self._done == self._total or self._done - shown >= self._total / 10 or now - shown_at >= 60:
-            self._line_at = (self._done, now)
-            print(self._text, flush=True)
-
-    @property
-    def _text(self) -> str:
-        right = f"  pass@1 {100 * self._right / self._done:.1f} %" if self._done else ""
-        seconds = time.monotonic() - self._started
-        speed = f"  {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
-        return f"{self._name}  {self._done:,}/{self._total:,} samples{right}{speed}"
+        text = (
+            f"{self._name}  {self._done:,}/{self._total:,} samples  pass@1 {100 * self._right / self._done:.1f} %"
+            f"  {self._tokens / (now - self._started):,.0f} tokens/s"
+        )
+        if self.display.is_live:
+            self.display.refresh(text, completed=self._done, total=self._total)
+        elif self._done == self._total or self._done - self._shown >= self._total / 10 or now - self._shown_at >= 60:
+            self._shown, self._shown_at = self._done, now
+            self.display.note(text)

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gcpo.files import LOCK_FILE, sole_user
+from gcpo.files import LOCK_FILE, sole_user, why, write_atomically
 from gcpo.tools.evaluate import EvaluationError
 from gcpo.tools.evaluate.metrics import Sample
 
 SETTINGS_FILE = "settings.json"
 LOG_FILE = "vllm.log"
-"""It is there before the settings are, and alone where vLLM didn't start."""
+"""It is there before the settings are, and is the only file where vLLM didn't start."""
 
 
 def parse_line(line: str | bytes) -> tuple[str, int, Sample]:
@@ -31,13 +31,9 @@ def parse_line(line: str | bytes) -> tuple[str, int, Sample]:
     try:
         data = json.loads(line)
         scores = data["scores"]
-        sample = Sample(
-            right=scores.get("acc", scores["score"]) == 1,
-            truncated=data["finish_reason"] == "length",
-            tokens=int(data["tokens"]),
-            answer=data["answer"],
-            formatted=scores.get("format"),
-        )
+        right = scores.get("acc", scores["score"]) == 1
+        cut = data["finish_reason"] == "length"
+        sample = Sample(right, cut, int(data["tokens"]), data["answer"], scores.get("format"))
         return str(data["question"]), int(data["sample"]), sample
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a sample: {error!r}") from error
@@ -59,24 +55,23 @@ class SampleFile:
         """
         self.path = path
         self.samples: dict[tuple[str, int], Sample] = {}
-        if not path.exists():
-            return
         whole = 0
         try:
-            with path.open("rb") as file:
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 for number, line in enumerate(file, 1):
-                    if not line.endswith(b"\n"):
-                        break
-                    try:
-                        question, index, sample = parse_line(line)
-                    except ValueError as error:
-                        raise EvaluationError(f"line {number} of {path} is no sample ({error}); remove it") from error
-                    self.samples[question, index] = sample
-                    whole += len(line)
-            if path.stat().st_size > whole:
-                os.truncate(path, whole)
+                    if line.endswith(b"\n"):
+                        self._add(line, number)
+                        whole += len(line)
+                    else:
+                        os.truncate(path, whole)
         except OSError as error:
-            raise EvaluationError(f"{path} can't be read: {error.strerror}") from error
+            raise EvaluationError(f"{path} can't be read: {why(error)}") from error
+
+    def _add(self, line: bytes, number: int) -> None:
+        try:
+            question, index, self.samples[question, index] = parse_line(line)
+        except ValueError as error:
+            raise EvaluationError(f"line {number} of {self.path} is no sample ({error}); remove it") from error
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> list[Sample]:
         """Write samples; they are on the disk when this returns them.
@@ -93,7 +88,7 @@ class SampleFile:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise EvaluationError(f"{self.path} can't be written: {error.strerror}; the run can go on later") from error
+            raise EvaluationError(f"{self.path} can't be written: {why(error)}; the run can go on later") from error
         written = [parse_line(text) for text in texts]
         self.samples |= {(question, index): sample for question, index, sample in written}
         return [sample for _, _, sample in written]
@@ -115,13 +110,15 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file; it is there in whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
+    """Write a JSON file; it is there in whole or not at all.
+
+    Raises:
+        EvaluationError: it can't be written.
+    """
     try:
-        unfinished.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
+        write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise EvaluationError(f"{path} can't be written: {error.strerror}") from error
+        raise EvaluationError(f"{path} can't be written: {why(error)}") from error
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,10 +127,6 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         EvaluationError: its samples were made with others, or the folder is of something else.
     """
-    if not output.exists():
-        return dict(settings)
-    if not output.is_dir():
-        raise EvaluationError(f"{output} is a file; give another --output")
     path = output / SETTINGS_FILE
     if not path.is_file():
         if any(file.name not in (LOG_FILE, LOCK_FILE) for file in output.iterdir()):
@@ -145,17 +138,14 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         for key in settings
         if key != "sets" and before.get(key) != settings[key]
     ]
-    differing += [
-        f"another file of {name}"
-        for name, digest in settings["sets"].items()
-        if before.get("sets", {}).get(name, digest) != digest
-    ]
+    known = before.get("sets", {})
+    differing += [f"another file of {name}" for name, sha in settings["sets"].items() if known.get(name, sha) != sha]
     if differing:
         raise EvaluationError(
             f"{output} holds samples that were made otherwise ({'; '.join(differing)}); "
             "give another --output, or remove it"
         )
-    return {**settings, "sets": {**before.get("sets", {}), **settings["sets"]}}
+    return {**settings, "sets": {**known, **settings["sets"]}}
 
 
 def _short(value: Any) -> str:
@@ -178,11 +168,10 @@ def alone_in(output: Path) -> Iterator[None]:
             output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(sole_user(output))
         except BlockingIOError as error:
-            raise EvaluationError(
-                f"an evaluation is writing into {output}; wait for it or give another --output"
-            ) from error
+            sentence = f"an evaluation is writing into {output}; wait for it or give another --output"
+            raise EvaluationError(sentence) from error
         except OSError as error:
-            raise EvaluationError(f"{output} can't be made: {error.strerror}") from error
+            raise EvaluationError(f"{output} can't be made: {why(error)}") from error
         try:
             yield
         finally:

@@ -55,11 +55,6 @@ class Prompts:
     ids: dict[str, list[int]]
     context: int | None
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(map(len, self.ids.values()))
-
     def room(self, question: str, max_tokens: int) -> int:
         """Tokens that a response to this question may have."""
         if self.context is None:

@@ -18,8 +18,10 @@ from gcpo.tools.evaluate import EvaluationError
 from gcpo.tools.evaluate.metrics import Interval, Question, Summary, interval, outside_noise, summarize
 from gcpo.tools.evaluate.questions import TABLE_1, TITLES
 from gcpo.tools.evaluate.run import read_results
+from gcpo.tools.report import short_names
 
 AVERAGE = "average"
+Rows = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,26 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by run and column; a run has no cell for a set that it was not evaluated on."""
+    """Cells by run and column; a run has no cell for a set that it was not evaluated on.
+
+    Attributes:
+        averaged: the sets that the average is taken over.
+    """
 
     runs: list[str]
     columns: list[str]
     cells: dict[tuple[str, str], Cell]
-    averaged: int
-    """How many sets the average is taken over."""
+    averaged: list[str]
 
     def title(self, column: str) -> str:
         """What a column is called."""
         if column == AVERAGE:
-            return "Avg." if self.averaged == len(TABLE_1) else f"Avg. of {self.averaged}"
+            return "Avg." if len(self.averaged) == len(TABLE_1) else f"Avg. of {len(self.averaged)}"
         return TITLES.get(column, column)
 
     def best(self, column: str) -> float:
         """The highest value of a column."""
-        return max(self.cells[run, column].value.mean for run in self.runs if (run, column) in self.cells)
+        return max(cell.value.mean for (_, name), cell in self.cells.items() if name == column)
 
 
 def parse_runs(arguments: Sequence[str]) -> dict[str, Path]:
@@ -73,21 +78,11 @@ def parse_runs(arguments: Sequence[str]) -> dict[str, Path]:
         named = separator and name and not Path(argument).is_dir()
         given.append((name, Path(folder)) if named else ("", Path(argument)))
     runs: dict[str, Path] = {}
-    for index, (name, path) in enumerate(given):
-        others = [other.resolve() for at, (_, other) in enumerate(given) if at != index]
-        name = name or _short_name(path.resolve(), others)
-        if name in runs:
-            raise EvaluationError(f"two runs are called {name}; name them: NAME={path}")
-        runs[name] = path
+    for (name, path), short in zip(given, short_names([path for _, path in given]), strict=True):
+        if (name or short) in runs:
+            raise EvaluationError(f"two runs are called {name or short}; name them: NAME={path}")
+        runs[name or short] = path
     return runs
-
-
-def _short_name(path: Path, others: Sequence[Path]) -> str:
-    """The shortest end of the path that no other path has."""
-    for length in range(1, len(path.parts)):
-        if not any(other.parts[-length:] == path.parts[-length:] for other in others):
-            return "/".join(path.parts[-length:])
-    return path.name
 
 
 def load(runs: Mapping[str, Path]) -> Table:
@@ -105,21 +100,20 @@ def make_table(results: Mapping[str, Mapping[str, Sequence[Question]]]) -> Table
     columns = [name for name in TITLES if name in names] + sorted(names - TITLES.keys())
     averaged = [name for name in TABLE_1 if all(name in found for found in results.values())]
     if len(averaged) > 1:
-        last = max(columns.index(name) for name in columns if name in TABLE_1)
-        columns.insert(last + 1, AVERAGE)
-    base, cells = None, {}
+        columns.insert(max(columns.index(name) for name in columns if name in TABLE_1) + 1, AVERAGE)
+    base: Mapping[str, Sequence[Question]] = {}
+    cells: dict[tuple[str, str], Cell] = {}
     for run, found in results.items():
         for name, questions in found.items():
             summary = summarize(questions)
-            against = base.get(name) if base is not None else None
-            difference, outside = _compare([questions], [against]) if against else (None, None)
+            difference, outside = _compare([questions], [base[name]]) if name in base else (None, None)
             cells[run, name] = Cell(summary.pass_at_1, difference, outside, summary)
         if AVERAGE in columns:
             own = [found[name] for name in averaged]
-            difference, outside = _compare(own, [base[name] for name in averaged]) if base is not None else (None, None)
+            difference, outside = _compare(own, [base[name] for name in averaged]) if base else (None, None)
             cells[run, AVERAGE] = Cell(_average(own), difference, outside)
-        base = found if base is None else base
-    return Table(list(results), columns, cells, len(averaged))
+        base = base or found
+    return Table(list(results), columns, cells, averaged)
 
 
 def _average(sets: Sequence[Sequence[Question]]) -> Interval:
@@ -135,8 +129,7 @@ def _compare(sets: Sequence[Sequence[Question]], base: Sequence[Sequence[Questio
     for questions, others in zip(sets, base, strict=True):
         known = {question.id: question.accuracy for question in others}
         if known.keys() != {question.id for question in questions}:
-            mean = _average(sets).mean - _average(base).mean
-            return Interval(mean, math.nan, math.nan), None
+            return Interval(_average(sets).mean - _average(base).mean, math.nan, math.nan), None
         differences.append([question.accuracy - known[question.id] for question in questions])
     found = interval(*differences)
     return found, outside_noise(found, sum(map(len, differences)))
@@ -145,8 +138,8 @@ def _compare(sets: Sequence[Sequence[Question]], base: Sequence[Sequence[Questio
 # ---- what is shown -------------------------------------------------------------------------------------------------
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+def _percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
 def _cell_text(cell: Cell | None) -> str:
@@ -161,46 +154,39 @@ def _cell_text(cell: Cell | None) -> str:
     return text
 
 
-def _main_rows(table: Table, strong: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the main table; the best value of a column stands between the marks ``strong``."""
-    rows = []
+def _main_rows(table: Table, before: str, after: str) -> Rows:
+    """Header and rows of the main table; the best value of a column stands between two marks."""
+    rows = [["run", *map(table.title, table.columns)]]
     for run in table.runs:
-        row = [run]
-        for column in table.columns:
-            cell = table.cells.get((run, column))
-            text = _cell_text(cell)
-            if cell is not None and len(table.runs) > 1 and cell.value.mean == table.best(column):
-                text = f"{strong[0]}{text}{strong[1]}"
-            row.append(text)
-        rows.append(row)
-    return ["run", *map(table.title, table.columns)], rows
+        cells = [table.cells.get((run, column)) for column in table.columns]
+        best = [
+            cell is not None and len(table.runs) > 1 and cell.value.mean == table.best(column)
+            for column, cell in zip(table.columns, cells, strict=True)
+        ]
+        texts = map(_cell_text, cells)
+        rows.append([run, *(f"{before}{text}{after}" if b else text for b, text in zip(best, texts, strict=True))])
+    return rows
 
 
-def _detail_rows(table: Table) -> tuple[list[str], list[list[str]]]:
-    header = ["run", "set", "questions", "n", "pass@1", "95 %", "pass@n", "maj@n", "cut", "tokens", "format"]
-    rows = []
+def _detail_rows(table: Table) -> Rows:
+    rows = [["run", "set", "questions", "n", "pass@1", "95 %", "pass@n", "maj@n", "cut", "tokens", "format"]]
     for column in table.columns:
         for run in table.runs:
             cell = table.cells.get((run, column))
             if cell is None or cell.summary is None:
                 continue
-            summary = cell.summary
+            found, value = cell.summary, cell.value
+            numbers = [found.pass_at[found.samples], found.majority, found.truncated]
             rows.append(
                 [
-                    run,
-                    table.title(column),
-                    f"{summary.questions:,}",
-                    str(summary.samples),
-                    _percent(cell.value.mean),
-                    f"{_percent(cell.value.low)} to {_percent(cell.value.high)}",
-                    _percent(summary.pass_at[summary.samples]),
-                    _percent(summary.majority),
-                    _percent(summary.truncated),
-                    f"{summary.tokens:,.0f}",
-                    _percent(summary.formatted),
+                    *(run, table.title(column), f"{found.questions:,}", str(found.samples), _percent(value.mean)),
+                    f"{_percent(value.low)} to {_percent(value.high)}",
+                    *map(_percent, numbers),
+                    f"{found.tokens:,.0f}",
+                    _percent(found.formatted),
                 ]
             )
-    return header, rows
+    return rows
 
 
 def _notes(table: Table) -> list[str]:
@@ -211,59 +197,56 @@ def _notes(table: Table) -> list[str]:
         notes.append(f"in brackets: difference to {table.runs[0]}, taken question by question; † outside the noise")
     if any(cell.difference is not None and cell.outside is None for cell in table.cells.values()):
         notes.append("?: the questions are not the same, so nothing is known about the noise")
-    if AVERAGE in table.columns and table.averaged < len(TABLE_1):
-        there = [table.title(name) for name in TABLE_1 if all((run, name) in table.cells for run in table.runs)]
-        notes.append(f"the average is over {', '.join(there)}, which all runs have")
-    notes.append("cut: share of the samples that reached the token limit; format: share in the format of training")
+    if AVERAGE in table.columns and len(table.averaged) < len(TABLE_1):
+        notes.append(f"the average is over {', '.join(map(table.title, table.averaged))}, which all runs have")
+    notes.append(
+        "cut: fraction of the samples that reached the token limit; format: fraction in the format of training"
+    )
     return notes
 
 
 def markdown(table: Table) -> str:
     """Both tables in markdown."""
-
-    def lines(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    lines: list[str] = []
+    for (header, *rows), left in ((_main_rows(table, "**", "**"), 1), (_detail_rows(table), 2)):
         align = ["---"] * left + ["---:"] * (len(header) - left)
         # A bar would end the cell.
-        return [f"| {' | '.join(one.replace('|', chr(92) + '|') for one in row)} |" for row in [header, align, *rows]]
-
-    main, details = _main_rows(table, ("**", "**")), _detail_rows(table)
-    notes = [f"- {note}" for note in _notes(table)]
-    return "\n".join([*lines(*main, 1), "", *lines(*details, 2), "", *notes]) + "\n"
+        lines += [f"| {' | '.join(one.replace('|', chr(92) + '|') for one in row)} |" for row in (header, align, *rows)]
+        lines.append("")
+    return "\n".join([*lines, *(f"- {note}" for note in _notes(table))]) + "\n"
 
 
 def comma_separated(table: Table) -> str:
-    """One line per run and set with all metrics; shares and accuracies are between 0 and 1."""
-    ks = sorted({k for cell in table.cells.values() if cell.summary for k in cell.summary.pass_at})
+    """One line per run and set with all metrics; fractions and accuracies are between 0 and 1."""
+    ks = sorted({k for cell in table.cells.values() if cell.summary for k in cell.summary.pass_at if k > 1})
     names = ["run", "set", "questions", "samples", "pass@1", "pass@1_low", "pass@1_high"]
     names += ["difference", "difference_low", "difference_high", "outside_noise"]
-    names += [f"pass@{k}" for k in ks if k > 1] + ["maj", "truncated", "tokens", "format"]
+    names += [f"pass@{k}" for k in ks] + ["maj", "truncated", "tokens", "format"]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, names, lineterminator="\n", restval="")
     writer.writeheader()
     for run in table.runs:
         for column in table.columns:
-            cell = table.cells.get((run, column))
-            if cell is None:
-                continue
-            row = {"run": run, "set": column, **_columns("pass@1", cell.value)}
-            if cell.difference is not None:
-                row |= _columns("difference", cell.difference)
-                row["outside_noise"] = {True: "yes", False: "no", None: ""}[cell.outside]
-            if summary := cell.summary:
-                row |= {"questions": summary.questions, "samples": summary.samples}
-                row |= {f"pass@{k}": _number(value) for k, value in summary.pass_at.items() if k > 1}
-                row |= {"maj": _number(summary.majority), "truncated": _number(summary.truncated)}
-                row |= {"tokens": f"{summary.tokens:.1f}", "format": _number(summary.formatted)}
-            writer.writerow(row)
+            if cell := table.cells.get((run, column)):
+                writer.writerow({"run": run, "set": column, **_fields(cell)})
     return stream.getvalue()
 
 
-def _columns(name: str, value: Interval) -> dict[str, str]:
-    return {name: _number(value.mean), f"{name}_low": _number(value.low), f"{name}_high": _number(value.high)}
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.6f}"
+def _fields(cell: Cell) -> dict[str, str]:
+    """The numbers of a cell for the CSV."""
+    numbers: dict[str, float | None] = {}
+    for name, value in (("pass@1", cell.value), ("difference", cell.difference)):
+        if value is not None:
+            numbers |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+    texts: dict[str, str] = {}
+    if cell.difference is not None:
+        texts["outside_noise"] = {True: "yes", False: "no", None: ""}[cell.outside]
+    if found := cell.summary:
+        texts |= {"questions": str(found.questions), "samples": str(found.samples), "tokens": f"{found.tokens:.1f}"}
+        numbers |= {f"pass@{k}": value for k, value in found.pass_at.items() if k > 1}
+        numbers |= {"maj": found.majority, "truncated": found.truncated, "format": found.formatted}
+    given = {name: value for name, value in numbers.items() if value is not None and not math.isnan(value)}
+    return texts | {name: f"{value:.6f}" for name, value in given.items()}
 
 
 def show(table: Table) -> None:
@@ -274,10 +257,8 @@ def show(table: Table) -> None:
     # Piped into a file they would be squeezed into 80 columns.
     width = None if sys.stdout.isatty() else max(140, 30 + 22 * len(table.columns))
     console = Console(width=width, highlight=False)
-    for title, (header, rows), left in (
-        ("pass@1, %", _main_rows(table, ("[bold]", "[/bold]")), 1),
-        ("details, %", _detail_rows(table), 2),
-    ):
+    main, details = _main_rows(table, "[bold]", "[/bold]"), _detail_rows(table)
+    for title, (header, *rows), left in (("pass@1, %", main, 1), ("details, %", details, 2)):
         rich = RichTable(title=title)
         for index, name in enumerate(header):
             rich.add_column(name, justify="left" if index < left else "right")

@@ -108,7 +108,7 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     difficulty = rng.beta(0.7, 0.7, size=(1500, 30))
     accuracy = rng.binomial(8, difficulty) / 8
-    hits = [interval.low <= 0.5 <= interval.high for interval in map(metrics.share_interval, accuracy)]
+    hits = [interval.low <= 0.5 <= interval.high for interval in map(metrics.fraction_interval, accuracy)]
     assert 0.93 <= np.mean(hits) <= 0.97
 
 
@@ -122,15 +122,15 @@ def test_interval_of_one_question_is_unknown():
 
 
 def test_shares_stay_between_0_and_1():
-    assert metrics.share_interval([1.0, 1.0, 1.0, 0.0]).high == 1.0
-    assert metrics.share_interval([0.0, 0.0, 0.0, 1.0]).low == 0.0
+    assert metrics.fraction_interval([1.0, 1.0, 1.0, 0.0]).high == 1.0
+    assert metrics.fraction_interval([0.0, 0.0, 0.0, 1.0]).low == 0.0
 
 
 def test_all_right_is_no_certainty():
     # Clopper-Pearson: 0.025 ** (1/30) = 0.88430
-    found = metrics.share_interval([1.0] * 30)
+    found = metrics.fraction_interval([1.0] * 30)
     assert (found.mean, found.high) == (1.0, 1.0) and found.low == pytest.approx(0.88430, abs=1e-5)
-    assert metrics.share_interval([0.0] * 30).high == pytest.approx(1 - 0.88430, abs=1e-5)
+    assert metrics.fraction_interval([0.0] * 30).high == pytest.approx(1 - 0.88430, abs=1e-5)
 
 
 @pytest.mark.parametrize(
