@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gcpo.faults import RunStoppedError
-from gcpo.files import sync_folder, write_atomically
+from gcpo.files import sync, write_atomically
 
 MANIFEST = "gcpo_manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -69,12 +69,11 @@ class Needs:
 
     def files(self) -> list[str]:
         """The shards that the run reads."""
-        roles = ["actor", "critic"] if self.critic else ["actor"]
-        kinds = [_SHARDS[name] for name in self.contents if name in _SHARDS]
         return [
-            f"{role}/{kind}_world_size_{self.ranks}_rank_{rank}.pt"
-            for role in roles
-            for kind in kinds
+            f"{role}/{_SHARDS[name]}_world_size_{self.ranks}_rank_{rank}.pt"
+            for role in (["actor", "critic"] if self.critic else ["actor"])
+            for name in self.contents
+            if name in _SHARDS
             for rank in range(self.ranks or 0)
         ]
 
@@ -102,10 +101,8 @@ def step_of(folder: Path) -> int | None:
 
 def checkpoints_in(root: Path) -> list[Path]:
     """The folders of checkpoints in ``root``, newest step first."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if step_of(path) is not None and path.is_dir()]
-    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+    found = {path: step_of(path) for path in root.glob("global_step_*") if path.is_dir()}
+    return sorted((path for path, step in found.items() if step is not None), key=lambda path: -(found[path] or 0))
 
 
 def newest_finished(root: Path) -> Path | None:
@@ -116,32 +113,26 @@ def newest_finished(root: Path) -> Path | None:
 def survey(folder: Path) -> dict[str, FileState]:
     """The saved files of a checkpoint on this machine."""
     found = {}
-    for directory, names, files in os.walk(folder):
-        inside = Path(directory)
-        if inside == folder:
-            names[:] = [name for name in names if name not in _NOT_SAVED]
-        names[:] = [name for name in names if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and name != MANIFEST:
-                path = inside / name
-                found[path.relative_to(folder).as_posix()] = FileState(path.stat().st_size, unreadable(path))
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        saved = parts[0] not in (MANIFEST, *_NOT_SAVED) and not any(part.startswith(".") for part in parts)
+        if saved and path.is_file():
+            found["/".join(parts)] = FileState(path.stat().st_size, unreadable(path))
     return found
 
 
 def unreadable(path: Path) -> str | None:
     """Why the directory of contents of a ``.pt`` or ``.safetensors`` file cannot be read; None where it can."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         if path.suffix == ".pt":
-            with zipfile.ZipFile(path):  # reads the directory, which stands at the end
-                return None
-        if path.suffix == ".safetensors":
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                with safe_open(path, framework="np"):  # compares the header with the size of the file
-                    return None
-            except SafetensorError as error:
-                return f"is no whole safetensors file ({error})"
+            zipfile.ZipFile(path).close()  # reads the directory, which stands at the end
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="np"):
+                pass  # opening compares the header with the size of the file
+    except SafetensorError as error:
+        return f"is no whole safetensors file ({error})"
     except (zipfile.BadZipFile, ValueError):
         return "is cut off or overwritten: torch's archive has no readable directory"
     except OSError as error:
@@ -158,13 +149,12 @@ def read_tracker(root: Path) -> tuple[int | None, str | None]:
         return None, None
     except OSError as error:
         return None, f"{path} cannot be read ({error.strerror})"
-    if not text:
-        return None, f"{path} is empty"
     if not text.isascii() or not text.isdigit():
-        return None, f"{path} holds {text[:20]!r}, which is no step"
-    if not (root / f"global_step_{int(text)}").is_dir():
-        return int(text), f"{path} names step {int(text)}, and there is no folder global_step_{int(text)}"
-    return int(text), None
+        return None, f"{path} holds {text[:20]!r}, which is no step" if text else f"{path} is empty"
+    step = int(text)
+    if not (root / f"global_step_{step}").is_dir():
+        return step, f"{path} names step {step}, and there is no folder global_step_{step}"
+    return step, None
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, int] | None, str | None]:
@@ -207,21 +197,19 @@ def examine(folder: Path, needs: Needs, look: Survey = survey) -> tuple[str | No
 
 def _differs(manifest: Mapping[str, int], found: Mapping[str, FileState]) -> str | None:
     for name, size in manifest.items():
-        if name not in found and name != DATA_STATE:
-            return f"{name} is missing"
         if name in found and found[name].size != size:
             return f"{name} has {found[name].size:,} bytes instead of {size:,}"
+        if name not in found and name != DATA_STATE:
+            return f"{name} is missing"
     return None
 
 
 def _lacks(needs: Needs, found: Mapping[str, FileState]) -> str | None:
-    missing = [name for name in needs.files() if name not in found]
-    if not missing:
-        return None
+    missing = next((name for name in needs.files() if name not in found), None)
     saved = {int(match[1]) for name in found if (match := re.search(r"/model_world_size_(\d+)_rank_", name))}
-    if saved and needs.ranks not in saved:
+    if missing and saved and needs.ranks not in saved:
         return f"it was saved by {max(saved)} ranks and this run has {needs.ranks}"
-    return f"{missing[0]} is missing"
+    return f"{missing} is missing" if missing else None
 
 
 def _damaged(found: Mapping[str, FileState]) -> str | None:
@@ -239,22 +227,19 @@ def choose(root: Path, needs: Needs, look: Survey = survey) -> Choice:
     """
     choice = Choice()
     named, problem = read_tracker(root)
-    limit = named if problem is None else None
-    finished = named is not None
-    if problem:
-        choice.notes.append(problem)
-    for folder in checkpoints_in(root):
-        finished |= (folder / MANIFEST).exists()
-        if limit is not None and (step_of(folder) or 0) > limit:
-            choice.rejected.append((folder, f"it is newer than step {limit}, which {TRACKER} names"))
-            continue
-        reason, notes = examine(folder, needs, look)
+    choice.notes += [problem] if problem else []
+    folders = checkpoints_in(root)
+    for folder in folders:
+        if named is not None and not problem and (step_of(folder) or 0) > named:
+            reason, notes = f"it is newer than step {named}, which {TRACKER} names", []
+        else:
+            reason, notes = examine(folder, needs, look)
         if reason is None:
             choice.path = folder
             choice.notes += notes
             return choice
         choice.rejected.append((folder, reason))
-    if finished:
+    if named is not None or any((folder / MANIFEST).exists() for folder in folders):
         reasons = "; ".join([f"{path.name}: {reason}" for path, reason in choice.rejected[:3]] or choice.notes)
         raise CheckpointError(
             f"no checkpoint in {root} can be used ({reasons}); put one back, or start from the beginning with "
@@ -298,12 +283,8 @@ def finish(folder: Path, needs: Needs, look: Survey = survey) -> None:
         raise CheckpointError(f"the checkpoint {folder} was saved and is not whole: {problem}")
     for name in found:
         with contextlib.suppress(FileNotFoundError):  # on another machine
-            descriptor = os.open(folder / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    sync_folder(folder)
+            sync(folder / name)
+    sync(folder)
     step = step_of(folder)
     files = {name: state.size for name, state in sorted(found.items())}
     write_atomically(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=1) + "\n")
@@ -348,3 +329,19 @@ def retire(root: Path, step: int, keep: int) -> list[Path]:
     for folder in removed:
         remove(folder)
     return removed
+
+
+def way_on(trainer: Mapping[str, Any]) -> str:
+    """The end of a sentence about a run that ended early: the saved state, and how to go on.
+
+    Args:
+        trainer: verl's ``trainer`` group.
+    """
+    mode = trainer.get("resume_mode", "auto")
+    found = newest_finished(Path(str(trainer.get("default_local_dir") or ".")))
+    saved = f"the last whole checkpoint is {found} (step {step_of(found)})" if found else "no checkpoint had been saved"
+    if mode == "resume_path":
+        return f"{saved}; the same command starts again from {trainer.get('resume_from_path')}"
+    if mode == "disable":
+        return f"{saved}; with trainer.resume_mode=disable the same command starts again from step 1"
+    return f"{saved}; the same command {'goes on from it' if found else 'starts again from step 1'}"

@@ -32,25 +32,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         OSError: the file cannot be written; the old file is then unchanged and no temporary file is left.
     """
     data = content.encode() if isinstance(content, str) else content
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".part", dir=path.parent, delete=False) as file:
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp gives 0600; these files have no secrets.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-    sync_folder(path.parent)
+            os.fchmod(file.fileno(), 0o644)  # tempfile gives 0600; these files have no secrets
+            os.replace(file.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+            raise
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in ``folder`` to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring the content of a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -68,13 +66,12 @@ def put_in_place(made: Path, target: Path) -> None:
     """
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
-    replaced = target.exists()
-    if replaced:
+    with contextlib.suppress(FileNotFoundError):
         os.replace(target, old)
     try:
         os.replace(made, target)
     except OSError:
-        if replaced:
+        with contextlib.suppress(FileNotFoundError):
             os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -102,7 +99,8 @@ def lock(target: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
         if waiting is not None:
             waiting()
         held.acquire()
-    yield from _holding(held)
+    with _removing(held):
+        yield
 
 
 @contextlib.contextmanager
@@ -118,10 +116,12 @@ def sole_user(folder: Path) -> Iterator[None]:
         held.acquire(timeout=0)
     except Timeout as error:
         raise BlockingIOError(errno.EAGAIN, "another process holds it", str(folder)) from error
-    yield from _holding(held)
+    with _removing(held):
+        yield
 
 
-def _holding(held: FileLock) -> Iterator[None]:
+@contextlib.contextmanager
+def _removing(held: FileLock) -> Iterator[None]:
     try:
         yield
     finally:
@@ -142,33 +142,20 @@ def is_disk_full(error: BaseException, folder: Path | None = None) -> bool:
         error: also one of another process, of which only the text has come here.
         folder: where was written; torch's writer gives no reason, so its errors count only if this disk is full.
     """
-    for one in _chain(error):
-        if isinstance(one, OSError) and one.errno in _FULL:
-            return True
-        if _FULL_TEXT.search(str(one)):
+    chain: list[BaseException] = [error]
+    for one in chain:
+        if (isinstance(one, OSError) and one.errno in _FULL) or _FULL_TEXT.search(str(one)):
             return True
         if folder is not None and _WRITER_TEXT.search(str(one)) and free_bytes(folder) < _ALMOST_NOTHING:
             return True
+        causes = (one.__cause__, one.__context__, getattr(one, "cause", None))
+        chain += [cause for cause in causes if isinstance(cause, BaseException) and cause not in chain]
     return False
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    rest: list[BaseException | None] = [error]
-    while rest:
-        one = rest.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        rest += [one.__cause__, one.__context__, getattr(one, "cause", None)]
 
 
 def free_bytes(folder: Path) -> int:
     """Bytes that this user can still write into ``folder``, or into its nearest parent that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def why(error: OSError) -> str:

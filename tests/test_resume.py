@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gcpo.checkpoints import MANIFEST, TRACKER
-from gcpo.resume import way_on
+from gcpo.checkpoints import MANIFEST, TRACKER, way_on
 
 
 @pytest.fixture

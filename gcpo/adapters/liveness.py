@@ -24,9 +24,8 @@ from ray.exceptions import OutOfMemoryError, RayTaskError
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from gcpo.adapters.processes import OUT_OF_MEMORY, Watch, is_death
-from gcpo.checkpoints import CheckpointError
+from gcpo.checkpoints import CheckpointError, way_on
 from gcpo.faults import RunStoppedError
-from gcpo.resume import way_on
 
 logger = logging.getLogger(__name__)
 
