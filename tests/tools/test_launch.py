@@ -19,7 +19,9 @@ from rich.console import Console
 from gcpo.notices import TOTAL_STEPS
 from gcpo.tools import display, launch
 from gcpo.tools.launch import leftovers
-from gcpo.tools.launch.log import lines_of
+from gcpo.tools.launch.log import error_summary, lines_of
+from gcpo.tools.launch.metrics import MetricsTail
+from gcpo.tools.launch.state import settings_that_differ
 from gcpo.tools.metrics import EARLIER_METRICS_FILE, SHOWN, Shown, read_metrics, step_line
 
 pytestmark = pytest.mark.usefixtures("default_hangup")
@@ -157,6 +159,15 @@ def test_two_launches_in_one_directory(fake):
     assert first.wait(timeout=30) == 143
 
 
+def test_the_report_follows_a_complete_run(fake, capfd):
+    """One process for both, so that a script can become it with `exec` and a signal reaches it."""
+    output, command = fake
+    assert launch.main(["--output", str(output), "--report", "--", *command("fail")]) == 1
+    assert "curves" not in capfd.readouterr().out
+    assert launch.main(["--output", str(output), "--report", "--resume-changed", "--", *command()]) == 0
+    assert f"curves:     {output}/curves.png" in capfd.readouterr().out and (output / "curves.png").exists()
+
+
 def test_a_command_that_is_not_there(tmp_path, capfd):
     assert launch.main(["--output", str(tmp_path / "out"), "--", "/no/such/program"]) == 2
     assert "can't start /no/such/program: No such file" in capfd.readouterr().err
@@ -215,7 +226,7 @@ def test_error_of_the_main_process_wins_over_noise():
         "KeyError: 'prompt'",
         "(TaskRunnerV1 pid=1) Exception ignored in: <function f>",
     ]
-    assert launch.error_summary(lines) == ['in File "/x/trainer.py", line 9, in fit', "KeyError: 'prompt'"]
+    assert error_summary(lines) == ['in File "/x/trainer.py", line 9, in fit', "KeyError: 'prompt'"]
 
 
 def test_error_of_a_worker_that_died():
@@ -224,14 +235,14 @@ def test_error_of_a_worker_that_died():
         "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.",
         "\tclass_name: WorkerDict",
     ]
-    assert launch.error_summary(lines) == [*lines[1:], "RuntimeError: CUDA out of memory"]
+    assert error_summary(lines) == [*lines[1:], "RuntimeError: CUDA out of memory"]
 
 
 def test_error_without_an_exception():
-    assert launch.error_summary(["ValueError: handled long ago", "x", "gcpo: n is 1; set it to 2"]) == [
+    assert error_summary(["ValueError: handled long ago", "x", "gcpo: n is 1; set it to 2"]) == [
         "gcpo: n is 1; set it to 2"
     ]
-    assert launch.error_summary(["a", "", "b"]) == ["a", "b"]
+    assert error_summary(["a", "", "b"]) == ["a", "b"]
 
 
 def test_step_line():
@@ -301,11 +312,11 @@ def test_duration(seconds, text):
 def test_settings_that_differ():
     before = ["/old/python", "-m", "recipe", "gcpo.kappa=0.06", "trainer.total_training_steps=3", "trainer.save_freq=1"]
     now = ["/new/python", "-m", "recipe", "gcpo.kappa=0", "trainer.total_training_steps=9", "+ray_kwargs.x=1"]
-    assert launch.settings_that_differ(before, now) == ["gcpo.kappa=0.06", "gcpo.kappa=0"]
+    assert settings_that_differ(before, now) == ["gcpo.kappa=0.06", "gcpo.kappa=0"]
 
 
 def test_metrics_file_that_is_written_while_it_is_read(tmp_path):
-    tail = launch.MetricsTail(tmp_path / "m.jsonl")
+    tail = MetricsTail(tmp_path / "m.jsonl")
     assert tail.read() == []
     with (tmp_path / "m.jsonl").open("w", buffering=1) as file:
         file.write('{"step": 1, "data": {"a": 1}}\n{"step": 2, "da')

@@ -93,7 +93,7 @@ def two_files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("function", [launch.keep_earlier_metrics, launch.join_metrics])
+@pytest.mark.parametrize("function", [metrics.keep_earlier_metrics, metrics.join_metrics])
 def test_no_metrics_are_lost(two_files: Path, monkeypatch: pytest.MonkeyPatch, function: object) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "write_atomically", full)
@@ -107,7 +107,7 @@ def test_no_metrics_are_lost(two_files: Path, monkeypatch: pytest.MonkeyPatch, f
 def test_a_cut_line_of_an_earlier_start_does_not_take_the_next_one_along(tmp_path: Path) -> None:
     (tmp_path / EARLIER_METRICS_FILE).write_text('{"step": 1, "da')
     (tmp_path / METRICS_FILE).write_text('{"step": 2, "data": {"a": 1}}\n')
-    launch.keep_earlier_metrics(tmp_path)
+    metrics.keep_earlier_metrics(tmp_path)
     assert list(read_metrics(tmp_path)) == [2]
 
 

@@ -6,23 +6,8 @@ on: verl resumes from its checkpoint, the log and the metrics are continued; a r
 """
 
 from gcpo.tools.launch.command import launch, main
-from gcpo.tools.launch.leftovers import LAUNCH_VARIABLE, LaunchRecord
-from gcpo.tools.launch.log import LOG_FILE, error_summary
-from gcpo.tools.launch.metrics import MetricsTail, join_metrics, keep_earlier_metrics
-from gcpo.tools.launch.state import STATE_FILE, LaunchError, RunState, settings_that_differ
+from gcpo.tools.launch.leftovers import LAUNCH_VARIABLE, LaunchError
+from gcpo.tools.launch.log import LOG_FILE
+from gcpo.tools.launch.state import STATE_FILE, RunState
 
-__all__ = [
-    "LAUNCH_VARIABLE",
-    "LOG_FILE",
-    "STATE_FILE",
-    "LaunchError",
-    "LaunchRecord",
-    "MetricsTail",
-    "RunState",
-    "error_summary",
-    "join_metrics",
-    "keep_earlier_metrics",
-    "launch",
-    "main",
-    "settings_that_differ",
-]
+__all__ = ["LAUNCH_VARIABLE", "LOG_FILE", "STATE_FILE", "LaunchError", "RunState", "launch", "main"]

@@ -1,7 +1,5 @@
 """``python -m gcpo.tools.launch``."""
 
-import sys
-
 from gcpo.tools.launch.command import main
 
-sys.exit(main())
+raise SystemExit(main())

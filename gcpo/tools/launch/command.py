@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gcpo.files import is_disk_full, sole_user, why
+from gcpo.tools import report
 from gcpo.tools.display import Display, duration, say
 from gcpo.tools.launch import leftovers
-from gcpo.tools.launch.log import LOG_FILE
+from gcpo.tools.launch.leftovers import LaunchError
+from gcpo.tools.launch.log import LOG_FILE, error_summary
 from gcpo.tools.launch.metrics import join_metrics, keep_earlier_metrics
 from gcpo.tools.launch.run import Launcher
-from gcpo.tools.launch.state import STATE_FILE, LaunchError, RunState, settings_that_differ, wanted_steps
+from gcpo.tools.launch.state import STATE_FILE, RunState, settings_that_differ, wanted_steps
 from gcpo.tools.metrics import METRICS_FILE, read_metrics
 
 
@@ -34,8 +36,6 @@ def launch(command: Sequence[str], directory: Path, *, resume_changed: bool = Fa
             return _launch(command, directory, resume_changed=resume_changed)
     except BlockingIOError as error:
         raise LaunchError(f"a run is going on in {directory}; wait for it or give another --output") from error
-    except leftovers.LeftoverError as error:
-        raise LaunchError(str(error)) from error
     except OSError as error:
         advice = "; make room and start the same command again" if is_disk_full(error) else ""
         raise LaunchError(f"can't write into {directory}: {why(error)}{advice}") from error
@@ -44,17 +44,13 @@ def launch(command: Sequence[str], directory: Path, *, resume_changed: bool = Fa
 def _launch(command: Sequence[str], directory: Path, *, resume_changed: bool) -> int:
     before = RunState.load(directory)
     if before and before.launch:
-        sentence = leftovers.clear(before.launch, before.status == "running")
-        if sentence:
+        if sentence := leftovers.clear(before.launch, before.status == "running"):
             say(sentence)
     if before and before.status != "new" and _is_complete(before, command, directory, resume_changed):
         return 0
     keep_earlier_metrics(directory)
-    state = RunState(list(command), "running")
-    if before:
-        state.starts, state.seconds = before.starts, before.seconds
-    state.starts += 1
-    return _run(state, directory)
+    starts, seconds = (before.starts, before.seconds) if before else (0, 0.0)
+    return _run(RunState(list(command), "running", starts + 1, seconds), directory)
 
 
 def _is_complete(before: RunState, command: Sequence[str], directory: Path, resume_changed: bool) -> bool:
@@ -119,7 +115,7 @@ def _conclude(launcher: Launcher, took: str) -> int:
         say(f"stopped after {took}{at}; the same command goes on from the checkpoint")
         code = 128 + (launcher.stopped_by or 0)
     else:
-        lines = [f"\nerror: the run failed after {took} with exit code {code}:", *launcher.errors()]
+        lines = [f"\nerror: the run failed after {took} with exit code {code}:", *error_summary(list(launcher.output))]
         say("\n  ".join(lines), sys.stderr)
         say(f"full log: {launcher.directory / LOG_FILE}", sys.stderr)
     return code
@@ -132,18 +128,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own, command = own[:start], own[start + 1 :]
     parser = argparse.ArgumentParser(
         prog="python -m gcpo.tools.launch",
-        usage="python -m gcpo.tools.launch --output DIR [--resume-changed] -- COMMAND...",
+        usage="python -m gcpo.tools.launch --output DIR [--resume-changed] [--report] -- COMMAND...",
         description="Runs a training command so that a person can follow it.",
     )
     parser.add_argument("--output", type=Path, required=True, help="directory of the run: log, metrics, curves")
     parser.add_argument(
         "--resume-changed", action="store_true", help="go on from a checkpoint that was made with other settings"
     )
+    parser.add_argument("--report", action="store_true", help="then print the report of the run, if it is complete")
     options = parser.parse_args(own)
     if not command:
         parser.error("give the training command after --")
     try:
-        return launch(command, options.output, resume_changed=options.resume_changed)
+        code = launch(command, options.output, resume_changed=options.resume_changed)
     except LaunchError as error:
         say(f"error: {error}", sys.stderr)
         return 2
+    return report.main([str(options.output)]) if options.report and code == 0 else code

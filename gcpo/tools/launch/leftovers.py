@@ -31,8 +31,21 @@ _SEGMENT = re.compile(
 _SESSION_ARGUMENT = re.compile(r"--session[-_]dir=(/.*/session_\d{4}-\d\d-\d\d_[\d_-]+)$")
 
 
-class LeftoverError(Exception):
-    """A process of an earlier start that cannot be ended; the message is one sentence for the user."""
+class LaunchError(Exception):
+    """A command that can't be started; the message is one sentence for the user."""
+
+
+class LeftoverError(LaunchError):
+    """A process of an earlier start that cannot be ended."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        owner = "?"
+        with contextlib.suppress(psutil.Error):
+            owner = process.username()
+        super().__init__(
+            f"process {process.pid} (user {owner}) of the last start is still running and cannot be ended from here; "
+            "end it, then start the same command again"
+        )
 
 
 @dataclass
@@ -111,18 +124,8 @@ def end(launch_id: str, patience: float = 10.0) -> int:
             time.sleep(0.1)
             remaining = processes(launch_id)
     if remaining:
-        raise LeftoverError(_still_there(remaining[0]))
+        raise LeftoverError(remaining[0])
     return count
-
-
-def _still_there(process: psutil.Process) -> str:
-    owner = "?"
-    with contextlib.suppress(psutil.Error):
-        owner = process.username()
-    return (
-        f"process {process.pid} (user {owner}) of the last start is still running and cannot be ended from here; "
-        "end it, then start the same command again"
-    )
 
 
 # ---- shared memory and Ray's session ---------------------------------------------------------------------------------
@@ -191,7 +194,8 @@ def clear(record: LaunchRecord, was_running: bool) -> str | None:
         return sentence if was_running else None
     record.update()
     count = end(record.id)
-    _check_command(record)
+    if record.pid is not None and record.created is not None:
+        _refuse_beside(record.pid, record.created)
     parts = [f"ended {count} process{'es' if count > 1 else ''}"] if count else []
     if removed := remove_segments(record.segments):
         parts.append(f"removed {removed} shared-memory segment{'s' if removed > 1 else ''}")
@@ -200,10 +204,9 @@ def clear(record: LaunchRecord, was_running: bool) -> str | None:
     return f"the last start was not ended in order: {', '.join(parts)}" if parts else None
 
 
-def _check_command(record: LaunchRecord) -> None:
+def _refuse_beside(pid: int, created: float) -> None:
     """Refuse to start beside the command of an earlier start; its environment cannot be read by other users."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(record.pid) if record.pid and record.created else None
-        same = process is not None and abs(process.create_time() - (record.created or 0.0)) < 1.0
-        if process is not None and same and process.status() != psutil.STATUS_ZOMBIE:
-            raise LeftoverError(_still_there(process))
+        process = psutil.Process(pid)
+        if abs(process.create_time() - created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE:
+            raise LeftoverError(process)

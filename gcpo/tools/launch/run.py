@@ -22,10 +22,10 @@ from gcpo.files import why
 from gcpo.notices import MARK, TOTAL_STEPS
 from gcpo.tools.display import Display
 from gcpo.tools.launch import leftovers
-from gcpo.tools.launch.leftovers import LAUNCH_VARIABLE, LaunchRecord
-from gcpo.tools.launch.log import LOG_FILE, Log, error_summary, lines_of
+from gcpo.tools.launch.leftovers import LAUNCH_VARIABLE, LaunchError, LaunchRecord
+from gcpo.tools.launch.log import LOG_FILE, Log, lines_of
 from gcpo.tools.launch.metrics import MetricsTail
-from gcpo.tools.launch.state import STATE_FILE, LaunchError, RunState, wanted_steps
+from gcpo.tools.launch.state import STATE_FILE, RunState, wanted_steps
 from gcpo.tools.metrics import METRICS_FILE, step_line
 
 GRACE_SECONDS = 30.0
@@ -39,17 +39,13 @@ class Launcher:
     """One start of a training command.
 
     Attributes:
+        output: the last lines that the command printed.
         step: the last one that has metrics.
         stopped_by: the last signal that was passed on, None where there was none.
     """
 
     def __init__(self, state: RunState, directory: Path, display: Display) -> None:
-        """
-        Args:
-            state: of the run; the record of this start is put into it, and saved whenever it changes.
-            directory: of the run.
-            display: shows progress.
-        """
+        """Nothing is started yet; the record of this start is put into ``state``, and saved whenever it changes."""
         self.state, self.directory, self.display = state, directory, display
         self.record = state.launch = LaunchRecord(uuid.uuid4().hex)
         self.step = 0
@@ -57,8 +53,8 @@ class Launcher:
         self._total = wanted_steps(state.command)
         self._phase = "starting"
         self._tail = MetricsTail(directory / METRICS_FILE)
-        self._output: deque[str] = deque(maxlen=20_000)
-        self._sentences: list[str] = []  # for the user, each once
+        self.output: deque[str] = deque(maxlen=20_000)
+        self._sentences: dict[str, None] = {}  # for the user, each once
         self._said = 0
         self._stop_times: list[float] = []
         self._pressure = 0
@@ -117,21 +113,15 @@ class Launcher:
         self._save()
         return process
 
-    def errors(self) -> list[str]:
-        """Why the command failed."""
-        return error_summary(list(self._output))
-
     def _read_output(self, process: subprocess.Popen[bytes], log: Log) -> None:
         assert process.stdout is not None
         for line in lines_of(process.stdout):
             log.write(line)
-            self._output.append(line)
-            for sentence in (line.partition(MARK)[2], log.problem):
-                if sentence and sentence not in self._sentences:
-                    self._sentences.append(sentence)
+            self.output.append(line)
+            self._sentences |= dict.fromkeys(filter(None, (line.partition(MARK)[2], log.problem)))
 
     def _show(self) -> None:
-        for sentence in self._sentences[self._said :]:
+        for sentence in list(self._sentences)[self._said :]:
             self.display.note(sentence)
             self._said += 1
         for step, metrics in self._tail.read():
@@ -143,7 +133,7 @@ class Launcher:
         if self._phase == "training" and self._total is not None and self.step >= self._total:
             self._phase = "finishing"
         if self._phase == "starting":
-            self.display.refresh(self._phase, self._output[-1] if self._output else "")
+            self.display.refresh(self._phase, self.output[-1] if self.output else "")
         else:
             self.display.refresh(self._phase, f"step {self.step}", self.step, self._total)
 
@@ -157,9 +147,7 @@ class Launcher:
         try:
             self.state.save(self.directory)
         except OSError as error:
-            sentence = f"{self.directory / STATE_FILE} cannot be written ({why(error)}); the run goes on"
-            if sentence not in self._sentences:
-                self._sentences.append(sentence)
+            self._sentences[f"{self.directory / STATE_FILE} cannot be written ({why(error)}); the run goes on"] = None
 
     # ---- signals -----------------------------------------------------------------------------------------------------
 

@@ -12,21 +12,9 @@ from gcpo.tools.launch.leftovers import LaunchRecord
 
 STATE_FILE = "run.json"
 
-MAY_CHANGE = (
-    "trainer.total_training_steps",
-    "trainer.total_epochs",
-    "trainer.save_freq",
-    "trainer.test_freq",
-    "trainer.logger",
-    "trainer.resume_mode",
-    "trainer.resume_from_path",
-    "ray_kwargs.",
-)
+_LENGTH = ("trainer.total_training_steps", "trainer.total_epochs", "trainer.save_freq", "trainer.test_freq")
+MAY_CHANGE = (*_LENGTH, "trainer.logger", "trainer.resume_mode", "trainer.resume_from_path", "ray_kwargs.")
 """Settings that a run may have other values of when it goes on."""
-
-
-class LaunchError(Exception):
-    """A command that can't be started; the message is one sentence for the user."""
 
 
 @dataclass
