@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from gcpo.methods.gcpo.draws import ColliderSampler, GroupResult
 from gcpo.collider.plan import LeaveOneOutPlan, leave_one_out_plan
 from gcpo.collider.prompts import CandidatePrompts, GroupPrompts
+from gcpo.methods.gcpo.draws import ColliderSampler, GroupResult
 from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.scoring import PrefixForest
 from gcpo.scoring.attention import tree_attention_on
