@@ -75,14 +75,9 @@ def run(options: argparse.Namespace) -> None:
     output = options.output or Path("outputs/evaluation") / model.name
 
     def start(log: Path) -> Sampler:
-        return vllm_sampler(
-            model,
-            log,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_model_len=max(len(ids) + rooms[question] for question, ids in prompts.ids.items()),
-            tensor_parallel_size=options.gpus,
-        )
+        longest = max(len(ids) + rooms[question] for question, ids in prompts.ids.items())
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+        return vllm_sampler(model, log, **sampling, max_model_len=longest, tensor_parallel_size=options.gpus)
 
     sandbox = {"sandbox": options.sandbox, "sandbox_fusion_url": options.sandbox_fusion_url}
     results = evaluate(model, sets, prompts, settings, output, start, sandbox)

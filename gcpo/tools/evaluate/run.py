@@ -92,7 +92,8 @@ def evaluate(
         By set, what was found for every question, from its first ``settings.samples`` samples.
 
     Raises:
-        EvaluationError: ``output`` holds other samples, or can't be written, or no sandbox for programs works here.
+        EvaluationError: ``output`` holds other samples, or can't be written, or the samples can't be graded here, for
+            example since no sandbox for programs works.
     """
     sandbox = dict(sandbox or {})
     _check_sandbox(sets, sandbox)
@@ -112,7 +113,7 @@ def evaluate(
                 _sample_set(found, files[found.name], missing[found.name], settings, sampler, sandbox)
         else:
             print("every sample is there: nothing to generate")
-        results = {found.name: sum_up(found, files[found.name], settings.samples) for found in sets}
+        results = {found.name: _sum_up(found, files[found.name], settings.samples) for found in sets}
         _write_results(output, results)
     return results
 
@@ -141,18 +142,16 @@ def _sample_set(
     if not requests:
         return
     questions = {question.id: question for question in found.questions}
-    seeds = {request.key: request.seed for request in requests}
+    requested = {request.key: request for request in requests}
     wanted = [(question.id, index) for question in found.questions for index in range(settings.samples)]
     progress = Progress(found.name, len(wanted), [file.samples[key] for key in wanted if key in file.samples])
     try:
         for completions in sampler(requests):
             asked = [questions[completion.key.rpartition(":")[0]] for completion in completions]
-            scores = grade(asked, completions, sandbox)
+            scores = _grade(asked, completions, sandbox)
+            parts = zip(asked, completions, scores, strict=True)
             progress.update(
-                file.append(
-                    _line(question, completion, seeds[completion.key], score)
-                    for question, completion, score in zip(asked, completions, scores, strict=True)
-                )
+                file.append(_line(one, made, requested[made.key].seed, score) for one, made, score in parts)
             )
     finally:
         progress.display.close()
@@ -188,14 +187,10 @@ def _check_sandbox(sets: Sequence[QuestionSet], sandbox: Mapping[str, Any]) -> N
         raise EvaluationError(str(error)) from error
 
 
-def grade(
-    questions: Sequence[Question], completions: Sequence[Completion], sandbox: Mapping[str, Any] | None = None
+def _grade(
+    questions: Sequence[Question], completions: Sequence[Completion], sandbox: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Grade samples with the reward function of training.
-
-    Raises:
-        EvaluationError: nothing can be graded here, for example since programs can't be confined.
-    """
+    """The scores of the reward function of training."""
     from gcpo.rewards import GraderError, grade_many
 
     try:
@@ -204,24 +199,20 @@ def grade(
             [question.ground_truth for question in questions],
             [question.data_source for question in questions],
             [question.extra_info for question in questions],
-            **(sandbox or {}),
+            **sandbox,
         )
     except GraderError as error:
         raise EvaluationError(str(error)) from error
 
 
-def sum_up(found: QuestionSet, file: SampleFile, samples: int) -> list[metrics.Question]:
-    """What was found for every question, from its first ``samples`` samples."""
+def _sum_up(found: QuestionSet, file: SampleFile, samples: int) -> list[metrics.Question]:
     from gcpo.rewards import same_answer
 
-    return [
-        metrics.of_question(
-            question.id,
-            [file.samples[question.id, index] for index in range(samples)],
-            same_answer if question.has_answer else None,
-        )
-        for question in found.questions
-    ]
+    def of(question: Question) -> metrics.Question:
+        first = [file.samples[question.id, index] for index in range(samples)]
+        return metrics.of_question(question.id, first, same_answer if question.has_answer else None)
+
+    return list(map(of, found.questions))
 
 
 # ---- results -------------------------------------------------------------------------------------------------------

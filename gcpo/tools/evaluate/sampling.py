@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -75,8 +76,7 @@ def make_prompts(model: Model, sets: Sequence[QuestionSet]) -> Prompts:
         config = AutoConfig.from_pretrained(model.path)
         tokenizer = AutoTokenizer.from_pretrained(model.path)
     except Exception as error:  # OSError, ValueError, the hub's own errors, whatever remote files hold
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"the model {model.path} can't be loaded: {reason}") from error
+        raise EvaluationError(f"the model {model.path} can't be loaded: {_reason(error)}") from error
     if not tokenizer.chat_template:
         raise EvaluationError(f"the model {model.path} has no chat template, and the questions are chats")
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -94,9 +94,7 @@ def make_prompts(model: Model, sets: Sequence[QuestionSet]) -> Prompts:
     return prompts
 
 
-def vllm_sampler(
-    model: Model, log: Path, *, temperature: float, top_p: float, max_model_len: int, tensor_parallel_size: int = 1
-) -> Sampler:
+def vllm_sampler(model: Model, log: Path, *, temperature: float, top_p: float, **engine_options: Any) -> Sampler:
     """Start vLLM with the model.
 
     Args:
@@ -104,50 +102,25 @@ def vllm_sampler(
         log: what vLLM and its processes print is added to this file.
         temperature: 0 is greedy.
         top_p: smallest set of tokens with this probability.
-        max_model_len: longest prompt with its response, in tokens.
-        tensor_parallel_size: GPUs that the model is spread over.
+        engine_options: of ``vllm.LLM``: ``max_model_len`` in tokens, ``tensor_parallel_size`` in GPUs.
 
     Raises:
         EvaluationError: vLLM can't load it.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from gcpo.cpu import is_cpu_profile
+    engine = _load(model, log, engine_options).llm_engine
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    settings: dict[str, Any] = {}
-    if is_cpu_profile():
-        # A CPU generator can't be rewound, as vLLM does with that of a seeded request whose prompt it chunks.
-        settings = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
-    try:
-        with _printing_into(log):
-            from vllm import LLM, SamplingParams
-            from vllm.sampling_params import RequestOutputKind
-
-            llm = LLM(
-                model=model.path, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size, **settings
-            )
-    except Exception as error:  # whatever the engine's processes die of
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"vLLM can't load {model.path}: {reason} (all of it is in {log})") from error
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # from here on this process prints to the terminal again
-    engine = llm.llm_engine
-
-    def add(request: Request) -> None:
-        # The model's generation_config.json says nothing here: what isn't set is off, as in training.
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=request.max_tokens,
-            seed=request.seed,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        engine.add_request(request.key, {"prompt_token_ids": request.prompt_ids}, params)
+    # The model's generation_config.json says nothing here: what isn't set is off, as in training.
+    fixed = {"temperature": temperature, "top_p": top_p, "output_kind": RequestOutputKind.FINAL_ONLY}
 
     def sample(requests: Sequence[Request]) -> Iterator[list[Completion]]:
         rest = iter(requests)
         waiting = 0
         while True:
-            while waiting < WAITING and (request := next(rest, None)) is not None:
-                add(request)
+            for request in itertools.islice(rest, WAITING - waiting):
+                params = SamplingParams(max_tokens=request.max_tokens, seed=request.seed, **fixed)
+                engine.add_request(request.key, {"prompt_token_ids": request.prompt_ids}, params)
                 waiting += 1
             if not waiting:
                 return
@@ -160,6 +133,28 @@ def vllm_sampler(
                 yield [_completion(output) for output in finished]
 
     return sample
+
+
+def _load(model: Model, log: Path, options: dict[str, Any]) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from gcpo.cpu import is_cpu_profile
+
+    if is_cpu_profile():
+        # A CPU generator can't be rewound, as vLLM does with that of a seeded request whose prompt it chunks.
+        options = {**options, "dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+    try:
+        with _printing_into(log):
+            from vllm import LLM
+
+            engine = LLM(model=model.path, **options)
+    except Exception as error:  # whatever the engine's processes die of
+        raise EvaluationError(f"vLLM can't load {model.path}: {_reason(error)} (all of it is in {log})") from error
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # from here on this process prints to the terminal again
+    return engine
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
