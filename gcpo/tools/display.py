@@ -79,9 +79,9 @@ class Display:
             completed: steps or samples that are done.
             total: how many there will be, None where that is not known.
         """
-        text = f"{phase}: {detail}" if detail else phase
+        text = f"{phase}: {detail}"[:100] if detail else phase
         if self.is_live:
-            self.bar.update(self._task, description=text[:100], completed=completed, total=total)
+            self.bar.update(self._task, description=text, completed=completed, total=total)
             self._try(self.bar.refresh)
         elif phase != self._phase:
             self.note(phase)

@@ -197,7 +197,7 @@ def test_notices_are_shown_once_and_the_last_line_while_it_starts(fake, capfd, m
     monkeypatch.setattr(display, "HEARTBEAT_SECONDS", 0.5)
     code = (
         "import time\nfor i in range(2): print('(TaskRunnerV1 pid=7) WARNING:x:gcpo notice: step_4 is rejected')\n"
-        "print('loading the model', flush=True); time.sleep(2)"
+        "print('(TaskRunnerV1 pid=7)   loading   the model', flush=True); time.sleep(2)"
     )
     assert launch.launch([sys.executable, "-c", code], output) == 0
     shown = capfd.readouterr().out

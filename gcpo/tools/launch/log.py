@@ -31,6 +31,11 @@ def lines_of(stream: IO[bytes]) -> Iterator[str]:
         yield _ANSI.sub("", line).rstrip("\n")
 
 
+def without_prefix(line: str) -> str:
+    """The line without the name that Ray puts in front, and with single spaces."""
+    return " ".join(_RAY_PREFIX.sub("", line).split())
+
+
 class Log:
     """A file to which lines are appended. A line that cannot be written is counted, and the next one is tried.
 

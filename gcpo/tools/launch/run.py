@@ -23,7 +23,7 @@ from gcpo.notices import MARK, TOTAL_STEPS
 from gcpo.tools.display import Display
 from gcpo.tools.launch import leftovers
 from gcpo.tools.launch.leftovers import LAUNCH_VARIABLE, LaunchError, LaunchRecord
-from gcpo.tools.launch.log import LOG_FILE, Log, lines_of
+from gcpo.tools.launch.log import LOG_FILE, Log, lines_of, without_prefix
 from gcpo.tools.launch.metrics import MetricsTail
 from gcpo.tools.launch.state import STATE_FILE, RunState, wanted_steps
 from gcpo.tools.metrics import METRICS_FILE, step_line
@@ -133,7 +133,7 @@ class Launcher:
         if self._phase == "training" and self._total is not None and self.step >= self._total:
             self._phase = "finishing"
         if self._phase == "starting":
-            self.display.refresh(self._phase, self.output[-1] if self.output else "")
+            self.display.refresh(self._phase, without_prefix(self.output[-1]) if self.output else "")
         else:
             self.display.refresh(self._phase, f"step {self.step}", self.step, self._total)
 
