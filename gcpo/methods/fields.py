@@ -44,6 +44,10 @@ class Field(str):
         field.meaning = meaning
         return field
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """Travels to another process as its name; TransferQueue and Ray pickle the names of fields."""
+        return str, (str(self),)
+
     def check(self, value: Any) -> Any:
         """``value`` of one row, if it is what this field declares.
 
