@@ -295,12 +295,12 @@ def test_time_left_leaves_the_warm_up_out(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     now = [0.0]
     shown, screen = on_terminal(monkeypatch, lambda: now[0])
-    for step, moment in ((4, 30.0), (5, 60.0), (6, 90.0), (7, 120.0)):
+    for step, moment in ((4, 600.0), (5, 640.0), (6, 700.0), (7, 750.0)):
         now[0] = moment
         shown.refresh("training", f"step {step}", step, 10)
-    # The first step of this start took as long as the run that it goes on from, and the steps took 30 seconds each.
-    assert shown.bar.tasks[0].time_remaining == 90
-    assert "training: step 7" in screen.getvalue() and "7/10" in screen.getvalue() and "0:01:30" in screen.getvalue()
+    # The run went on from step 3; its first step warmed up for ten minutes, and the others took 50 seconds each.
+    assert shown.bar.tasks[0].time_remaining == 150
+    assert "training: step 7" in screen.getvalue() and "7/10" in screen.getvalue() and "0:02:30" in screen.getvalue()
     shown.close()
 
 
