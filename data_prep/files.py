@@ -103,8 +103,9 @@ def read_file(path: Path, used: Callable[[Iterable[str]], list[str]] = list) -> 
 
     try:
         if path.name.endswith(".parquet"):
-            names = pq.read_schema(path).names
-            return pq.read_table(path, columns=used(names), partitioning=None), set(names)
+            with pq.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                return file.read(columns=used(names)), set(names)
         data = path.read_bytes()
         if path.name.endswith(".gz"):
             data = gzip.decompress(data)

@@ -107,11 +107,12 @@ def main() -> None:
 
     logging.disable(logging.CRITICAL)  # math-verify warns that it has no time limit
     config = LatexExtractionConfig(boxed_match_priority=0)
+    no_limit: Any = None  # declared as a number
     replies.write(b"r")
     for answer in answers:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signal ends this process
         try:
-            read = parse(f"\\boxed{{{answer}}}", [config], fallback_mode="no_fallback", parsing_timeout=None)
+            read = parse(f"\\boxed{{{answer}}}", [config], fallback_mode="no_fallback", parsing_timeout=no_limit)
         except Exception:  # sympy raises many kinds of errors on what it cannot read
             read = []
         signal.setitimer(signal.ITIMER_PROF, 0)

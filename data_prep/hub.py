@@ -96,16 +96,16 @@ def _commit(name: str, revision: str | None) -> str | None:
 @contextlib.contextmanager
 def _cache_only(wanted: bool) -> Iterator[None]:
     """Switch the libraries offline: otherwise they retry for half a minute although the hub does not answer."""
-    import datasets
     import huggingface_hub
+    from datasets import config
 
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    before = config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
     if wanted:
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+        config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _one_split(splits: Any, hub: Hub) -> Any:

@@ -107,7 +107,7 @@ def work_out(
     last = len(question.columns) - 1
     for column, (a, b) in enumerate(question.columns):
         carries.append(keeps(column) if carry else None)
-        kept = int(carry and carries[-1])
+        kept = int(bool(carries[-1]))
         if adds:
             result = min(max(a + b + kept + slips(column), 0), 19)
             steps.append(f"{a}+{b}{'+1' * kept}={result}")

@@ -57,9 +57,10 @@ def make_tokenizer(recipe: Recipe) -> Any:
         ),
     )
     model = json.loads(raw.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in model["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        merges=merges,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
@@ -116,7 +117,7 @@ def train(recipe: Recipe, tokenizer: Any, model: Any, excluded: set[tuple[str, i
     mixed = make_batches(plain[first:], recipe.batch_tokens, rng)
     mixed += make_batches(candidates, recipe.batch_tokens, rng)
     rng.shuffle(mixed)
-    batches = make_batches(plain[:first], recipe.batch_tokens, rng) + mixed
+    batches: Any = make_batches(plain[:first], recipe.batch_tokens, rng) + mixed
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,
