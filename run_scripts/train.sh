@@ -180,5 +180,4 @@ if [ -n "$DRY_RUN" ]; then
     PYTHONWARNINGS=ignore exec "${COMMAND[@]}" --cfg job --resolve
 fi
 # One process that replaces this one: a signal to the script reaches the launcher, which ends the run in order.
-START='import sys; from gcpo.tools import launch, report; sys.exit(launch.main(sys.argv[1:]) or report.main([sys.argv[2]]))'
-exec "$PY" -c "$START" --output "$OUTPUT" "${LAUNCH[@]}" -- "${COMMAND[@]}"
+exec "$PY" -m gcpo.tools.launch --report --output "$OUTPUT" "${LAUNCH[@]}" -- "${COMMAND[@]}"

@@ -28,7 +28,6 @@ RUNS = [
 ]
 MATH_SETS = ["aime24", "aime25", "amc23", "math500", "minerva"]
 EXPERIMENTS = ROOT / "gcpo" / "config" / "experiment"
-START = "from gcpo.tools import launch, report; "
 
 
 class Sandbox:
@@ -148,7 +147,7 @@ def test_quickstart(sandbox):
     data, model, train = sandbox.calls
     assert data == "-m examples.arithmetic.task --output data/arithmetic"
     assert model == "-m examples.arithmetic.warm_start --data data/arithmetic --output models/arithmetic-warm"
-    assert train.startswith(f"-c import sys; {START}") and f" --output {output} -- " in train
+    assert train.startswith(f"-m gcpo.tools.launch --report --output {output} -- ")
     assert "-m recipe.gcpo.main_gcpo --config-name gcpo_quickstart " in train
     assert f"trainer.default_local_dir={output}/checkpoints" in train
     assert train.endswith(
@@ -184,7 +183,7 @@ def test_a_signal_to_the_script_reaches_the_launcher(sandbox):
     """The chain of scripts has become the launcher, so nobody is left who could swallow the signal."""
     sandbox.program(
         sandbox.folder / "venv" / "bin" / "python",
-        f'[ "$1" = -c ] || exit 0; trap "echo told >> {sandbox.calls_file}; exit 143" TERM; '
+        f'[ "$2" = gcpo.tools.launch ] || exit 0; trap "echo told >> {sandbox.calls_file}; exit 143" TERM; '
         f"echo launcher >> {sandbox.calls_file}; for i in {{1..300}}; do sleep 0.1; done",
     )
     process = sandbox.start("quickstart.sh", "--output", str(sandbox.folder / "o"))
@@ -195,19 +194,19 @@ def test_a_signal_to_the_script_reaches_the_launcher(sandbox):
 
 
 def test_of_two_starts_the_second_prepares_nothing(sandbox, tiny_folder):
-    """Neither while the first one prepares (python -m data_prep) nor while it trains (python -c)."""
+    """Neither while the first one prepares nor while it trains."""
     sandbox.program(
         sandbox.folder / "venv" / "bin" / "python",
-        f'echo "$1" >> {sandbox.calls_file}; for i in {{1..300}}; do [ -e {sandbox.folder}/go$1 ] || sleep 0.1; done',
+        f'echo "$2" >> {sandbox.calls_file}; for i in {{1..300}}; do [ -e {sandbox.folder}/go-$2 ] || sleep 0.1; done',
     )
     arguments = ("gcpo_deepscaler.sh", "--output", str(sandbox.folder / "o"), "--model", "tiny", "--data", "my/set")
     first = sandbox.start(*arguments)
-    for calls in (["-m"], ["-m", "-c"]):
+    for calls in (["data_prep"], ["data_prep", "gcpo.tools.launch"]):
         wait_for(lambda calls=calls: sandbox.calls == calls)
         second = sandbox.run(*arguments)
         sentence = f"error: a run is going on in {sandbox.folder}/o; wait for it or give another --output\n"
         assert second.returncode == 2 and second.stderr == sentence and sandbox.calls == calls
-        (sandbox.folder / f"go{calls[-1]}").touch()
+        (sandbox.folder / f"go-{calls[-1]}").touch()
     first.communicate()
     assert first.returncode == 0 and sandbox.run(*arguments).returncode == 0
 
@@ -396,7 +395,7 @@ def test_gc2po_runs_are_accepted(sandbox, recipe_config, tiny_model, monkeypatch
     assert done.returncode == 0, done.stderr
     assert " -m recipe.gcpo.main_gcpo --config-name gc2po_trainer " in sandbox.calls[-1]
     config = recipe_config(*sandbox.overrides(), name="gc2po_trainer")
-    assert check_gc2po_run(config).form == "hidden_state" and config.data.episode_prompt
+    assert check_gc2po_run(config).intervention == "hidden_state" and config.data.episode_prompt
 
 
 def test_dry_run_resolves_the_configuration(sandbox):
