@@ -214,8 +214,8 @@ def doctor() -> int:
 def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``gcpo cost``."""
     parser.description = (
-        "What a training step takes in tokens generated, prefilled, scored and trained on, for GRPO and every preset "
-        "of GCPO, and the expected ratio of a step."
+        "The tokens that a training step generates, prefills, scores and trains on, for GRPO and the configured "
+        "method (of GCPO for every preset), and the expected ratio of a step."
     )
     parser.usage = "gcpo cost [options] [KEY=VALUE ...]"
     parser.epilog = "KEY=VALUE: overrides of the configuration, as the run scripts pass them."
@@ -230,10 +230,9 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--response", type=float, help="of a response, and of what is not given below")
     lengths.add_argument("--collider", type=float, help="of a collider draw")
     lengths.add_argument("--regenerated", type=float, help="of a regenerated response")
-    lengths.add_argument("--spread", type=float, help="standard deviation inside a group over the mean")
     lengths.add_argument("--alike", type=float, help="with which two answers to one question begin in common")
+    parser.add_argument("--episodes", type=float, help="episodes of a response (default: those of the log, else 8)")
     parser.add_argument("--equal-rewards", type=float, help="share of the groups whose rewards are all equal")
-    parser.add_argument("--tokenizer", help="local folder, for the fixed texts (default: the model's, if it is one)")
     parser.add_argument(
         "--weight",
         action="append",
@@ -241,9 +240,7 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=NUMBER",
         help="cost of a token that is generated, prefilled, forward or backward (default: 8, 1, 1, 2)",
     )
-    parser.add_argument("--groups", type=int, default=64, help="groups that are simulated (default: 64)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--groups", type=int, default=32, help="groups that are simulated (default: 32)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "doctor":
         return doctor()
     if options.command == "cost":
-        from gcpo.tools.cost_report import cost
+        from gcpo.tools.cost.command import cost
 
         return cost(options)
     parser.print_help()
