@@ -58,7 +58,8 @@ def run_config(log: Path) -> DictConfig:
     path = log.parent / "hydra" / ".hydra" / "config.yaml"
     if not path.is_file():
         raise CostError(f"{path} is missing, so the run's configuration is not known; give its overrides as arguments")
-    return OmegaConf.load(path)
+    config: Any = OmegaConf.load(path)
+    return config
 
 
 def step_of(config: DictConfig) -> Step:
@@ -86,7 +87,8 @@ def variants(config: DictConfig, run: Run) -> tuple[str, dict[str, Method], list
     if mode not in method_names():
         known = ", ".join(method_names())
         raise CostError(f"the configuration trains with trainer.v1.trainer_mode={mode}; the cost model knows {known}")
-    method, raw = method_class(mode), OmegaConf.to_container(config[mode], resolve=True)
+    method = method_class(mode)
+    raw: Any = OmegaConf.to_container(config[mode], resolve=True)
     own = method.parse(raw, run)
     found, notes = {"grpo": Method(None, run)}, []
     if not isinstance(own, GCPOConfig):

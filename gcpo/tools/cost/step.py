@@ -6,7 +6,7 @@ Prompts, requests and packs are made by the code of the run. Only the texts are 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,14 +67,14 @@ class Server:
         common = lengths.common if lengths.common_draws is None else lengths.common_draws
         self.texts = Texts(common, lengths.draws.get(KINDS[0], lengths.response), simulation.rng)
         self.draws = 0
-        self._seen: list[np.ndarray] = []
+        self._seen: list[Any] = []
         self._last: tuple[Sequence[int], str] = ([], "")
 
     def cached(self, prompt: Sequence[int]) -> int:
         """Tokens of a prompt that are cached, in whole blocks and never the last token; then the prompt is cached."""
         shared, block = len(prompt), self.simulation.step.cache_block
         if prompt is not self._last[0]:
-            ids = np.asarray(prompt)
+            ids: Any = np.asarray(prompt)
             shared = max((common_prefix(ids, seen) for seen in self._seen), default=0)
             self._seen.append(ids)
             self._last = prompt, self._kind(ids)
@@ -112,7 +112,7 @@ class CountingEngine(Engine):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.counts: Counter[str] = Counter()
+        self.counts: defaultdict[str, float] = defaultdict(float)
 
     def scorer(self, layer: int, **options: Any) -> Scorer:
         """See `Engine.scorer`."""
@@ -149,7 +149,7 @@ class CountingEngine(Engine):
 
 @dataclass
 class Scorer:
-    """A scorer of a `CountingEngine`, which counts in its place."""
+    """A scorer of a `CountingEngine`, which counts the tokens; a method that reads the scorer's own counts finds 0."""
 
     answer: Callable[[Sequence[Any]], list[Any]]
     tokens = path_tokens = branch_tokens = unshared_tokens = 0
@@ -228,7 +228,7 @@ class Simulation:
             if mean > limit:
                 raise ValueError(f"the mean length {kind} is {mean:g}, and it is cut at {limit} tokens")
         self._lengths: dict[str, list[int]] = {kind: [] for kind in self.limits}
-        self._cut = Counter(dict.fromkeys(self.limits, 0.5))
+        self._cut = dict.fromkeys(self.limits, 0.5)
         means = drawn(lengths.response, lengths.group_spread, self.limits["response"], groups, self.rng)
         questions = drawn(lengths.question, lengths.spread, 1 << 30, groups, self.rng)
         self.groups = list(zip(questions, means, strict=True))

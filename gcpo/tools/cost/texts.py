@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -60,7 +60,9 @@ class Lengths:
     cut: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float | int)} | self.draws
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float | int)} | dict(
+            self.draws
+        )
         for name, value in numbers.items():
             least = 0 if "spread" in name or "common" in name or name == "equal_rewards" else 1
             if not (math.isfinite(value) and value >= least):
@@ -75,9 +77,13 @@ def drawn(mean: float, spread: float, limit: int, count: int, rng: np.random.Gen
     def surplus(scale: float) -> float:
         return np.clip(scale * shape, 1, limit).mean() - mean
 
-    lengths = np.clip(brentq(surplus, 1e-9, 1e9 * limit) * shape, 1, limit)
+    lengths = np.clip(_root(surplus, 1e-9, 1e9 * limit) * shape, 1, limit)
     # Rounded so that the running sum, and with it the mean, stays.
     return rng.permutation(np.diff(np.round(np.concatenate([[0.0], lengths.cumsum()])))).astype(int).tolist()
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    return float(brentq(function, low, high))  # pyright: ignore[reportArgumentType]
 
 
 class Texts:
@@ -97,7 +103,7 @@ class Texts:
         self.piece = max(1, round(common / PIECES))
         powers, wanted = np.arange(1, max(1, round(tokens / self.piece)) + 1), common / self.piece
         # The probability that two texts which went together still do one piece later.
-        together = 1.0 if wanted >= len(powers) else brentq(lambda p: (p**powers).sum() - wanted, 0.0, 1.0)
+        together = 1.0 if wanted >= len(powers) else _root(lambda p: (p**powers).sum() - wanted, 0.0, 1.0)
         self.fork = 2 * (1 - together)
         self._next: dict[tuple[int, bool], int] = {}
         self._forks: dict[int, bool] = {}
