@@ -89,6 +89,7 @@ def test_a_run_its_log_and_its_lines(fake, capfd):
     assert "\x1b" not in shown and "\r" not in shown
     assert "step 1/3  reward 0.100  2.0 s" in shown and "step 0/3  held-out 40.0 %" in shown
     assert "done after" in shown and "3 steps" in shown
+    assert shown.index("] step 0/3") < shown.index("] training\n") < shown.index("] step 1/3")
     log = (output / launch.LOG_FILE).read_text()
     assert "(TaskRunnerV1 pid=7) INFO:now:Total training steps: 3" in log and "\x1b" not in log
     assert list(read_metrics(output)) == [0, 1, 2, 3]

@@ -129,6 +129,7 @@ class Launcher:
             self._total = int(metrics.get(TOTAL_STEPS, self._total or 0)) or None
             if "training/global_step" in metrics and self._phase == "starting":
                 self._phase = "training"
+                self.display.refresh(self._phase)  # before the line of its first step
             self.display.note(step_line(step, metrics, self._total))
         if self._phase == "training" and self._total is not None and self.step >= self._total:
             self._phase = "finishing"
