@@ -28,7 +28,7 @@ fi
 PATH="$LINT/bin:$PATH"
 
 style() { ruff check . && ruff format --check .; }
-shell() { shellcheck --external-sources run_scripts/*.sh requirements/*.sh .ci/run; }
+shell() { shellcheck -P SCRIPTDIR --external-sources run_scripts/*.sh requirements/*.sh .ci/run; }
 yaml() { yamllint --strict gcpo/config .github .pre-commit-config.yaml CITATION.cff; }
 types() { basedpyright --pythonpath "$PY"; }
 layers() { lint-imports; }

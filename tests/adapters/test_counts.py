@@ -14,11 +14,11 @@ from verl.utils import tensordict_utils as tu
 from examples.arithmetic.warm_start import Recipe, make_tokenizer
 from gcpo.adapters.conditioned import conditioned_packs
 from gcpo.adapters.packed import packed_rows
-from gcpo.methods.gcpo.draws import ColliderSampler
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.methods.base import Run
 from gcpo.methods.fields import flat
 from gcpo.methods.fields import lengths as lengths_of
+from gcpo.methods.gcpo.draws import ColliderSampler
 from gcpo.methods.gcpo.method import GCPO
 from gcpo.methods.gcpo.rollout_metrics import rollout_metrics
 from gcpo.methods.gcpo.scoring import score_rows

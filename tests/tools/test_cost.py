@@ -220,11 +220,11 @@ def test_measured_gradient_norms() -> None:
     assert found["trained/measured"] == pytest.approx(2 * found["trained/plain"] / 10)
 
 
-@pytest.mark.parametrize(("form", "branch"), [("lm_head", 6), ("hidden_state", 9 * (1 + 6 + 2 * 2))])
-def test_gc2po(form: str, branch: int) -> None:
+@pytest.mark.parametrize(("intervention", "branch"), [("lm_head", 6), ("hidden_state", 9 * (1 + 6 + 2 * 2))])
+def test_gc2po(intervention: str, branch: int) -> None:
     """n = 2, two episodes: the answer prompt of 6 tokens behind each, for every perturbation and every answer."""
     run = Run(n=2, response_length=64, max_tokens=10_000)
-    method = GC2PO(GC2PO.parse({"form": form}, run), run)
+    method = GC2PO(GC2PO.parse({"intervention": intervention}, run), run)
     lengths = Lengths(12, 21, episodes=2)
     found = Simulation(method, Step(run, 3, cache_block=0), lengths, Tokenizer(), groups=4).run()
     assert found["scored"] == 3 * (12 + 2 * (20 + 2 * branch))
@@ -249,7 +249,10 @@ def test_costs() -> None:
         ({"response": 0.5}, "the length response is 0.5; it must be a number of at least 1"),
         ({"spread": float("nan")}, "the length spread is nan"),
         ({"draws": {"collider": -1}}, "the length collider is -1"),
-        ({"draws": {**LENGTHS.draws, "leave_one_out": 65}}, "the mean length leave_one_out is 65, and it is cut at 64 tokens"),
+        (
+            {"draws": {**LENGTHS.draws, "leave_one_out": 65}},
+            "the mean length leave_one_out is 65, and it is cut at 64 tokens",
+        ),
     ],
 )
 def test_lengths_that_cannot_be(changes: dict, message: str) -> None:

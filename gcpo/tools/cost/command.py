@@ -31,7 +31,7 @@ TOLERANCE = 0.05
 """A counter that is off by more is marked."""
 ROWS = (
     ("generated: responses", "generated/response"),
-    *zip(("  shared draws", "  leave-one-out draws", "  conditioned"), map("generated/{}".format, KINDS), strict=True),
+    *zip(("  shared draws", "  leave-one-out draws", "  regenerated"), map("generated/{}".format, KINDS), strict=True),
     ("prefilled: prompts", "prefilled"),
     ("  of them cached", "cached"),
     ("scored: old log-probs", "scored/old"),
@@ -39,7 +39,7 @@ ROWS = (
     ("  contexts, states", "scored"),
     ("  without sharing", "scored_unshared"),
     ("trained on: responses", "trained/plain"),
-    ("  conditioned", "trained/kappa_rows"),
+    ("  kappa rows", "trained/kappa_rows"),
     ("  without sharing", "trained/kappa_rows_unshared"),
     ("  gradient norms", "trained/measured"),
 )

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import gcpo.config
-from gcpo.methods.gcpo.draws import KINDS
 from gcpo.methods import method_class, method_names
 from gcpo.methods.base import Method, Run
+from gcpo.methods.gcpo.draws import KINDS
 from gcpo.methods.gcpo.settings import PRESETS, GCPOConfig
 from gcpo.settings import ConfigError
 from gcpo.tools.cost.step import Step
@@ -171,7 +171,7 @@ def assume(
             lengths = replace(lengths, draws=draws, spread=SPREAD, group_spread=SPREAD)
         else:
             notes.append("lengths that are not given are the longest that the configuration allows")
-    given = {kind: options.conditioned if kind == KINDS[2] else options.collider for kind in limits}
+    given = {kind: options.regenerated if kind == KINDS[2] else options.collider for kind in limits}
     changes: dict[str, Any] = {"draws": {**lengths.draws, **{k: v for k, v in given.items() if v is not None}}}
     for name, option in (("common", "alike"), *((n, n) for n in ("question", "response", "equal_rewards", "episodes"))):
         if getattr(options, option) is not None:

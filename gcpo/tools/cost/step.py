@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gcpo.methods.gcpo.draws import KINDS
 from gcpo.methods.base import Batch, Engine, Method, Run, SampledGroup, Sampling
 from gcpo.methods.fields import PROMPTS, RESPONSES, REWARD_MODEL, Field, split
 from gcpo.methods.gc2po.pack import EpisodeRequest, pack_requests
+from gcpo.methods.gcpo.draws import KINDS
 from gcpo.methods.gcpo.fields import CONTEXT_LENGTHS, CONTEXTS, KL_WEIGHT
 from gcpo.scoring import PrefixForest
 from gcpo.scoring.requests import Score, ScoreRequest
@@ -327,4 +327,4 @@ def draw_limits(settings: Any) -> dict[str, int]:
     collider = getattr(settings, "collider", None)
     if collider is None:
         return {}
-    return dict(zip(KINDS, (collider.max_tokens, collider.max_tokens, settings.conditioned.max_tokens), strict=True))
+    return dict(zip(KINDS, (collider.max_tokens, collider.max_tokens, settings.regenerated.max_tokens), strict=True))
