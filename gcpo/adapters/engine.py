@@ -1,10 +1,9 @@
-"""verl's FSDP engine with what GCPO and GC2PO ask of it.
+"""verl's FSDP engine with what methods ask of it.
 
-States: a forward-only batch with ``gcpo_layer`` yields the hidden state at ``state_index`` of every row.
-Packs: a micro-batch of ``gcpo.adapters.packed`` is one packed prefix tree; it yields the log-probabilities and states
-that its row asks for. In a row of ``gcpo.adapters.perturbed`` states are perturbed on the way.
-Conditioned pass: a training batch with ``gcpo`` runs forward and backward twice before the one optimizer step, on the
-plain rows and on the rows y_i under x_i, for the kappa term of Eq. 10.
+Packs: a micro-batch of `gcpo.adapters.scoring` is one packed row; it yields the log-probabilities and hidden states
+that its row asks for. In a row of `gcpo.adapters.perturbed` states are perturbed on the way.
+Term: an update whose method has a term of its own runs forward and backward twice before the one optimizer step, on
+verl's rows and on those of the term.
 """
 
 from __future__ import annotations
@@ -25,14 +24,15 @@ from verl.utils.torch_functional import logprobs_from_logits
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import _is_scalar_unit_temperature, _scale_logits_by_temperature
 
-from gcpo.adapters.conditioned import conditioned_batch, conditioned_packs
-from gcpo.adapters.losses import PARTS, causal_kl_loss, packed_causal_kl_loss
-from gcpo.adapters.packed import PackedRow, row_of
 from gcpo.adapters.perturbed import PerturbedRow
 from gcpo.adapters.probe import probe_trees
+from gcpo.adapters.scoring import row_of
 from gcpo.adapters.stability import StableEngine
+from gcpo.adapters.term import PART, term_pass, update_of
+from gcpo.methods.base import Term
 from gcpo.notices import notice
 from gcpo.scoring.attention import tree_attention_on, tree_problem
+from gcpo.scoring.rows import PackedRow
 
 logger = logging.getLogger(__name__)
 
@@ -89,22 +89,31 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 class GCPOFSDPEngine(StableEngine):
-    """FSDP engine of a language model, with states and the conditioned pass."""
+    """FSDP engine of a language model, with packs, states and the term of a method.
+
+    Attributes:
+        term: of the method, set by the worker; ``None``: the loss is verl's.
+        method_name: what its metrics begin with.
+    """
+
+    term: Term | None = None
+    method_name = "gcpo"
 
     # ---- states and packs -----------------------------------------------------------------------------------------
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
-        """verl's inputs, or a pack's; where states alone are wanted, the head is given no position to work on."""
+        """verl's inputs, or those of a packed tree. A pack of one sequence is a row as verl knows it."""
         layer = tu.get_non_tensor_data(micro_batch, "gcpo_layer", None)
         row = row_of(micro_batch)
-        if row is not None:
+        if row is not None and row.is_tree:
             model_inputs, output_args = self._pack_inputs(row, micro_batch), {}
         else:
             model_inputs, output_args = super().prepare_model_inputs(micro_batch)
+            if row is not None and not len(row.predict):
+                # Only states are wanted: the head is given no place to work on.
+                model_inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=get_device_id())
         if layer is None:
             return model_inputs, output_args
-        if row is None and not tu.get_non_tensor_data(micro_batch, "gcpo_log_probs", False):
-            model_inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=model_inputs["input_ids"].device)
         captured: list[torch.Tensor] = []
 
         def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -133,24 +142,26 @@ class GCPOFSDPEngine(StableEngine):
     def prepare_model_outputs(
         self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Callable | None
     ) -> dict[str, torch.Tensor]:
-        """verl's outputs, and ``states``: nested [B, d], float32. A pack's are flat: [1, K] and [1, Q * d]."""
+        """verl's outputs; of a pack, flat, the ``log_probs`` of its labels [1, K] and its ``states`` [1, Q * d]."""
         row = row_of(micro_batch)
-        if row is not None:
-            return self._pack_outputs(row, output, output_args, micro_batch)
-        if "gcpo_captured" not in output_args:
+        if row is None:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        model_output = {}
-        if tu.get_non_tensor_data(micro_batch, "gcpo_log_probs", False):
-            model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        hidden = output_args["gcpo_captured"][-1]
-        offsets = micro_batch["input_ids"].offsets()
-        index = micro_batch["state_index"].to(offsets.device).long().flatten()
-        if hidden.shape[0] == len(index) and not tu.get_non_tensor_data(micro_batch, "use_remove_padding", True):
-            states = hidden[torch.arange(len(index), device=hidden.device), index]
+        captured = output_args.get("gcpo_captured")
+        hidden = captured[-1].flatten(0, -2) if captured else None
+        if row.is_tree:
+            values = self._tree_log_probs(row, output, micro_batch)
+        elif not len(row.predict):
+            values = output.logits.new_zeros(0)
         else:
-            packed = self._gather_and_unpad_packed(hidden.squeeze(0), output_args["pad_size"])
-            states = packed[offsets[:-1] + index]
-        model_output["states"] = torch.nested.as_nested_tensor(list(states.float()), layout=torch.jagged)
+            found = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+            # verl's value at a place is that of the token behind it.
+            values = found["log_probs"].values()[row.predict.to(found["log_probs"].device)]
+        if hidden is not None and not row.is_tree and "pad_size" in output_args:
+            hidden = self._gather_and_unpad_packed(hidden, output_args["pad_size"])
+        model_output = {"log_probs": torch.nested.as_nested_tensor([values], layout=torch.jagged)}
+        if hidden is not None:
+            states = hidden[row.state_at.to(hidden.device)].float().flatten()
+            model_output["states"] = torch.nested.as_nested_tensor([states], layout=torch.jagged)
         return model_output
 
     def _pack_inputs(self, row: PackedRow, micro_batch: TensorDict) -> dict[str, Any]:
@@ -163,23 +174,14 @@ class GCPOFSDPEngine(StableEngine):
             "tree_pack": row.pack,
         }
 
-    def _pack_outputs(
-        self, row: PackedRow, output: Any, output_args: dict, micro_batch: TensorDict
-    ) -> dict[str, torch.Tensor]:
+    def _tree_log_probs(self, row: PackedRow, output: Any, micro_batch: TensorDict) -> torch.Tensor:
         logits = tempered(output.logits.squeeze(0), tu.get_non_tensor_data(micro_batch, "temperature", 1.0))
         if not len(logits):
             # verl's function fails where no log-probability is wanted.
-            values = logits.new_zeros(0)
-        elif isinstance(row, PerturbedRow):
-            values = row.read(logits)
-        else:
-            values = logprobs_from_logits(logits, row.labels.to(logits.device))
-        model_output = {"log_probs": torch.nested.as_nested_tensor([values], layout=torch.jagged)}
-        if "gcpo_captured" in output_args:
-            hidden = output_args["gcpo_captured"][-1][0]
-            states = hidden[row.state_at.to(hidden.device)].float().flatten()
-            model_output["states"] = torch.nested.as_nested_tensor([states], layout=torch.jagged)
-        return model_output
+            return logits.new_zeros(0)
+        if isinstance(row, PerturbedRow):
+            return row.read(logits)
+        return logprobs_from_logits(logits, row.labels.to(logits.device))
 
     @cached_property
     def tree_problem(self) -> str | None:
@@ -204,40 +206,25 @@ class GCPOFSDPEngine(StableEngine):
         """Within, the model takes packs; its backward passes belong inside."""
         return tree_attention_on(backbone(self.module).config)
 
-    # ---- the conditioned pass --------------------------------------------------------------------------------------
+    # ---- the term of a method ---------------------------------------------------------------------------------------
 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
     ) -> dict[str, Any]:
-        """verl's pass over the plain rows, then one over the conditioned rows; their gradients add up."""
-        settings = None if forward_only else tu.get_non_tensor_data(data, "gcpo", None)
-        if not settings or settings["kappa"] <= 0 or settings["policy_condition"] != "collider":
-            return super().forward_backward_batch(data, loss_function, forward_only)
-        part = tu.get_non_tensor_data(data, "gcpo_part", None)
-        if part == "kappa":
+        """verl's pass over its own rows, then one over the rows of the method's term; their gradients add up."""
+        run, term = super().forward_backward_batch, self.term
+        if forward_only or term is None or term.on_plain_rows or update_of(data) is None:
+            return run(data, loss_function, forward_only)
+        part = tu.get_non_tensor_data(data, PART, None)
+        if part == term.name:
             self._count_tokens(data)
-            return self._conditioned_pass(data, settings)
-        output = super().forward_backward_batch(data, loss_function, forward_only)
+            return term_pass(self, data, term, run)
+        output = run(data, loss_function, forward_only)
         if part is None:
-            extra = self._conditioned_pass(data, settings)
+            extra = term_pass(self, data, term, run)
             output["loss"] = [*output["loss"], *extra["loss"]]
             output["metrics"].update(extra["metrics"])
         return output
-
-    def _conditioned_pass(self, data: TensorDict, settings: dict[str, Any]) -> dict[str, Any]:
-        if settings["packing"] == "tree" and self.tree_problem is None:
-            return self._packed_conditioned_pass(data, settings)
-        batch = conditioned_batch(data)
-        longest = self.max_over_ranks(int(batch["input_ids"].offsets().diff().max()))
-        tu.assign_non_tensor(batch, max_token_len_per_gpu=max(settings["max_token_len_per_gpu"], longest))
-        loss = partial(causal_kl_loss, settings=settings, num_tokens=data["batch_num_tokens"])
-        return super().forward_backward_batch(batch, loss, False)
-
-    def _packed_conditioned_pass(self, data: TensorDict, settings: dict[str, Any]) -> dict[str, Any]:
-        batch = conditioned_packs(data, settings, self.max_over_ranks)
-        loss = partial(packed_causal_kl_loss, settings=settings, num_tokens=data["batch_num_tokens"])
-        with self.tree_attention():
-            return super().forward_backward_batch(batch, loss, False)
 
     def max_over_ranks(self, value: int) -> int:
         """The largest ``value`` of all data-parallel ranks."""
@@ -259,16 +246,15 @@ class GCPOFSDPEngine(StableEngine):
         The parts are measured in backward passes of their own whose gradients are thrown away, so that a step that
         is measured trains exactly like one that is not.
         """
-        settings = tu.get_non_tensor_data(data, "gcpo", None)
+        update = update_of(data)
         norms: dict[str, float] = {}
-        if settings and settings["measure_parts"]:
-            for part in PARTS:
-                if part in settings["measure_parts"]:
-                    tu.assign_non_tensor(data, gcpo_part=part)
-                    self.optimizer_zero_grad()
-                    self.forward_backward_batch(data, loss_function, False)
-                    norms[f"gcpo/grad_norm/{part}"] = self._grad_norm()
-            data.pop("gcpo_part")
+        if update is not None and update.parts:
+            for part in update.parts:
+                tu.assign_non_tensor(data, **{PART: part})
+                self.optimizer_zero_grad()
+                self.forward_backward_batch(data, loss_function, False)
+                norms[f"{self.method_name}/grad_norm/{part}"] = self._grad_norm()
+            data.pop(PART)
         output = super().train_batch(data, loss_function)
         output["metrics"].update({name: [value] for name, value in norms.items()})
         return output

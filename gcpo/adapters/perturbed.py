@@ -12,15 +12,16 @@ from torch.utils.hooks import RemovableHandle
 from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import logprobs_from_logits
 
-from gcpo.adapters.packed import PackedRow, filler, packed_batch
+from gcpo.adapters.scoring import packed_batch, with_fillers
 from gcpo.methods.gc2po.credit import answer_divergence
 from gcpo.methods.gc2po.pack import FUSED_TOKENS, EpisodePack, EpisodeRequest, pack_requests
+from gcpo.scoring.rows import PackedRow
 
 _AT_ONCE = 256
 """Rows of logits that are in memory in float32 at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PerturbedRow(PackedRow):
     """A pack in which some states are moved by g; see `gcpo.methods.gc2po.pack.EpisodePack` for the places.
 
@@ -137,8 +138,7 @@ class EpisodeScorer:
         self.path_tokens += sum(pack.path_tokens for pack in packs)
         self.branch_tokens += sum(len(pack.pack) - pack.path_tokens for pack in packs)
         self.unshared_tokens += sum(request.unshared for request in requests)
-        fillers = max(1, self.engine.max_over_ranks(len(rows))) - len(rows)
-        batch = packed_batch(rows + [filler()] * fillers)
+        batch = packed_batch(with_fillers(self.engine, rows, is_tree=True))
         tu.assign_non_tensor(batch, **self.settings, temperature=self.temperature, gcpo_layer=self.layer)
         with self.engine.tree_attention():
             output = self.engine.infer_batch(batch)["model_output"]

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from verl.utils.device import get_torch_device
 
-from gcpo.adapters.scoring import DenseScorer, ScoreRequest, TreeScorer
+from gcpo.adapters.scoring import PackScorer
 from gcpo.scoring.attention import recorded_attention
 from gcpo.scoring.probe import LONGEST, probe_sequences, verdict
+from gcpo.scoring.requests import ScoreRequest
 
 
 def probe_trees(engine: Any, vocabulary: int) -> str | None:
@@ -37,15 +38,15 @@ def _compare(engine: Any, vocabulary: int) -> str | None:
     sequences = probe_sequences(vocabulary)
     requests = [ScoreRequest(ids[:1], ids[1:], log_probs=True, state_at=len(ids) - 1) for ids in sequences]
     common = {
-        "engine": engine,
         "settings": {"use_remove_padding": engine.use_remove_padding, "use_fused_kernels": False},
         "temperature": 1.0,
         "layer": -1,
     }
-    right = DenseScorer(**common, max_tokens=LONGEST, micro_batch_size=1)(requests)
+    total = sum(map(len, sequences))
+    right = PackScorer(engine, **common, is_tree=False, max_tokens=LONGEST)(requests)
     with recorded_attention() as record:
         try:
-            found = TreeScorer(**common, max_tokens=sum(map(len, sequences)), min_shared=2)(requests)
+            found = PackScorer(engine, **common, is_tree=True, max_tokens=total, min_shared=2)(requests)
         except (torch.OutOfMemoryError, torch.distributed.DistError):
             raise
         except Exception as error:

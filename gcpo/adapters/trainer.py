@@ -22,10 +22,10 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 from gcpo.adapters import hooks
 from gcpo.adapters.checkpoints import WholeCheckpoints
 from gcpo.adapters.liveness import WatchedTrainer
-from gcpo.adapters.losses import KAPPA_TOKENS
 from gcpo.adapters.registry import credited
 from gcpo.adapters.schema import QueueBatch, from_data, is_padding, method_fields, session_of, to_columns
 from gcpo.adapters.stability import StableTrainer
+from gcpo.adapters.term import UPDATE, UpdateSettings, parts_of
 from gcpo.adapters.worker import METHOD_CALL, MethodWorker
 from gcpo.adapters.zero_rewards import zero_reward_warning
 from gcpo.checks import check_gc2po_run, check_run
@@ -224,30 +224,28 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
     @property
     def update_inputs(self) -> Collection[str]:
         """The method's fields that the update reads."""
-        return self.method.update_inputs
+        term = self.method.term()
+        return () if term is None else (*term.inputs, *term.columns)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """verl's update with the settings of the method's own term; see ``GCPOFSDPEngine``."""
-        settings = hooks.call(self.method, "update_settings", self.global_steps)
-        if settings is None:
+        """verl's update, with the method's own term of the loss; see ``GCPOFSDPEngine``."""
+        term = hooks.call(self.method, "term")
+        measures = hooks.call(self.method, "measures_gradients", self.global_steps)
+        if term is None and not measures:
             return super()._update_actor(batch, metrics)
         name, actor = self.method.name, self.config.actor_rollout_ref.actor
-        batch.extra_info[name] = {
-            **settings,
-            "loss_agg_mode": actor.loss_agg_mode,
-            "loss_scale_factor": actor.loss_scale_factor,
-            "micro_batch_size": self.method.run.micro_batch_size,
-        }
+        parts = tuple(parts_of(term, actor.use_kl_loss)) if measures else ()
+        batch.extra_info[UPDATE] = UpdateSettings(actor.loss_agg_mode, actor.loss_scale_factor, parts)
         try:
             batch = super()._update_actor(batch, metrics)
         finally:
-            batch.extra_info.pop(name, None)
+            batch.extra_info.pop(UPDATE, None)
         for key in [key for key in metrics if key.startswith(f"actor/{name}/")]:
             metrics[key.removeprefix("actor/")] = metrics.pop(key)
-        # verl's metrics are means over the updates of a step.
-        rows = actor.ppo_mini_batch_size * self.method.run.n
-        updates = len(batch) // rows * actor.ppo_epochs
-        metrics[KAPPA_TOKENS] = metrics.get(KAPPA_TOKENS, 0.0) * updates
+        if term is not None:
+            # verl's metrics are means over the updates of a step.
+            updates = len(batch) // (actor.ppo_mini_batch_size * self.method.run.n) * actor.ppo_epochs
+            metrics[term.tokens_metric] = metrics.get(term.tokens_metric, 0.0) * updates
         lengths = [tag["seq_len"] for tag in batch.tags if not is_padding(tag)]
         metrics[f"{name}/tokens/trained/plain"] = float(sum(lengths) * actor.ppo_epochs)
         return batch

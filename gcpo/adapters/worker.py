@@ -14,10 +14,10 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from gcpo.adapters import hooks
 from gcpo.adapters.engine import backbone
-from gcpo.adapters.losses import gcpo_loss
 from gcpo.adapters.perturbed import EpisodeScorer
 from gcpo.adapters.schema import from_data, to_columns
-from gcpo.adapters.scoring import make_scorer
+from gcpo.adapters.scoring import PackScorer, can_share
+from gcpo.adapters.term import method_loss
 from gcpo.methods.base import Engine
 from gcpo.weight_socket import cluster_token, own_socket
 
@@ -39,10 +39,11 @@ class ActorEngine(Engine):
         self.layers = len(backbone(self._engine.module).layers)
         self.step = 0
 
-    def scorer(self, layer: int, **options: Any) -> Any:
-        """See `Engine.scorer`; the options are those of `make_scorer`."""
-        size = self._worker.method.run.micro_batch_size
-        return make_scorer(self._engine, layer=layer, micro_batch_size=size, **self._common(), **options)
+    def scorer(self, layer: int, *, packing: str = "tree", max_tokens: int, min_shared: int = 8) -> Any:
+        """See `Engine.scorer`."""
+        is_tree = can_share(self._engine, packing)
+        options = {"is_tree": is_tree, "max_tokens": max_tokens, "min_shared": min_shared}
+        return PackScorer(self._engine, layer=layer, **self._common(), **options)
 
     def perturbed_scorer(self, layer: int, **options: Any) -> Any:
         """See `Engine.perturbed_scorer`; the options are those of `EpisodeScorer`."""
@@ -80,7 +81,10 @@ class MethodWorker(ActorRolloutRefWorker):
             self.rollout.zmq_handle = own_socket(handle, ray.get_runtime_context().get_job_id(), token)
         if self._is_actor:
             self.method = hooks.received(self.config)
-            self.actor.set_loss_fn(partial(gcpo_loss, base=self.loss_fn, config=self.loss_fn.keywords["config"]))
+            term = self.actor.engine.term = hooks.call(self.method, "term")
+            self.actor.engine.method_name = self.method.name
+            config = self.loss_fn.keywords["config"]
+            self.actor.set_loss_fn(partial(method_loss, base=self.loss_fn, config=config, term=term))
             self.scoring_engine = ActorEngine(self)
             hooks.call(self.method, "start_actor", self.scoring_engine)
 

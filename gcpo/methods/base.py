@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from gcpo.methods.fields import Field
+from gcpo.scoring.requests import Scorer
 
 GROUPS_AT_ONCE = 16
 """Groups whose fields the driver holds at a time. For 256 groups of 8 with 8 contexts and 16,384 tokens the conditioned
@@ -141,8 +142,15 @@ class Engine(ABC):
     step: int
 
     @abstractmethod
-    def scorer(self, layer: int, **options: Any) -> Any:
-        """Log-probabilities and hidden states of ``layer``: called with requests, it answers in their order."""
+    def scorer(self, layer: int, *, packing: str = "tree", max_tokens: int, min_shared: int = 8) -> Scorer:
+        """Log-probabilities and hidden states of ``layer``.
+
+        Args:
+            layer: -1: after the final norm; otherwise an index into the model's hidden states.
+            packing: ``tree``: what requests share goes through the model once; ``dense``: each is a row of its own.
+            max_tokens: tokens of a packed row.
+            min_shared: shorter stretches are repeated instead of shared.
+        """
 
     @abstractmethod
     def perturbed_scorer(self, layer: int, **options: Any) -> Any:
@@ -236,6 +244,51 @@ class Credit(ABC):
         return {}
 
 
+# ---- update ----------------------------------------------------------------------------------------------------------
+
+
+class Term(ABC):
+    """A method's own term of the loss, which is added to verl's before each optimizer step.
+
+    Attributes:
+        name: of the part, for its gradient norm.
+        weight: factor of the term.
+        loss_metric: name of the metric that holds the term before its factor.
+        tokens_metric: name of the metric that counts the tokens of the second pass.
+        inputs: fields that `context` reads.
+        columns: fields that `loss` reads; one of shape ``[T]`` has a value for every token of the response, others one
+            value for the response.
+        on_plain_rows: whether the term is over verl's own rows; then there is no second pass.
+        packing: ``tree`` or ``dense``, of the second pass.
+        max_tokens: tokens of a packed row of the second pass.
+        min_shared: shorter stretches are repeated instead of shared.
+    """
+
+    name: ClassVar[str]
+    loss_metric: ClassVar[str]
+    tokens_metric: ClassVar[str]
+    columns: ClassVar[tuple[Field, ...]]
+    inputs: tuple[Field, ...] = ()
+    weight: float = 1.0
+    on_plain_rows: bool = False
+    packing: str = "tree"
+    max_tokens: int = 16384
+    min_shared: int = 8
+
+    @abstractmethod
+    def context(self, row: Mapping[Field, Any]) -> Tensor | None:
+        """Token ids that the response stands behind in the second pass; ``None``: the row has no term."""
+
+    @abstractmethod
+    def loss(self, log_prob: Tensor, columns: Mapping[Field, Tensor]) -> tuple[Tensor, Tensor]:
+        """The term of every token and its mask, both [R, T].
+
+        Args:
+            log_prob: [R, T] of the current policy, with gradient.
+            columns: [R, T] or [R, 1].
+        """
+
+
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 
@@ -312,14 +365,13 @@ class Method:
 
     # update
 
-    @property
-    def update_inputs(self) -> tuple[Field, ...]:
-        """The fields of its own that the update of the actor reads."""
-        return ()
-
-    def update_settings(self, step: int) -> dict[str, Any] | None:
-        """Settings of the second backward pass of an update; ``None``: there is none."""
+    def term(self) -> Term | None:
+        """A term of its own in the loss."""
         return None
+
+    def measures_gradients(self, step: int) -> bool:
+        """Whether the gradient norm of each part of the loss is measured in this step, in passes of their own."""
+        return False
 
     # layout
 

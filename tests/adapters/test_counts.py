@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from verl.utils import tensordict_utils as tu
 
 from examples.arithmetic.warm_start import Recipe, make_tokenizer
-from gcpo.adapters.conditioned import conditioned_packs
-from gcpo.adapters.packed import packed_rows
+from gcpo.adapters.term import term_batch
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.methods.base import Run
 from gcpo.methods.fields import flat
@@ -23,7 +21,9 @@ from gcpo.methods.gcpo.method import GCPO
 from gcpo.methods.gcpo.rollout_metrics import rollout_metrics
 from gcpo.methods.gcpo.scoring import score_rows
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.methods.gcpo.term import KappaTerm
 from gcpo.scoring.requests import Score, ScoreRequest
+from gcpo.scoring.rows import pack_rows
 from gcpo.tools.cost.command import compare
 from gcpo.tools.cost.inputs import of_log
 from gcpo.tools.cost.step import Simulation, Step, draw_limits
@@ -74,9 +74,7 @@ class CountingScorer:
     def __call__(self, requests: list[ScoreRequest]) -> list[Score]:
         sequences = [torch.cat([request.context, request.target]) for request in requests]
         nothing = [None] * len(requests)
-        self.tokens += sum(
-            len(row.pack) for row in packed_rows(sequences, [1] * len(requests), nothing, **self.options)
-        )
+        self.tokens += sum(len(row.pack) for row in pack_rows(sequences, [1] * len(requests), nothing, **self.options))
         states = [None if r.state_at is None else torch.zeros(1) for r in requests]
         return [Score(torch.zeros(len(r.target)), state) for r, state in zip(requests, states, strict=True)]
 
@@ -125,10 +123,9 @@ def simulate(config: GCPOConfig, n: int, budget: int, block: int) -> tuple[dict[
     scorer = CountingScorer(budget, config.scoring.min_shared_tokens)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     scored = torch.stack(score_rows(columns, config, scorer, {END})["gcpo_scored_tokens"]).sum(0).tolist()
-    data = pack(rows)
-    tu.assign_non_tensor(data, gcpo={"num_shared": config.collider.num_draws})
-    settings = {"max_token_len_per_gpu": budget, "min_shared_tokens": config.scoring.min_shared_tokens}
-    trained = conditioned_packs(data, settings, lambda count: count)["input_ids"].values().numel()
+    engine = SimpleNamespace(tree_problem=None, max_over_ranks=lambda count: count)
+    batch, _ = term_batch(engine, pack(rows), KappaTerm(config, budget))
+    trained = batch["input_ids"].values().numel()
     tokens = sum(lengths)
     log = rollout_metrics(stats, tokens)
     log |= {"prompt_length/mean": float(np.mean(questions)), "response_length/mean": tokens / len(lengths)}

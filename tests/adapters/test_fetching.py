@@ -94,7 +94,7 @@ def test_stages_fetch_what_they_read(
 
 def test_every_stage_goes_through_the_selection() -> None:
     """No class in front of it replaces a stage without calling it; GC2PO's update reads no field of its own."""
-    assert "update_inputs" not in vars(method_class("gc2po"))
+    assert "term" not in vars(method_class("gc2po"))
     for stage in ("_compute_ref_log_prob", "_compute_values", "_update_critic"):
         before = MethodTrainer.__mro__[: MethodTrainer.__mro__.index(OwnFieldsTrainer)]
         assert not [cls for cls in before if stage in vars(cls)]

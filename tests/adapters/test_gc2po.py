@@ -347,7 +347,7 @@ RUNS = {
     "another seed": {"seed": 5},
     "one row at a time": {"max_token_len_per_gpu": 420},
     "nothing": {"perturbation": {"sigma": 0.0}},
-    "subset": {"episodes": {"separator": " ", "scored": 1}},
+    "subset": {"episodes": {"separator": " ", "max_perturbed": 1}},
     "lm_head": {"intervention": "lm_head"},
     "group": {"perturbation": {"distribution": "group"}},
     "group, permuted": {"perturbation": {"distribution": "group"}, "order": [3, 1, 0, 2, 7, 6, 5, 4]},

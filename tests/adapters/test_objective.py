@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from gcpo.adapters.term import UPDATE
 from tests.adapters import problem
 from tests.adapters.problem import KAPPA, PARTS, ROWS, SIZE
 from tests.adapters.ranks import build_worker, pack, recorded_gradients, run_on_ranks, weights, with_changes
@@ -183,6 +184,7 @@ def update(
     trainer = object.__new__(MethodTrainer)
     trainer.config, trainer.global_steps = config, step
     trainer.method = hooks.make_method(config)
+    adopt(worker, trainer.method)
     trainer.actor_rollout_wg = SimpleNamespace(update_actor=update_actor)
     tags = [{"seq_len": len(row["input_ids"])} for row in fields]
     keys = [str(i) for i in range(len(fields))]
@@ -191,7 +193,7 @@ def update(
     engine = worker.actor.engine
     with cut_into(engine, micro) as sizes, recorded_gradients(engine) as gradients:
         trainer._update_actor(batch, metrics)
-    assert "gcpo" not in batch.extra_info
+    assert UPDATE not in batch.extra_info
     mean = {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}
     return {
         "loss": metrics["actor/loss"],
@@ -202,9 +204,21 @@ def update(
     }
 
 
+def adopt(worker: Any, method: Any) -> None:
+    """Let a worker train with the term of another method object, as if it had been started with its settings."""
+    from gcpo.adapters.engine import GCPOFSDPEngine
+    from gcpo.adapters.term import method_loss
+
+    if not isinstance(worker.actor.engine, GCPOFSDPEngine):
+        return  # verl's own, with its own loss
+    term = worker.actor.engine.term = method.term()
+    base = worker.loss_fn
+    worker.actor.set_loss_fn(partial(method_loss, base=base, config=base.keywords["config"], term=term))
+
+
 def table(rank: int, world: int, config: Any, packing: str, rows: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     """Every variant of the table, and a few beside it, on one worker with learning rate 0."""
-    found = {"packing": packing}
+    found: dict[Any, Any] = {"packing": packing, "world": world}
     config = copy.deepcopy(config)
     config.gcpo.scoring.packing = packing
     worker = build_worker(config)
@@ -252,7 +266,11 @@ def found(request: pytest.FixtureRequest, config: Any, rows: list[dict[str, Any]
     results = run_on_ranks(world, table, config, packing, rows)
     for other in results[1:]:
         for key, value in other.items():
-            assert value == packing if key == "packing" else value["loss"] == results[0][key]["loss"]
+            assert (
+                value == results[0][key]
+                if isinstance(key, str) and key in ("packing", "world")
+                else (value["loss"] == results[0][key]["loss"])
+            )
     return results[0]
 
 
@@ -278,11 +296,12 @@ def test_eq_10_whatever_the_split(found: dict, parts: dict, micro: int, minis: i
     """
     result = found[micro, minis, padding]
     assert result["steps"] == minis
-    # The plain and the conditioned pass.
+    # verl's rows, and those of the term.
+    packs = len(result["micro_batches"]) - micro * minis
     if found["packing"] == "dense":
-        assert len(result["micro_batches"]) == 2 * micro * minis
+        referenced = [i for i in range(ROWS) if i not in (problem.WITHOUT_REFERENCE, problem.WITHOUT_CONTEXTS)]
+        assert packs >= len(referenced) / found["world"]
     else:
-        packs = len(result["micro_batches"]) - micro * minis
         assert packs == minis if micro == ONE else packs >= 2 * minis
     assert_equal(result, parts, scale=ROWS / (ROWS + padding))
 
@@ -295,7 +314,11 @@ def test_tokens_trained(found: dict, rows: list[dict[str, Any]], minis: int) -> 
     chosen = [row for row in rows if row["has_reference"]]
     dense = sum(len(problem.used_context(row)) + len(row["response"]) for row in chosen)
     if found["packing"] == "dense":
-        wanted = dense + 2 * (ROWS - len(chosen))
+        # A rank whose mini-batch has fewer rows with a reference fills up with rows of two tokens.
+        size = ROWS // (found["world"] * minis)
+        counts = [sum(row["has_reference"] for row in rows[at : at + size]) for at in range(0, ROWS, size)]
+        ranks = [counts[at : at + minis] for at in range(0, len(counts), minis)]
+        wanted = dense + 2 * sum(max(numbers) * len(numbers) - sum(numbers) for numbers in zip(*ranks, strict=True))
     else:
         wanted = dense - 11 * (len(chosen) - problem.GROUPS)
     assert metrics["gcpo/tokens/trained/kappa_rows"] == wanted
@@ -324,7 +347,7 @@ def test_packed_rows_and_tight_budgets(found: dict, parts: dict) -> None:
 
 
 def test_one_row_at_a_time(found: dict, parts: dict) -> None:
-    """Without ``use_dynamic_bsz`` dense rows are cut as verl cuts the plain ones."""
+    """Without ``use_dynamic_bsz`` every micro-batch holds one row, of verl's and of the dense ones."""
     if found["packing"] == "dense":
         assert set(found["single"]["micro_batches"]) == {1}
     assert_equal(found["single"], parts)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from gcpo.adapters.packed import PackedRow, packed_batch
 from gcpo.adapters.perturbed import EpisodeScorer
+from gcpo.adapters.scoring import packed_batch
 from gcpo.methods.gc2po.pack import EpisodeRequest, pack_requests
+from gcpo.scoring.rows import PackedRow
 from tests.adapters.ranks import build_engine, run_on_ranks
 
 TEMPERATURE, DRAWS, SIZE = 0.7, 2, 32

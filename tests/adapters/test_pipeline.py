@@ -22,6 +22,7 @@ import torch
 from gcpo.adapters import hooks
 from gcpo.adapters.rollout import GCPOAgentLoopManager, GCPOAgentLoopWorkerPlain
 from gcpo.adapters.schema import from_data, nested, to_columns
+from gcpo.adapters.term import UPDATE, UpdateSettings
 from gcpo.adapters.trainer import MethodTrainer
 from gcpo.adapters.worker import METHOD_CALL
 from gcpo.algorithms import causal_advantage, causal_reference, causal_target, causal_weight, group_relative_advantage
@@ -372,25 +373,16 @@ def test_what_the_update_is_told(make_config: Callable, queue: MemoryQueue, toke
     batch, metrics = take_step(trainer, queue)
     told = trainer.actor_rollout_wg.update
     assert told["global_batch_size"] == told["mini_batch_size"] == 8
-    assert told["gcpo"] == {
-        "kappa": 0.03,
-        "max_kl": 10.0,
-        "policy_condition": "collider",
-        "num_shared": 2,
-        "loss_agg_mode": "seq-mean-token-mean",
-        "loss_scale_factor": None,
-        "max_token_len_per_gpu": 32768,
-        "packing": "tree",
-        "min_shared_tokens": 8,
-        "micro_batch_size": None,
-        "measure_parts": [],
-    }
-    assert "gcpo" not in batch.extra_info
+    assert told[UPDATE] == UpdateSettings("seq-mean-token-mean", None)
+    assert UPDATE not in batch.extra_info
+    term = trainer.method.term()
+    assert (term.weight, term.max_kl, term.num_shared, term.on_plain_rows) == (0.03, 10.0, 2, False)
+    assert (term.packing, term.max_tokens, term.min_shared) == ("tree", 32768, 8)
     assert metrics["gcpo/kl_loss"] == 0.5 and metrics["gcpo/grad_norm/policy"] == 2.0
     assert not [name for name in metrics if name.startswith("actor/gcpo")]
     trainer.global_steps = 2
     trainer._update_actor(batch, {})
-    assert trainer.actor_rollout_wg.update["gcpo"]["measure_parts"] == ["policy", "beta", "kappa"]
+    assert trainer.actor_rollout_wg.update[UPDATE].parts == ("policy", "beta", "kappa")
 
 
 def test_metrics_count_real_rows_once(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:
@@ -471,7 +463,7 @@ def test_plain_grpo_asks_for_nothing_more(make_config: Callable, queue: MemoryQu
     batch, metrics = take_step(trainer, queue)
     assert len(server.requests) == N * QUESTIONS
     assert trainer.actor_rollout_wg.calls == ["compute_log_prob", "update_actor"]
-    assert "gcpo" not in trainer.actor_rollout_wg.update
+    assert UPDATE not in trainer.actor_rollout_wg.update
     assert not [name for fields in queue.fields["train"].values() for name in fields if name.startswith("gcpo")]
     advantages = {key: queue.fields["train"][key]["advantages"] for key in batch.keys}
     config.algorithm.adv_estimator = "grpo"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gcpo.adapters.scoring import DenseScorer, TreeScorer, make_scorer
+from gcpo.adapters.scoring import PackScorer, can_share
 from tests.adapters.ranks import build_engine, build_worker, run_on_ranks
 from tests.adapters.test_scoring import assert_scores, expected, make_requests
 
@@ -108,19 +108,20 @@ def probed(rank: int, world: int, path: str) -> dict[str, Any]:
         change(engine)
         arguments = {"settings": SETTINGS, "temperature": 0.7, "layer": -1, "max_tokens": 4096}
         with engine.eval_mode():
-            before = DenseScorer(engine=engine, **arguments)(make_requests(4))
+            before = PackScorer(engine, is_tree=False, **arguments)(make_requests(4))
         hooks = count_hooks(engine)
         with warnings_of_ours() as said:
             problem = engine.tree_problem
             hooks -= count_hooks(engine)
             with engine.eval_mode():
-                scorers = [make_scorer(engine, packing="tree", min_shared=2, **arguments) for _ in range(2)]
+                shared = [can_share(engine, "tree") for _ in range(2)]
+                scorers = [PackScorer(engine, is_tree=one, min_shared=2, **arguments) for one in shared]
                 after = scorers[0](make_requests(4))
         same = all(
             torch.equal(a.log_probs, b.log_probs) for a, b in zip(before, after, strict=True) if a.log_probs is not None
         )
         scores = [(score.log_probs, score.state) for score in after]
-        found[change.__name__] = (problem, said, type(scorers[0]), same, scores, hooks, engine.mode)
+        found[change.__name__] = (problem, said, scorers[0].is_tree, same, scores, hooks, engine.mode)
     return found
 
 
@@ -137,15 +138,15 @@ def test_a_model_that_is_wrong_on_trees(verdicts: list[dict[str, Any]], change: 
     assert all(part in first[0] for part in CASES[change]), first[0]
     assert [line.count(first[0]) for line in first[1]] == [1] and second[1] == []
     assert "without shared prefixes" in first[1][0]
-    for _, _, scorer, same, _, hooks, mode in (first, second):
-        assert scorer is DenseScorer and same and mode is None
+    for _, _, is_tree, same, _, hooks, mode in (first, second):
+        assert not is_tree and same and mode is None
         assert hooks == 0
 
 
 def test_a_model_that_is_right(verdicts: list[dict[str, Any]], tiny_model: Path) -> None:
     """Nothing is said, and it is scored as trees."""
-    for problem, said, scorer, _, scores, hooks, mode in (rank["none"] for rank in verdicts):
-        assert problem is None and said == [] and scorer is TreeScorer and hooks == 0 and mode is None
+    for problem, said, is_tree, _, scores, hooks, mode in (rank["none"] for rank in verdicts):
+        assert problem is None and said == [] and is_tree and hooks == 0 and mode is None
         assert_scores(scores, expected(str(tiny_model), make_requests(4), -1))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gcpo.adapters.scoring import DenseScorer, TreeScorer, make_scorer
+from gcpo.adapters.scoring import PackScorer, can_share
 from gcpo.methods.gcpo.scoring import score_rows
 from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.scoring.requests import Score, ScoreRequest
@@ -48,7 +48,6 @@ def score(
     counts: tuple[int, ...],
     layer: int,
     budgets: tuple[int, ...],
-    micro_batch_size: int | None = None,
 ) -> Any:
     engine = build_engine(path)
     head_positions: list[int] = []
@@ -56,17 +55,16 @@ def score(
     found = []
     with engine.eval_mode():
         for budget in budgets:
-            scorer = make_scorer(
+            scorer = PackScorer(
                 engine,
-                packing=packing,
+                is_tree=can_share(engine, packing),
                 min_shared=2,
-                micro_batch_size=micro_batch_size,
                 settings={"use_remove_padding": False, "use_fused_kernels": False},
                 temperature=0.7,
                 layer=layer,
                 max_tokens=budget,
             )
-            assert type(scorer) is {"tree": TreeScorer, "dense": DenseScorer}[packing]
+            assert scorer.is_tree == (packing == "tree")
             head_positions.clear()
             scores = scorer(make_requests(counts[rank]))
             found.append([(s.log_probs, s.state) for s in scores])
@@ -104,14 +102,14 @@ def assert_scores(found: list[tuple], wanted: list[tuple]) -> None:
 
 @PACKINGS
 def test_scores_equal_one_at_a_time_for_any_budget(tiny_model: Path, packing: str) -> None:
-    """Log-probs under the temperature and states after the final norm, whatever the token budget; requests without
-    log-probs give the head no position to work on."""
+    """Log-probs under the temperature and states after the final norm, whatever the token budget; in a tree the head
+    works only on the places whose log-probs are wanted."""
     found, head = run_on_ranks(1, score, str(tiny_model), packing, (10,), -1, (4096, 45))[0]
     wanted = expected(str(tiny_model), make_requests(10), -1)
     for scores in found:
         assert_scores(scores, wanted)
     targets = sum(len(request.target) for request in make_requests(10) if request.log_probs)
-    assert (0 in head and any(head)) if packing == "dense" else sum(head) == targets
+    assert packing == "dense" or sum(head) == targets
 
 
 @PACKINGS
@@ -129,17 +127,11 @@ def test_ranks_with_different_numbers_of_requests(tiny_model: Path, packing: str
     assert found[1][0][0] == []
 
 
-def test_sequences_in_threes(tiny_model: Path) -> None:
-    """Where micro-batches are cut by number, a count that does not divide is filled up; also on the rank with fewer."""
-    found = run_on_ranks(2, score, str(tiny_model), "dense", (10, 1), -1, (45,), 3)
-    assert_scores(found[0][0][0], expected(str(tiny_model), make_requests(10), -1))
-    assert_scores(found[1][0][0], expected(str(tiny_model), make_requests(1), -1))
-
-
 def states_alone(rank: int, world: int, path: str) -> Any:
     engine = build_engine(path)
     settings = {"use_remove_padding": False, "use_fused_kernels": False}
-    scorer = TreeScorer(engine=engine, min_shared=2, settings=settings, temperature=0.7, layer=-1, max_tokens=4096)
+    options = {"settings": settings, "temperature": 0.7, "layer": -1, "max_tokens": 4096}
+    scorer = PackScorer(engine, is_tree=True, min_shared=2, **options)
     with engine.eval_mode():
         return [(s.log_probs, s.state) for s in scorer(make_requests(10)[1::4])]
 
@@ -161,10 +153,9 @@ def without_trees(rank: int, world: int, path: str) -> Any:
     found = []
     with engine.eval_mode():
         for _ in range(2):
-            scorer = make_scorer(
-                engine, packing="tree", min_shared=2, settings=settings, temperature=0.7, layer=-1, max_tokens=4096
-            )
-            found.append((type(scorer), [(s.log_probs, s.state) for s in scorer(make_requests(8))]))
+            options = {"settings": settings, "temperature": 0.7, "layer": -1, "max_tokens": 4096}
+            scorer = PackScorer(engine, is_tree=can_share(engine, "tree"), min_shared=2, **options)
+            found.append((scorer.is_tree, [(s.log_probs, s.state) for s in scorer(make_requests(8))]))
     return found, said
 
 
@@ -180,8 +171,8 @@ def test_a_model_that_trees_cannot_serve(tiny_model: Path, tmp_path: Path) -> No
         if (tiny_model / name).exists():
             shutil.copy(tiny_model / name, tmp_path)
     found, said = run_on_ranks(1, without_trees, str(tmp_path))[0]
-    for kind, scores in found:
-        assert kind is DenseScorer
+    for is_tree, scores in found:
+        assert not is_tree
         assert_scores(scores, expected(str(tiny_model), make_requests(8), -1))
     about = [line for line in said if "without shared prefixes" in line]
     assert len(about) == 1 and "not full attention: sliding_attention" in about[0]
@@ -191,15 +182,15 @@ def test_a_model_that_trees_cannot_serve(tiny_model: Path, tmp_path: Path) -> No
 
 
 def without_padding(rank: int, world: int, path: str, layer: int, budget: int) -> Any:
-    """Dense scores of rows that stand one behind another, several in a micro-batch, and the model's row lengths."""
+    """Dense scores, and the lengths of the model's rows."""
     engine = build_engine(path, use_remove_padding=True)
     shapes: list[tuple[int, ...]] = []
     engine.module.model.layers[0].register_forward_pre_hook(
         lambda module, args: shapes.append(tuple(args[0].shape[:2]))
     )
-    scorer = make_scorer(
+    scorer = PackScorer(
         engine,
-        packing="dense",
+        is_tree=False,
         min_shared=2,
         settings={"use_remove_padding": engine.use_remove_padding, "use_fused_kernels": False},
         temperature=0.7,
@@ -215,8 +206,7 @@ def test_states_without_padding(tiny_model: Path, layer: int, budget: int) -> No
     """``use_remove_padding``, verl's default on a GPU: the states and log-probs of one sequence at a time."""
     found, shapes, removed = run_on_ranks(1, without_padding, str(tiny_model), layer, budget)[0]
     assert removed and {rows for rows, _ in shapes} == {1}
-    longest = max(len(request.context) + len(request.target) for request in make_requests(9))
-    assert max(tokens for _, tokens in shapes) > longest  # several sequences in one row
+    assert [tokens for _, tokens in shapes] == [len(r.context) + len(r.target) for r in make_requests(9)]
     assert_scores(found, expected(str(tiny_model), make_requests(9), layer))
 
 
@@ -227,7 +217,8 @@ def at_temperatures(rank: int, world: int, path: str) -> Any:
     """log p of one sequence in bfloat16 from verl's row, with and without padding, and from a pack, of equal logits."""
     from verl.utils import tensordict_utils as tu
 
-    from gcpo.adapters.packed import packed_batch, packed_rows
+    from gcpo.adapters.scoring import packed_batch
+    from gcpo.scoring.rows import pack_rows
 
     found = {}
     ids = make_requests(4)[2].context
@@ -245,9 +236,9 @@ def at_temperatures(rank: int, world: int, path: str) -> Any:
             arguments = {"settings": settings, "temperature": temperature, "layer": -1, "max_tokens": 4096}
             request = ScoreRequest(ids[:1], ids[1:], log_probs=True)
             with engine.eval_mode():
-                (dense,) = DenseScorer(engine=engine, **arguments)([request])
-                (tree,) = TreeScorer(engine=engine, min_shared=2, **arguments)([request])
-                batch = packed_batch(packed_rows([ids], [1], [0], budget=99, min_shared=2))
+                (dense,) = PackScorer(engine, is_tree=False, **arguments)([request])
+                (tree,) = PackScorer(engine, is_tree=True, min_shared=2, **arguments)([request])
+                batch = packed_batch(pack_rows([ids], [1], [0], budget=99, min_shared=2))
                 tu.assign_non_tensor(batch, **settings, temperature=temperature)
                 with engine.tree_attention():
                     raw = engine.infer_batch(batch)["model_output"]["log_probs"].unbind()[0]

@@ -17,6 +17,7 @@ from gcpo.methods.gcpo.draws import ColliderSampler, GroupResult
 from gcpo.methods.gcpo.rollout import dumped_draws, empty_result, grade_draws, is_chosen, row_fields
 from gcpo.methods.gcpo.scoring import score_rows
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.methods.gcpo.term import KappaTerm
 from gcpo.tokens import control_ids
 
 
@@ -151,32 +152,14 @@ class GCPO(Method):
 
     # ---- update -----------------------------------------------------------------------------------------------------
 
-    @property
-    def update_inputs(self) -> tuple[Field, ...]:
-        """The kappa term's, and the contexts where the policy is conditioned on them."""
-        if not self.settings.reference_on:
-            return ()
-        names = (own.LOG_REF, own.KL_MASK, own.KL_WEIGHT)
-        if self.settings.reference.policy_condition == "query":
-            return names
-        return (*names, own.CONTEXTS, own.CONTEXT_LENGTHS)
+    def term(self) -> KappaTerm | None:
+        """The kappa term."""
+        return KappaTerm(self.settings, self.max_tokens) if self.settings.reference_on else None
 
-    def update_settings(self, step: int) -> dict[str, Any] | None:
-        """The kappa term, and the parts whose gradient norms are measured in this step."""
-        if self.settings.is_grpo:
-            return None
-        reference, every = self.settings.reference, self.settings.metrics.grad_norm_every
-        parts = ["policy", *["beta"] * self.run.use_kl_loss, *["kappa"] * self.settings.reference_on]
-        return {
-            "kappa": self.settings.kappa,
-            "max_kl": reference.max_kl,
-            "policy_condition": reference.policy_condition,
-            "num_shared": self.settings.collider.num_draws,
-            "max_token_len_per_gpu": self.max_tokens,
-            "packing": self.settings.scoring.packing,
-            "min_shared_tokens": self.settings.scoring.min_shared_tokens,
-            "measure_parts": parts if every and step % every == 0 else [],
-        }
+    def measures_gradients(self, step: int) -> bool:
+        """Every ``metrics.grad_norm_every`` steps."""
+        every = self.settings.metrics.grad_norm_every
+        return not self.settings.is_grpo and every > 0 and step % every == 0
 
     # ---- layout and report ------------------------------------------------------------------------------------------
 

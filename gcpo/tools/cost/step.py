@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gcpo.methods.base import Batch, Engine, Method, Run, SampledGroup, Sampling
-from gcpo.methods.fields import PROMPTS, RESPONSES, REWARD_MODEL, Field, split
+from gcpo.methods.base import Batch, Engine, Method, Run, SampledGroup, Sampling, Term
+from gcpo.methods.fields import PROMPTS, RESPONSES, REWARD_MODEL, Field
 from gcpo.methods.gc2po.pack import EpisodeRequest, pack_requests
 from gcpo.methods.gcpo.draws import KINDS
-from gcpo.methods.gcpo.fields import CONTEXT_LENGTHS, CONTEXTS, KL_WEIGHT
+from gcpo.methods.gcpo.fields import KL_MASK, KL_WEIGHT
 from gcpo.scoring import PrefixForest
 from gcpo.scoring.requests import Score, ScoreRequest
 from gcpo.scoring.tree import common_prefix
@@ -193,13 +193,12 @@ def packed_tokens(
     return sum(map(len, PrefixForest(sequences, min_shared=min_shared).packs(budget)))
 
 
-def kappa_rows(rows: Sequence[Mapping[Field, Any]], num_shared: int) -> Iterator[Tensor]:
-    """The sequences (x_i, y_i) of the kappa term; x_i is over the first of the shared draws that is valid."""
+def kappa_rows(rows: Sequence[Mapping[Field, Any]], term: Term) -> Iterator[Tensor]:
+    """The sequences (x_i, y_i) of the second pass of an update; every valid context has a reference."""
     for row in rows:
-        contexts = split(row[CONTEXTS], row[CONTEXT_LENGTHS])[:num_shared]
-        first = next((context for context in contexts if len(context)), None)
-        if first is not None and float(row[KL_WEIGHT]) > 0:
-            yield torch.cat([first, row[RESPONSES]])
+        context = term.context({**row, KL_MASK: (row[KL_WEIGHT] > 0).long()})
+        if context is not None:
+            yield torch.cat([context, row[RESPONSES]])
 
 
 class Simulation:
@@ -285,17 +284,18 @@ class Simulation:
     def _update(self, rows: Sequence[Mapping[Field, Any]], plain: int) -> None:
         """Count the passes with gradient; in step 0 all parts of the gradient are measured that ever are."""
         self.counts["trained/plain"] += plain
-        update = self.method.update_settings(0)
-        if update is None:
-            return
-        on_contexts = CONTEXTS in self.method.update_inputs
-        sequences = list(kappa_rows(rows, update["num_shared"])) if on_contexts else []
-        budget, shared = update["max_token_len_per_gpu"], update["min_shared_tokens"]
-        tokens = packed_tokens(sequences, budget, min_shared=shared, packing=update["packing"]) * self.step.epochs
-        self.counts["trained/kappa_rows"] += tokens
-        self.counts["trained/kappa_rows_unshared"] += sum(map(len, sequences)) * self.step.epochs
-        for part in update["measure_parts"]:
-            passed = tokens if part == "kappa" and on_contexts else plain
+        term, parts = self.method.term(), []
+        if self.method.measures_gradients(0):
+            parts = ["policy", *["beta"] * self.step.run.use_kl_loss, *([term.name] if term else [])]
+        tokens = 0
+        if term is not None and not term.on_plain_rows:
+            sequences = list(kappa_rows(rows, term))
+            tokens = packed_tokens(sequences, term.max_tokens, min_shared=term.min_shared, packing=term.packing)
+            tokens *= self.step.epochs
+            self.counts["trained/kappa_rows"] += tokens
+            self.counts["trained/kappa_rows_unshared"] += sum(map(len, sequences)) * self.step.epochs
+        for part in parts:
+            passed = tokens if term is not None and part == term.name and not term.on_plain_rows else plain
             self.counts["trained/measured"] += passed / self.method.settings.metrics.grad_norm_every
 
     def count_generation(self, kind: str, texts: Sequence[Sequence[int]], prompt: Sequence[int], cached: int) -> None:
