@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Literal
+
+from gcpo.settings import NotNegative, Positive, PositiveFraction, Settings
 
 WEIGHT_CHANGE = "stability/weight_change/max"
 """Largest ||w_after - w_before|| / ||w_before|| of the optimizer steps of one training step."""
@@ -32,28 +33,18 @@ LEAST_HELD_OUT = 0.05
 """A held-out accuracy that falls to 0 from less than this may be chance."""
 
 
-@dataclass(frozen=True)
-class StabilityConfig:
+class StabilityConfig(Settings):
     """When a step is reported as a collapse, and what a value that is not finite does."""
 
     non_finite: Literal["stop", "skip"] = "stop"
     """A loss, gradient norm or weight that is not finite: ``stop`` ends the run before weights are saved or sent to
     the server; ``skip`` leaves the gradient norm to verl, which changes no weight in that update and goes on."""
-    max_weight_change: float = 0.5
+    max_weight_change: Positive = 0.5
     """An optimizer step that changes the weights by more than this share of their norm is reported."""
-    min_entropy: float = 1e-4
+    min_entropy: NotNegative = 1e-4
     """A mean entropy per token below this (nats) is reported: the policy has one continuation left."""
-    max_entropy_frac: float = 0.9
+    max_entropy_frac: PositiveFraction = 0.9
     """A mean entropy per token above this share of ln(vocabulary size), that of random tokens, is reported."""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Fields with values that cannot work, each with the reason."""
-        if not self.max_weight_change > 0:
-            yield "max_weight_change", f"{self.max_weight_change} must be greater than 0"
-        if not self.min_entropy >= 0:
-            yield "min_entropy", f"{self.min_entropy} must be 0 or greater"
-        if not 0 < self.max_entropy_frac <= 1:
-            yield "max_entropy_frac", f"{self.max_entropy_frac} must be greater than 0 and at most 1"
 
 
 def token_entropy(

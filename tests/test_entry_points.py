@@ -39,6 +39,9 @@ REFUSED = [
     ("actor_rollout_ref.actor.optim.lr=fast", "actor_rollout_ref.actor.optim.lr is 'fast'; it must be a number"),
     ("actor_rollout_ref.rollout.n=two", "actor_rollout_ref.rollout.n is 'two'"),
     ("data.train_batch_size=100000", "data.train_batch_size is 100000, and data.train_files has 64 rows"),
+    ("gcpo.collider.draws=shared", "gcpo.collider.draws has a new name: write gcpo.collider.scheme"),
+    ("+gcpo.conditioned.max_tokens=9", "gcpo.conditioned has a new name: write gcpo.regenerated"),
+    ("gcpo.collider.cache_tokens=6400", "gcpo.collider.cache_tokens has been removed: groups that take turns"),
     ("data.train_batchsize=4", "data.train_batchsize is not a setting; did you mean data.train_batch_size?"),
     ("+actor_rollout_ref.model.lora.merge=True", "is in the configuration already: leave out the + before it"),
     ("device=cpux", "device has no option cpux: set device=cpu"),
@@ -217,4 +220,4 @@ def test_our_yaml_holds_the_defaults_of_gcpo() -> None:
     """With verl's entry point a field that is left out has its default; our yaml says the same."""
     ours = OmegaConf.to_container(composed("gcpo_trainer").gcpo, resolve=True)
     arguments = {"n": 8, "response_length": 512}
-    assert GCPOConfig.from_config(ours, **arguments) == GCPOConfig.from_config({"preset": "paper"}, **arguments)
+    assert GCPOConfig.from_config(ours, **arguments) == GCPOConfig.from_config({}, **arguments)

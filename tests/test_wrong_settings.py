@@ -83,7 +83,7 @@ WRONG_VALUES = [
     (f"{ACTOR}.data_loader_seed=-1", f"{ACTOR}.data_loader_seed is -1"),
     (f"{ACTOR}.checkpoint.save_contents=[weights]", "checkpoint.save_contents names 'weights'"),
     ("gcpo.seed=-1", "gcpo.seed is -1"),
-    ("gcpo.kappa=-1", "gcpo.kappa: -1.0 is not a finite number >= 0"),
+    ("gcpo.kappa=-1", "gcpo.kappa is -1; it must be at least 0"),
     ("gcpo.alpha=large", "gcpo.alpha is 'large'"),
     ("reward.num_workers=0", "reward.num_workers is 0"),
     ("reward.reward_manager.name=best", "reward.reward_manager.name names 'best'"),
@@ -190,8 +190,8 @@ WRONG_TOGETHER = [
 WRONG = WRONG_VALUES + WRONG_TOGETHER
 
 GC2PO_WRONG = [
-    ("gc2po.perturbation.draws=0", "gc2po.perturbation.draws: 0 is too small"),
-    ("gc2po.perturbation.sigma=-1", "gc2po.perturbation.sigma: -1.0 is not"),
+    ("gc2po.perturbation.draws=0", "gc2po.perturbation.draws is 0; it must be at least 1"),
+    ("gc2po.perturbation.sigma=-1", "gc2po.perturbation.sigma is -1; it must"),
     ("gc2po.layer=9", "the model has hidden states 0 to 3"),
     ("gc2po.intervention=hidden_state gc2po.layer=3", "nothing comes after it"),
     ("+gc2po.draws=3", "gc2po.draws is not a setting"),

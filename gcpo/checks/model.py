@@ -6,7 +6,7 @@ import json
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig
 
@@ -196,7 +196,7 @@ def check_perturbable(model: Any) -> None:
 
     if type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
-    problem = tree_problem(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model)])
+    problem = tree_problem(model, cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(model)]))
     if problem is not None:
         raise ConfigError(
             f"{KEY}: GC2PO perturbs states in packed rows, which this model cannot have: {problem}; use another model, "

@@ -11,7 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from gcpo.checks.reading import first_line
 from gcpo.checks.supported import LEGACY
+from gcpo.methods.gc2po.settings import GC2POConfig
+from gcpo.methods.gcpo.settings import GCPOSettings
 
+_OURS = {"gcpo": GCPOSettings, "gc2po": GC2POConfig}
 _UNREAD = ("critic", *LEGACY)
 """Groups of verl's yaml that no run of ours reads; their keys are never suggested."""
 
@@ -24,8 +27,9 @@ def override_problem(error: Exception, compose: Callable[[], DictConfig]) -> str
         compose: composes the configuration without the overrides of the command line, for the keys that exist.
     """
     text = str(error).strip()
-    if getattr(error, "override", None) is not None:
-        return f"the override {error.override} cannot be read: {first_line(error)}; write key=value"
+    override = getattr(error, "override", None)
+    if override is not None:
+        return f"the override {override} cannot be read: {first_line(error)}; write key=value"
     if found := re.match(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"{found[1]} is in the configuration already: leave out the + before it"
     if found := re.match(r"Could not (?:override|delete from config)[^']*'([^']+)'", text):
@@ -38,6 +42,9 @@ def override_problem(error: Exception, compose: Callable[[], DictConfig]) -> str
 
 
 def _unknown_key(key: str, compose: Callable[[], DictConfig]) -> str:
+    group, _, rest = key.partition(".")
+    if group in _OURS and (former := _OURS[group].former(group, rest)):
+        return former
     keys = list(dotted_keys(compose()))
     if key in keys:
         return f"{key} is a group of settings: set one of the settings in it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -41,7 +41,7 @@ def group(config: DictConfig, key: str) -> dict[str, Any]:
             return {}
         if not OmegaConf.is_dict(found):
             raise ConfigError(f"{key} is {found!r}; it must be a group of settings")
-        return OmegaConf.to_container(found, resolve=True)
+        return cast(dict[str, Any], OmegaConf.to_container(found, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key} cannot be resolved: {first_line(error)}") from error
 

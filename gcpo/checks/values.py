@@ -124,7 +124,6 @@ NUMBERS: dict[str, Number] = {
     "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": MAYBE_COUNT,
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": MAYBE_COUNT,
     "reward.num_workers": COUNT,
-    "gcpo.seed": Number(0, null=True),
 }
 
 CHOICES: dict[str, tuple[Any, ...]] = {

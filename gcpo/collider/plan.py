@@ -154,7 +154,7 @@ def _huffman_orders(lengths: Mapping[int, float], order: Sequence[int]) -> dict[
     place = {k: p for p, k in enumerate(order)}
     contexts: dict[int, list[int]] = {k: [] for k in order}
     # (length, tie break, members); a merged subtree comes after every leaf and older subtree of its length.
-    heap = [(lengths[k], p, (k,)) for p, k in enumerate(order)]
+    heap: list[tuple[float, int, tuple[int, ...]]] = [(lengths[k], p, (k,)) for p, k in enumerate(order)]
     heapq.heapify(heap)
     for tie in range(len(order), 2 * len(order) - 1):
         (length_a, _, a), (length_b, _, b) = heapq.heappop(heap), heapq.heappop(heap)

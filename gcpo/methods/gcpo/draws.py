@@ -23,7 +23,11 @@ from gcpo.seeding import request_seed, seeded
 logger = logging.getLogger(__name__)
 
 KINDS = ("collider", "leave_one_out", "regenerated")
-_NAMES = dict(zip(KINDS, ("a collider draw", "a leave-one-out draw", "a regenerated response"), strict=True))
+_NAMES = {
+    "collider": "a collider draw",
+    "leave_one_out": "a leave-one-out draw",
+    "regenerated": "a regenerated response",
+}
 OUTCOMES = ("ok", "failed", "empty", "cut")
 MAX_CAUSES = 3
 """Distinct causes that a group reports."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,14 @@ class GroupFeatures:
     conditioned: Tensor | None = None
     valid: Tensor | None = None
 
-    def split(self, num_shared: int) -> dict[str, Tensor | None]:
-        """Arguments of ``causal_target`` for the shared and the leave-one-out draws."""
+    def split(self, num_shared: int) -> dict[str, Any]:
+        """Arguments of ``causal_target`` for the shared and the leave-one-out draws.
+
+        Raises:
+            ValueError: the group has no states under contexts.
+        """
+        if self.conditioned is None or self.valid is None:
+            raise ValueError("the group has no states under contexts.")
         leave_one_out = self.conditioned.shape[1] > num_shared
         return {
             "z_conditioned": self.conditioned[:, :num_shared],
@@ -165,11 +172,11 @@ def batch_weights(
     Raises:
         ValueError: ``features.center`` is ``batch`` and ``mean`` is not given.
     """
-    if config.features.center == "batch" and mean is None:
+    if config.features.center != "batch":
+        mean = None
+    elif mean is None:
         raise ValueError("features.center=batch needs the mean state of the batch.")
-    found = [
-        _group_weights(group.centered(mean) if config.features.center == "batch" else group, config) for group in groups
-    ]
+    found = [_group_weights(group if mean is None else group.centered(mean), config) for group in groups]
     has_target = [group.has_target for group in found]
     weights = filled([group.weight for group in found], has_target, config.weighting.missing)
     weights = controlled(weights, has_target, advantages, config.weighting.ablation, seed)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from gcpo.methods.gcpo.settings import GCPOConfig
-from gcpo.settings import ConfigError
+from gcpo.methods.gc2po.settings import GC2POConfig
+from gcpo.methods.gcpo.settings import PRESETS, GCPOConfig, GCPOSettings
+from gcpo.settings import ConfigError, Settings
 
 YAML = Path(__file__).parents[3] / "gcpo" / "config" / "base.yaml"
 
@@ -102,6 +103,14 @@ REFUSED = [
     ({"weighting": {"missing": "zero"}}, "gcpo.weighting.missing.*mean, one"),
     ({"scoring": {"max_token_len_per_gpu": 0}}, "gcpo.scoring.max_token_len_per_gpu"),
     ({"preset": "paper", "features": {"source": "prompt"}}, "gcpo.features.source"),
+    ({"collider": {"draws": "shared"}}, "gcpo.collider.draws has a new name: write gcpo.collider.scheme$"),
+    ({"collider": {"num_marginal_draws": 1}}, "write gcpo.collider.num_leave_one_out_draws$"),
+    ({"collider": {"cache_tokens": 6400}}, "gcpo.collider.cache_tokens has been removed: .*prefix-cache"),
+    ({"conditioned": {"max_tokens": 9}}, "gcpo.conditioned has a new name: write gcpo.regenerated$"),
+    ({"features": {"context": "response"}}, "write gcpo.features.input$"),
+    ({"reference": {"policy_context": "query"}}, "write gcpo.reference.policy_condition$"),
+    ({"reference": {"fraction": 0.5}}, "write gcpo.reference.subsample$"),
+    ({"weighting": {"control": "mean"}}, "write gcpo.weighting.ablation$"),
 ]
 
 
@@ -120,17 +129,26 @@ def test_a_group_of_one_is_refused() -> None:
 
 
 def test_the_yaml_has_every_field_and_the_defaults() -> None:
-    """base.yaml shows exactly the fields of the dataclass, with their defaults (its preset is the paper's)."""
-    shown = yaml.safe_load(YAML.read_text())["gcpo"]
+    """base.yaml shows exactly the fields of the class, with their defaults."""
+    assert yaml.safe_load(YAML.read_text())["gcpo"] == GCPOSettings().to_dict()
 
-    def compare(cls: Any, group: dict, where: str) -> None:
-        assert set(group) == {f.name for f in dataclasses.fields(cls)}, where
-        for f in dataclasses.fields(cls):
-            default = getattr(cls, f.name)
-            if dataclasses.is_dataclass(default):
-                compare(default, group[f.name], f"{where}.{f.name}")
-            elif f.name != "preset":
-                assert group[f.name] == default, f"{where}.{f.name}"
 
-    compare(GCPOConfig(), shown, "gcpo")
-    assert GCPOConfig.from_config(shown, n=8, response_length=64).preset == "paper"
+def test_a_resolved_configuration_stays_as_it_is() -> None:
+    """Workers are given the resolved values and resolve them again."""
+    for preset in PRESETS:
+        config = resolve(preset=preset)
+        assert resolve(**config.to_dict()) == GCPOConfig.from_config(config, n=8, response_length=5) == config
+
+
+def test_every_field_is_documented() -> None:
+    """A page about the settings can be made from the classes."""
+
+    def undocumented(cls: type[Settings], where: str) -> Iterator[str]:
+        for name, field in cls.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+                yield from undocumented(field.annotation, f"{where}.{name}")
+            elif not field.description:
+                yield f"{where}.{name}"
+
+    for cls in (GCPOSettings, GC2POConfig):
+        assert [*undocumented(cls, cls.__name__)] == []
