@@ -1,3 +1,3 @@
 """Group Causal Policy Optimization (GCPO) as a plug-in for verl."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -27,6 +27,7 @@ from gcpo.settings import ConfigError
 __all__ = [
     "MANAGER",
     "ConfigError",
+    "check_any_run",
     "check_gc2po_run",
     "check_run",
     "longest_prompt",
@@ -56,6 +57,15 @@ def check_run(config: DictConfig) -> GCPOConfig:
     return gcpo
 
 
+def check_any_run(config: DictConfig) -> GCPOConfig | GC2POConfig:
+    """Check the configuration of a run of the method that ``algorithm.adv_estimator`` names.
+
+    Raises:
+        ConfigError: something in it cannot work; the sentence says which setting to change.
+    """
+    return (check_gc2po_run if get(config, "algorithm.adv_estimator") == "gc2po" else check_run)(config)
+
+
 def check_gc2po_run(config: DictConfig) -> GC2POConfig:
     """Check the configuration of a GC2PO run, as `check_run` does for GCPO.
 
@@ -71,14 +81,13 @@ def check_gc2po_run(config: DictConfig) -> GC2POConfig:
     check_supported(config, gcpo, "gc2po")
     check_batches(config)
     check_model(config)
-    # The number of layers is not known yet; what depends on it is checked below.
-    settings, n = group(config, "gc2po"), get(config, "actor_rollout_ref.rollout.n")
-    gc2po = GC2POConfig.from_config(settings, n=n, depth=None)
+    gc2po = GC2POConfig.from_config(group(config, "gc2po"), n=get(config, "actor_rollout_ref.rollout.n"))
     _check_forward(config, gc2po)
     train = _check_inputs(config)
     check_devices(config)
     model = model_config(config)
-    gc2po = GC2POConfig.from_config(settings, n=n, depth=getattr(model, "num_hidden_layers", None))
+    if (depth := getattr(model, "num_hidden_layers", None)) is not None:
+        gc2po.layer_of(depth)
     if gc2po.counterfactual and model is not None:
         check_perturbable(model)
     check_lengths(config, gcpo, model)

@@ -13,14 +13,15 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 import gcpo.config
-from gcpo.checks import check_gc2po_run, check_run, plugin_problem
+from gcpo.checks import check_any_run, plugin_problem
+from gcpo.checks.callback import CheckBeforeRay, refuse
 from gcpo.checks.overrides import override_problem
 from gcpo.checks.reading import first_line
 from gcpo.settings import ConfigError
@@ -42,6 +43,7 @@ def main() -> None:
         train(config)
 
     sys.argv = with_search_path(sys.argv)
+    CheckBeforeRay.enabled = False  # `train` checks
     # hydra prints its own page about an error unless this is set; it is read when an error occurs.
     os.environ[_FULL_ERROR] = "1"
     try:
@@ -61,8 +63,7 @@ def train(config: DictConfig) -> None:
         SystemExit: status 2, after one sentence on the standard error, where a check refuses the configuration.
     """
     try:
-        check = check_gc2po_run if config.algorithm.adv_estimator == "gc2po" else check_run
-        check(config)
+        check_any_run(config)
     except ConfigError as error:
         refuse(str(error))
     problem = plugin_problem()
@@ -100,12 +101,6 @@ def check_with_verl(config: DictConfig) -> None:
         refuse(f"verl refuses the configuration: {first_line(error)}")
     finally:
         sys.stdout.write(said.getvalue())
-
-
-def refuse(sentence: str) -> NoReturn:
-    """End the process with status 2 and one line on the standard error."""
-    print(f"gcpo: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 # ---- composing -------------------------------------------------------------------------------------------------------
