@@ -3,7 +3,7 @@
 ``python -m benchmarks.code_grading --humaneval FILE --mbpp FILE`` grades all reference solutions of HumanEval and MBPP
 and ``--mutants`` mutations of each with ``gcpo.rewards.code``, and every one of them once more the usual way, with the
 tests behind the program in the same process (in the sandbox, too). It prints a table and writes ``code_grading.json``.
-Where others use the machine, the processor's time for a program (with ``namespaces``) says more than programs a second.
+Where others use the machine, the processor's time for a program says more than programs a second.
 
 A mutation changes one thing in a solution: a comparison, an operator, a number, or what is returned. Not every mutation
 makes a program wrong, and tests don't find everything; where the usual way lets a mutant pass as well, the tests let it

@@ -16,7 +16,7 @@
 #   --seed N           default 0
 #   --limit N          the first N questions of every set
 #   --gpus N           that the model is spread over (default 1)
-#   --sandbox NAME     for programs: auto (default), namespaces, bubblewrap or fusion, which needs
+#   --sandbox NAME     for programs: auto (default), bubblewrap or fusion, which needs
 #   --sandbox-fusion-url URL
 #   --output DIR       default outputs/evaluation/NAME_OF_THE_MODEL
 #   RUN                the --output of an evaluation; differences are to the first one

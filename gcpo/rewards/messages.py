@@ -8,10 +8,6 @@ import collections
 import json
 import os
 
-if __name__ != "__main__":  # in the sandbox, these files stand above this one
-    pass
-
-
 MESSAGE_LIMIT = 8 * 2**20
 """Bytes that the child may send at once."""
 DEPTH_LIMIT = 200
@@ -23,10 +19,15 @@ class Gone(BaseException):
     """The child ended, hung, or sent what can't be read. No Exception: a test's own ``except`` must not swallow it."""
 
 
-def write_message(fd, message, wait=None):
-    """Send an object as JSON, after 16 hexadecimal digits that say how long it is; ``wait`` before every write."""
+def frame(message):
+    """An object as JSON, after 16 hexadecimal digits that say how long it is."""
     data = json.dumps(message).encode()
-    view = memoryview(b"%016x" % len(data) + data)
+    return b"%016x" % len(data) + data
+
+
+def write_message(fd, message, wait=None):
+    """Send an object; ``wait`` is called before every write."""
+    view = memoryview(frame(message))
     while view:
         if wait is not None:
             wait()

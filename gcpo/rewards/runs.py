@@ -24,6 +24,10 @@ if __name__ != "__main__":  # in the sandbox, these files stand above this one
     )
 
 
+FILES_SECONDS = 0.1
+"""How often the files of a program are counted."""
+
+
 class Failed(BaseException):
     """The program has failed; the message says how."""
 
@@ -31,8 +35,8 @@ class Failed(BaseException):
 class Clock:
     """The limits of the child that runs now, in seconds of its processor and of the wall."""
 
-    def __init__(self, limits):
-        self.limits = limits
+    def __init__(self, limits, folder):
+        self.limits, self.folder = limits, folder
         self.cpu_before = self.cpu_start = 0.0
         self.wall_start = self.wall_case = time.monotonic()
         self.pid = 0
@@ -73,7 +77,13 @@ class Clock:
         )
         if left <= 0:
             raise Failed("out of time")
-        return max(left, 0.01)
+        if not self.folder:
+            return max(left, 0.01)
+        # Nothing in the kernel limits the number of files, and an empty one takes memory that no other limit counts.
+        space = os.statvfs(self.folder)
+        if space.f_files - space.f_ffree > limits["files"]:
+            raise Failed(f"it has more than {limits['files']} files")
+        return min(max(left, 0.01), FILES_SECONDS)
 
 
 def fork():

