@@ -61,7 +61,7 @@ def same_value(value, expected):
         return len(value) == len(expected) and all(map(same_value, value, expected))
     if isinstance(value, dict) and isinstance(expected, dict):
         return value.keys() == expected.keys() and all(same_value(value[key], expected[key]) for key in expected)
-    if type(expected) is float and type(value) in (int, float):
+    if type(expected) is float and (type(value) is int or type(value) is float):
         if type(value) is int and value.bit_length() > sys.float_info.max_exp:
             return False  # larger than every float
         if math.isfinite(expected) and math.isfinite(value):

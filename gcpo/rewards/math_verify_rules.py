@@ -46,7 +46,7 @@ _NOT_SAMPLED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Der
 
 _IMAGINARY = {sympy.Symbol("i", real=real): sympy.I for real in (True, False, None)}
 
-_decimals: dict[sympy.Rational, int] = {}
+_decimals: dict[Any, int] = {}
 """Decimals of the comparison that have many digits: their exact values and the number of digits behind the point."""
 
 
@@ -88,9 +88,7 @@ def _same_value(gold: Any, pred: Any, *_: Any) -> bool:
     gold, pred = grader.safe_sympy_doit(gold), grader.safe_sympy_doit(pred)
     matrices = [isinstance(one, sympy.MatrixBase) for one in (gold, pred)]
     if any(matrices):
-        return (
-            all(matrices) and gold.shape == pred.shape and all(map(_same_value, gold.flat(), pred.flat(), strict=True))
-        )
+        return all(matrices) and gold.shape == pred.shape and all(map(_same_value, gold.flat(), pred.flat()))
     if not isinstance(gold, sympy.Expr) or not isinstance(pred, sympy.Expr):
         return False
     if not gold.has(*_NOT_SAMPLED) and not pred.has(*_NOT_SAMPLED):  # in a sum, i is an index
@@ -126,7 +124,7 @@ def _is_zero(difference: sympy.Expr) -> bool:
     return all(part == 0 or getattr(part, "_prec", 2) == 1 for part in parts)
 
 
-def _rounded(decimal: sympy.Expr, number: sympy.Expr) -> bool:
+def _rounded(decimal: Any, number: Any) -> bool:
     """Whether a written decimal is the correct rounding of a number that has no end as a decimal."""
     digits = _decimals.get(abs(decimal)) if decimal.is_Rational else None
     if not digits or not number.is_real:
@@ -141,7 +139,7 @@ def _rounded(decimal: sympy.Expr, number: sympy.Expr) -> bool:
     return bool(abs(number - decimal).evalf(30) <= sympy.Rational(1, 2 * 10**digits))
 
 
-def _same_function(gold: sympy.Expr, pred: sympy.Expr) -> bool:
+def _same_function(gold: Any, pred: Any) -> bool:
     """Whether two expressions with variables are equal wherever both have a real value."""
     symbols = sorted(gold.free_symbols | pred.free_symbols, key=str)
     sampled = not gold.has(*_NOT_SAMPLED) and not pred.has(*_NOT_SAMPLED)
@@ -158,7 +156,7 @@ def _same_function(gold: sympy.Expr, pred: sympy.Expr) -> bool:
     return not any(_differ_at(point, gold, pred) for point in _points(symbols, positive=False))
 
 
-def _points(symbols: list[sympy.Symbol], positive: bool) -> Iterator[dict[sympy.Symbol, sympy.Rational]]:
+def _points(symbols: list[Any], positive: bool) -> Iterator[dict[Any, Any]]:
     """Values for the symbols: all positive, or each symbol negative in turn."""
     for shift in range(3):
         values = [SAMPLES[(at + shift) % len(SAMPLES)] + at // len(SAMPLES) for at in range(len(symbols))]
@@ -172,7 +170,7 @@ def _points(symbols: list[sympy.Symbol], positive: bool) -> Iterator[dict[sympy.
             yield from ({**point, symbol: -point[symbol]} for symbol in symbols)
 
 
-def _differ_at(point: dict[sympy.Symbol, sympy.Rational], *both: sympy.Expr) -> bool:
+def _differ_at(point: dict[Any, Any], *both: sympy.Expr) -> bool:
     """Whether both expressions have real values at a point, and different ones."""
     if not all(_is_defined(one, point) for one in both):
         return False
@@ -182,7 +180,7 @@ def _differ_at(point: dict[sympy.Symbol, sympy.Rational], *both: sympy.Expr) -> 
     return bool(abs(first - second) > sympy.Float("1e-20") * (abs(first) + abs(second)))
 
 
-def _is_defined(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Rational]) -> bool:
+def _is_defined(expression: sympy.Expr, point: dict[Any, Any]) -> bool:
     """Whether all roots, powers, logarithms and factorials of an expression have real values at a point."""
     for node in sympy.preorder_traversal(expression):
         if isinstance(node, sympy.Pow) and not node.exp.is_integer:
@@ -311,7 +309,7 @@ def _parsed(text: str, real: bool) -> Any:
 
 
 @functools.lru_cache(maxsize=512)
-def _cached(text: str, real: bool) -> tuple[Any, dict[sympy.Rational, int]]:
+def _cached(text: str, real: bool) -> tuple[Any, dict[Any, int]]:
     """What math-verify reads in a text, and the long decimals in it."""
     _decimals.clear()
     return _parsed(text, real), dict(_decimals)

@@ -175,7 +175,8 @@ def _undecorated(text: str) -> str:
         for pattern, new in _WRAPPERS:
             if match := pattern.fullmatch(text.rstrip(". ")):
                 text = match.expand(new).strip()
-        start = _GROUP.match(text).end() - 1
+        group = _GROUP.match(text)
+        start = group.end() - 1 if group else -1
         if start >= 0 and closing(text, start) == len(text) - 1 and (start == 0 or "{" in text[start + 1 :]):
             text = text[start + 1 : -1].strip()
         if text == before:
