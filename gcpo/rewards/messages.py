@@ -62,98 +62,6 @@ def _read_exactly(fd, size, wait):
     return b"".join(parts)
 
 
-# ---- values ----------------------------------------------------------------------------------------------------------
-#
-#
-# Lists, strings, floats and small integers stand for themselves; everything else is an object with one key.
-
-
-def pack(value, handles=None, depth=0):
-    """A value as JSON. Subclasses become their plain type; what is no data becomes a handle, or a TypeError."""
-    if depth > DEPTH_LIMIT:
-        raise ValueError("a value is nested too deeply")
-    kind = type(value)
-    if value is None or kind is bool or kind is str:
-        return value
-    if isinstance(value, float):
-        return float(value)
-    if isinstance(value, int):
-        number = int(value)
-        return number if -(2**63) < number < 2**63 else {"int": hex(number)}
-    if isinstance(value, str):
-        return str.__str__(value)
-    for name, (type_, _) in _SEQUENCES.items():
-        if isinstance(value, type_):
-            items = [pack(item, handles, depth + 1) for item in value]
-            return items if name == "list" else {name: items}
-    if isinstance(value, dict):
-        return {"dict": [[pack(k, handles, depth + 1), pack(v, handles, depth + 1)] for k, v in value.items()]}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, (bytes, bytearray)):
-        return {"bytes": bytes(value).hex()}
-    if isinstance(value, range):
-        return {"range": [pack(n) for n in (value.start, value.stop, value.step)]}
-    if kind.__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
-        return pack(value.item(), handles, depth + 1)
-    if (
-        isinstance(value, type)
-        and value.__module__ == "builtins"
-        and getattr(builtin_module(), value.__name__, 0) is value
-    ):
-        return {"type": value.__name__}
-    if isinstance(value, Remote):
-        return {"handle": object.__getattribute__(value, "_handle")}
-    if handles is None:
-        raise TypeError("a " + kind.__name__ + " can't be given to the program")
-    if hasattr(kind, "__next__"):  # iterators and generators: the test can go through them once, as it expects
-        return {"iterator": [pack(item, handles, depth + 1) for item in value]}
-    handles.append(value)
-    return {"handle": len(handles) - 1}
-
-
-_SEQUENCES = {  # their types, and what makes one of a list
-    "list": (list, list),
-    "tuple": (tuple, tuple),
-    "set": (set, set),
-    "frozenset": (frozenset, frozenset),
-    "deque": (collections.deque, collections.deque),
-    "dict_keys": (type({}.keys()), lambda items: dict.fromkeys(items).keys()),
-    "dict_values": (type({}.values()), lambda items: dict(enumerate(items)).values()),
-    "dict_items": (type({}.items()), lambda items: dict(items).items()),
-}
-
-
-def unpack(data, handle):
-    """The value that was packed; ``handle`` makes something of a handle's number."""
-    if isinstance(data, list):
-        return [unpack(item, handle) for item in data]
-    if not isinstance(data, dict):
-        return data
-    ((name, inner),) = data.items()
-    if name in _SEQUENCES:
-        return _SEQUENCES[name][1]([unpack(item, handle) for item in inner])
-    if name == "dict":
-        return {unpack(k, handle): unpack(v, handle) for k, v in inner}
-    if name == "int":
-        return int(inner, 16)
-    if name == "complex":
-        return complex(*inner)
-    if name == "bytes":
-        return bytes.fromhex(inner)
-    if name == "range":
-        return range(*(unpack(n, handle) for n in inner))
-    if name == "iterator":
-        return iter([unpack(item, handle) for item in inner])
-    if name == "type":
-        type_ = getattr(builtin_module(), inner)
-        if isinstance(type_, type):
-            return type_
-    if name == "handle" and isinstance(inner, int):
-        return handle(inner)
-    raise ValueError(name)
-
-
 def builtin_module():
     import builtins
 
@@ -192,6 +100,103 @@ class Remote:
     def __setattr__(self, name, value):
         """Set the attribute in the child."""
         self._ask(do="set", name=name, value=pack(value))
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+#
+# Lists, strings, floats and small integers stand for themselves; everything else is an object with one key. Nothing is
+# pickled: a program could then choose what runs in the judge.
+
+
+def pack(value, handles=None, depth=0):
+    """A value as JSON. Subclasses become their plain type; what is no data becomes a handle, or a TypeError."""
+    if depth > DEPTH_LIMIT:
+        raise ValueError("a value is nested too deeply")
+
+    def packed(items):
+        return [pack(item, handles, depth + 1) for item in items]
+
+    for types, pack_one in _PLAIN:
+        if isinstance(value, types):
+            return pack_one(value)
+    for name, (type_, _) in _SEQUENCES.items():
+        if isinstance(value, type_):
+            return packed(value) if name == "list" else {name: packed(value)}
+    if isinstance(value, dict):
+        return {"dict": [packed(pair) for pair in value.items()]}
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+        return pack(value.item(), handles, depth + 1)
+    return _pack_object(value, handles, packed)
+
+
+def _pack_object(value, handles, packed):
+    if isinstance(value, type) and getattr(builtin_module(), value.__name__, None) is value:
+        return {"type": value.__name__}
+    if handles is None:
+        raise TypeError("a " + type(value).__name__ + " can't be given to the program")
+    if hasattr(type(value), "__next__"):  # iterators and generators: the test can go through them once, as it expects
+        return {"iterator": packed(value)}
+    handles.append(value)
+    return {"handle": len(handles) - 1}
+
+
+def _pack_int(value):
+    number = int(value)
+    # Python refuses to write very long integers in decimal digits; hexadecimal ones it always writes.
+    return number if -(2**63) < number < 2**63 else {"int": hex(number)}
+
+
+_PLAIN: "tuple" = (  # types without items, and how to pack them; bool comes before int, which it is a subclass of
+    ((type(None), bool), lambda value: value),
+    (float, float),
+    (int, _pack_int),
+    (str, str.__str__),
+    (complex, lambda value: {"complex": [value.real, value.imag]}),
+    ((bytes, bytearray), lambda value: {"bytes": bytes(value).hex()}),
+    (range, lambda value: {"range": [_pack_int(n) for n in (value.start, value.stop, value.step)]}),
+    (Remote, lambda value: {"handle": object.__getattribute__(value, "_handle")}),
+)
+_SEQUENCES = {  # their types, and what makes one of a list
+    "list": (list, list),
+    "tuple": (tuple, tuple),
+    "set": (set, set),
+    "frozenset": (frozenset, frozenset),
+    "deque": (collections.deque, collections.deque),
+    "dict_keys": (type({}.keys()), lambda items: dict.fromkeys(items).keys()),
+    "dict_values": (type({}.values()), lambda items: dict(enumerate(items)).values()),
+    "dict_items": (type({}.items()), lambda items: dict(items).items()),
+    "iterator": ((), iter),
+}
+_OBJECTS = {  # what makes a value of the others
+    "int": lambda digits: int(digits, 16),
+    "complex": lambda parts: complex(*parts),
+    "bytes": bytes.fromhex,
+    "range": lambda numbers: range(*(unpack(n, None) for n in numbers)),
+    "type": lambda name: _builtin_type(name),
+}
+
+
+def _builtin_type(name):
+    type_ = getattr(builtin_module(), name)
+    if not isinstance(type_, type):
+        raise ValueError(name)
+    return type_
+
+
+def unpack(data, handle):
+    """The value that was packed; ``handle`` makes something of a handle's number. Raises where it was not packed."""
+    if isinstance(data, list):
+        return [unpack(item, handle) for item in data]
+    if not isinstance(data, dict):
+        return data
+    ((name, inner),) = data.items()
+    if name in _SEQUENCES:
+        return _SEQUENCES[name][1](unpack(list(inner), handle))
+    if name == "dict":
+        return {unpack(k, handle): unpack(v, handle) for k, v in inner}
+    if name == "handle" and isinstance(inner, int):
+        return handle(inner)
+    return _OBJECTS[name](inner)
 
 
 def describe(error):

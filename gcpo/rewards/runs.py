@@ -95,10 +95,37 @@ def fork():
 
 def run_once(job, text, clock):
     """Start the program with ``text`` as its standard input; returns what it printed. Raises Failed."""
+    pid, out, err = start_program(job, text)
+    clock.start(pid)
+    printed = {out: bytearray(), err: bytearray()}
+    # Not the end of its output ends the program: it may close that, or have given it to nobody knows whom.
+    ended = os.pidfd_open(pid)
+    waiting = [out, err]
+    try:
+        over = False
+        while not over:
+            over = ended in select.select([*waiting, ended], [], [], clock.left())[0]
+            waiting = [fd for fd in waiting if drain(fd, printed[fd])]
+            del printed[err][:-2000]
+            if len(printed[out]) > job["limits"]["output"]:
+                raise Failed(f"it printed more than {job['limits']['output']} bytes")
+    finally:
+        status = clock.end()
+        for fd in (out, err, ended):
+            os.close(fd)
+    if status:
+        how = f"exit code {os.WEXITSTATUS(status)}" if os.WIFEXITED(status) else f"signal {os.WTERMSIG(status)}"
+        complaint = bytes(printed[err]).decode("utf-8", "replace").strip().split("\n")[-1][:REASON_LIMIT]
+        raise Failed(complaint or "it ended with " + how)
+    return bytes(printed[out]).decode("utf-8", "replace")
+
+
+def start_program(job, text):
+    """Start a ``stdin`` child; returns its number, and the ends of its standard output and error to read from."""
+    # A file instead of a pipe: a program that does not read its input then can't make the judge wait.
     stdin = os.memfd_create("stdin")
-    data = memoryview(text.encode("utf-8", "surrogatepass"))
-    while data:
-        data = data[os.write(stdin, data) :]
+    with open(stdin, "wb", closefd=False) as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
     os.lseek(stdin, 0, os.SEEK_SET)
     (out, child_out), (err, child_err) = os.pipe(), os.pipe()
     pid = fork()
@@ -106,7 +133,7 @@ def run_once(job, text, clock):
         try:
             be_child(job, [stdin, child_out, child_err])
             for stream in (sys.stdin, sys.stdout):
-                stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+                stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[attr-defined]
             run_program(job)
         except Exception as error:
             try:
@@ -115,29 +142,9 @@ def run_once(job, text, clock):
                 os._exit(1)
     for fd in (stdin, child_out, child_err):
         os.close(fd)
-    clock.start(pid)
-    printed = {out: bytearray(), err: bytearray()}
-    ended = os.pidfd_open(pid)
-    waiting = [out, err]
-    try:
-        for fd in waiting:
-            os.set_blocking(fd, False)
-        over = False
-        while not over:
-            over = ended in select.select([*waiting, ended], [], [], clock.left())[0]
-            waiting = [fd for fd in waiting if drain(fd, printed[fd])]
-            del printed[err][:-2000]
-            if len(printed[out]) > job["limits"]["output"]:
-                raise Failed(f"it printed more than {job['limits']['output']} bytes")
-        complaint = bytes(printed[err]).decode("utf-8", "replace").strip().split("\n")[-1][:REASON_LIMIT]
-    finally:
-        status = clock.end()
-        for fd in (out, err, ended):
-            os.close(fd)
-    if status:
-        how = f"exit code {os.WEXITSTATUS(status)}" if os.WIFEXITED(status) else f"signal {os.WTERMSIG(status)}"
-        raise Failed(complaint or "it ended with " + how)
-    return bytes(printed[out]).decode("utf-8", "replace")
+    for fd in (out, err):
+        os.set_blocking(fd, False)
+    return pid, out, err
 
 
 def drain(fd, into):
