@@ -34,7 +34,7 @@ from data_prep.core import convert_rows, read_source
 from data_prep.schema import DataError, DataSet
 from data_prep.sets import SETS
 from gcpo.rewards.code import Grade, grade_many
-from gcpo.rewards.pool import size
+from gcpo.rewards.math_verify_pool import size
 from gcpo.rewards.sandbox import Limits, Program, SandboxError, Verdict, open_sandbox
 
 SEED = 20250

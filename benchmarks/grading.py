@@ -30,7 +30,7 @@ from pathlib import Path
 import gcpo.rewards.math as grader
 from benchmarks.common import record
 from gcpo.rewards import boxed_answer, compute_score, grade_many, normalize
-from gcpo.rewards.pool import shared, size
+from gcpo.rewards.math_verify_pool import shared, size
 
 Row = tuple[str, str, bool]
 """Right answer, response, label."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from gcpo.rewards.math import boxed_answer, is_decided, normalize, same_answer
 from gcpo.rewards.math import grade as _grade_math
-from gcpo.rewards.pool import GraderError, size
+from gcpo.rewards.math_verify_pool import GraderError, size
 from gcpo.rewards.sources import grader_of, marked_answer, problem_of
 
 __all__ = [

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gcpo.rewards.blocks import answer_of, code_blocks, program_blocks
-from gcpo.rewards.pool import size
+from gcpo.rewards.math_verify_pool import size
 from gcpo.rewards.sandbox import Limits, Program, Sandbox, open_sandbox
 from gcpo.rewards.sources import is_code
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from gcpo.rewards import expressions, readings
 from gcpo.rewards.answers import boxed_answers, stated_answer
+from gcpo.rewards.math_verify_pool import shared
 from gcpo.rewards.notation import TIME, normalize, plain, split_list
-from gcpo.rewards.pool import shared
 from gcpo.rewards.rationals import same_rational, scales_agree, unscaled
 from gcpo.rewards.units import conflicting_units, without_unit
 

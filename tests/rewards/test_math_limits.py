@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import gcpo.rewards.math
-from gcpo.rewards import GraderError, compute_score, grade_many, pool, same_answer
-from gcpo.rewards.pool import Pool
+from gcpo.rewards import GraderError, compute_score, grade_many, same_answer
+from gcpo.rewards import math_verify_pool as pool
+from gcpo.rewards.math_verify_pool import Pool
 
 HANG = 240
 """Seconds that tell a bounded answer from one that hangs, on however busy a machine."""
@@ -49,7 +50,10 @@ def processes() -> set[int]:
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat") as stat, open(f"/proc/{name}/cmdline") as command:
-                if int(stat.read().rpartition(")")[2].split()[1]) == os.getpid() and "worker.py" in command.read():
+                if (
+                    int(stat.read().rpartition(")")[2].split()[1]) == os.getpid()
+                    and "math_verify_worker.py" in command.read()
+                ):
                     found.add(int(name))
         except OSError:  # it has just ended
             continue
@@ -158,7 +162,7 @@ def test_a_forked_process_has_its_own_workers():
 
 SCRIPT = """
 import os, sys
-import gcpo.rewards.pool as pool
+import gcpo.rewards.math_verify_pool as pool
 from gcpo.rewards import same_answer
 assert same_answer("x+1", "1+x")
 (worker,) = [w for w in list(pool.shared()._places.queue) if w]

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from gcpo.rewards import pool, sandbox
+from gcpo.rewards import bubblewrap, sandbox
+from gcpo.rewards import math_verify_pool as pool
 from gcpo.rewards.sandbox import Limits, Program, SandboxError, Verdict, open_sandbox
 
 SHORT = Limits(time=0.5, memory_mb=256)
@@ -481,10 +482,10 @@ def grandchildren(pid: int) -> list[str]:
 
 @pytest.fixture
 def untried():
-    for cached in (sandbox._try, sandbox._bwrap):
+    for cached in (sandbox._try, bubblewrap.command):
         cached.cache_clear()
     yield
-    for cached in (sandbox._try, sandbox._bwrap):
+    for cached in (sandbox._try, bubblewrap.command):
         cached.cache_clear()
 
 
@@ -512,7 +513,7 @@ def test_where_bubblewrap_fails_it_says_why(untried, monkeypatch, tmp_path):
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho bwrap: No permissions to create a new namespace >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(sandbox, "_bwrap", lambda: [str(broken)])
+    monkeypatch.setattr(bubblewrap, "command", lambda: [str(broken)])
     with pytest.raises(SandboxError) as refusal:
         sandbox.check()
     said = str(refusal.value)
@@ -528,7 +529,7 @@ def test_where_bubblewrap_is_not_installed_it_says_so(untried, monkeypatch):
 
 def test_a_kernel_that_allows_no_namespaces(box):
     """As in a container with the usual restrictions; an outer bwrap makes the kernel refuse."""
-    command = [sandbox._bwrap()[0], "--dev-bind", "/", "/", "--unshare-user", "--uid", "1000", "--disable-userns"]
+    command = [bubblewrap.command()[0], "--dev-bind", "/", "/", "--unshare-user", "--uid", "1000", "--disable-userns"]
     code = lines(
         "from gcpo.rewards import sandbox",
         "try: sandbox.check()",
@@ -540,9 +541,9 @@ def test_a_kernel_that_allows_no_namespaces(box):
 
 
 def test_a_sandbox_that_leaks_is_refused(box, untried, monkeypatch):
-    command = list(sandbox._bwrap())
+    command = list(bubblewrap.command())
     command[1:1] = ["--ro-bind", "/var", "/var"]
-    monkeypatch.setattr(sandbox, "_bwrap", lambda: command)
+    monkeypatch.setattr(bubblewrap, "command", lambda: command)
     with pytest.raises(SandboxError, match="a program in it can see /var"):
         sandbox.check()
 

@@ -36,7 +36,7 @@ START_SECONDS = 120.0
 MAX_WORKERS = 8
 """Most workers of a process; verl has several processes that grade."""
 
-_PROGRAM = Path(__file__).with_name("worker.py")
+_PROGRAM = Path(__file__).with_name("math_verify_worker.py")
 _PACKAGE_ROOT = Path(__file__).parents[2]
 
 

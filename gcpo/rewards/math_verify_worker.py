@@ -1,4 +1,4 @@
-"""The program that a worker of ``gcpo.rewards.pool`` runs: it compares answers with math-verify.
+"""The program that a worker of ``gcpo.rewards.math_verify_pool`` runs: it compares answers with math-verify.
 
 A request is a line of JSON, ``[truth, answer]``; the reply is ``1`` (the same) or ``0``. The first byte, ``r``, says
 that the worker is ready.
