@@ -113,3 +113,12 @@ RIGHT = {
 @pytest.mark.parametrize("kind", RIGHT)
 def test_right_answers(kind):
     assert [row for row in RIGHT[kind] if not same_answer(*row)] == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [r"2\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}+\begin{pmatrix}1\\2\end{pmatrix}"],
+)
+def test_matrices_that_have_to_be_computed(answer):
+    assert same_answer(answer, r"\begin{pmatrix}2\\4\end{pmatrix}")
+    assert not same_answer(answer, r"\begin{pmatrix}2\\5\end{pmatrix}")
