@@ -165,8 +165,7 @@ class Sandbox:
         answers, trouble = self._exchange(data, limits)
         if trouble is None and not answers:
             trouble = "it does not start"
-        for answer in answers:
-            trouble = trouble or answer.get("trouble")
+        trouble = next(filter(None, [trouble, *(answer.get("trouble") for answer in answers)]), None)
         if trouble is not None:
             raise SandboxError(f"the sandbox ({self.kind}) failed: {trouble}")
         verdict = answers[-1]
@@ -195,9 +194,6 @@ def _messages(text: str) -> list[dict[str, Any]]:
         except ValueError:
             at = match.end()
     return found
-
-
-# ---- the two sandboxes -----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -235,8 +231,7 @@ class Bubblewrap(Sandbox):
 
 
 def _last_line(text: str | None) -> str | None:
-    lines = (text or "").strip().splitlines()
-    return lines[-1] if lines else None
+    return ((text or "").strip().splitlines() or [None])[-1]
 
 
 @dataclass(frozen=True)
@@ -351,5 +346,5 @@ def open_sandbox(kind: str = "auto", url: str | None = None) -> Sandbox:
 
 
 def check(sandbox: str = "auto", sandbox_fusion_url: str | None = None) -> str:
-    """The name of the sandbox that these settings give, for a check before a long run; raises as `open_sandbox`."""
+    """The name of the sandbox that `open_sandbox` gives, or its error; to be called before a long run."""
     return open_sandbox(sandbox, sandbox_fusion_url).kind
