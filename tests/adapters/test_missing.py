@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -150,9 +149,8 @@ def test_a_missing_share_warns(
     assert [metrics[f"gcpo/missing/{part}_frac"] for part in ("draws", "targets", "references")] == [0.25] * 3
     assert "lacks" not in caplog.text
     settings = trainer.method.settings
-    trainer.method.settings = dataclasses.replace(
-        settings, metrics=dataclasses.replace(settings.metrics, max_missing=0.2)
-    )
+    metrics_of = settings.metrics.model_copy(update={"max_missing": 0.2})
+    trainer.method.settings = settings.model_copy(update={"metrics": metrics_of})
     take_step(trainer, queue)
     (said,) = [record.getMessage() for record in caplog.records if "lacks" in record.getMessage()]
     assert "step 1 lacks 25 % of the draws, 25 % of the targets and 25 % of the references" in said

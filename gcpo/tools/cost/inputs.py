@@ -17,7 +17,7 @@ import gcpo.config
 from gcpo.methods import method_class, method_names
 from gcpo.methods.base import Method, Run
 from gcpo.methods.gcpo.draws import KINDS
-from gcpo.methods.gcpo.settings import PRESETS, GCPOConfig
+from gcpo.methods.gcpo.settings import PRESETS, GCPOConfig, GCPOSettings
 from gcpo.settings import ConfigError
 from gcpo.tools.cost.step import Step
 from gcpo.tools.cost.texts import Lengths, Tokenizer
@@ -94,7 +94,7 @@ def variants(config: DictConfig, run: Run) -> tuple[str, dict[str, Method], list
     if not isinstance(own, GCPOConfig):
         return mode, {**found, mode: method(own, run)}, notes
     # GRPO has switched off what makes the presets.
-    on = {"weighting": {}, "kappa": GCPOConfig.kappa} if own.is_grpo else {}
+    on = {"weighting": {}, "kappa": GCPOSettings.model_fields["kappa"].default} if own.is_grpo else {}
     for name in PRESETS:
         try:
             found[name] = method(method.parse({**raw, "preset": name, **on}, run), run)
