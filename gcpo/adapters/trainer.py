@@ -28,7 +28,7 @@ from gcpo.adapters.stability import StableTrainer
 from gcpo.adapters.term import UPDATE, UpdateSettings, parts_of
 from gcpo.adapters.worker import METHOD_CALL, MethodWorker
 from gcpo.adapters.zero_rewards import zero_reward_warning
-from gcpo.checks import check_gc2po_run, check_run
+from gcpo.checks import check_any_run
 from gcpo.checks.reading import OUR_REWARD
 from gcpo.faults import RunStoppedError
 from gcpo.methods.base import Credit
@@ -95,7 +95,7 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
     _rewards_seen = False
 
     def __init__(self, config: Any) -> None:
-        check_gc2po_run(config) if config.algorithm.adv_estimator == "gc2po" else check_run(config)
+        check_any_run(config)
         self.method = hooks.make_method(config)
         super().__init__(config)
 

@@ -7,6 +7,10 @@ take seconds to import (transformers, torch) are imported where they are used, s
 
 from __future__ import annotations
 
+import importlib
+import os
+from typing import Any
+
 from omegaconf import DictConfig
 
 from gcpo.checks.data import Table, check_filtered_steps, check_steps, read_tables
@@ -20,6 +24,7 @@ from gcpo.checks.resume import check_resume
 from gcpo.checks.reward import check_reward
 from gcpo.checks.supported import MANAGER, check_supported
 from gcpo.checks.values import check_values
+from gcpo.methods import method_class, method_names
 from gcpo.methods.gc2po.settings import GC2POConfig
 from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.settings import ConfigError
@@ -57,13 +62,42 @@ def check_run(config: DictConfig) -> GCPOConfig:
     return gcpo
 
 
-def check_any_run(config: DictConfig) -> GCPOConfig | GC2POConfig:
-    """Check the configuration of a run of the method that ``algorithm.adv_estimator`` names.
+def check_any_run(config: DictConfig) -> Any:
+    """Check the configuration of a run of the method that ``algorithm.adv_estimator`` names; its resolved settings.
 
     Raises:
         ConfigError: something in it cannot work; the sentence says which setting to change.
     """
-    return (check_gc2po_run if get(config, "algorithm.adv_estimator") == "gc2po" else check_run)(config)
+    name = get(config, "algorithm.adv_estimator")
+    if name == "gc2po":
+        return check_gc2po_run(config)
+    for module in filter(None, os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")):
+        importlib.import_module(module)  # verl does the same; it may bring the method
+    # A name that no method has is refused with the settings of GCPO.
+    return check_other_run(config, name) if name in method_names() and name != "gcpo" else check_run(config)
+
+
+def check_other_run(config: DictConfig, name: str) -> Any:
+    """Check the configuration of a run of a method without checks of its own, as `check_run` does for GCPO.
+
+    Raises:
+        ConfigError: something in it cannot work; the sentence says which setting to change.
+    """
+    check_values(config)
+    # The parts of GCPO do not exist in such a run, whatever its group says.
+    off = {"kappa": 0, "weighting": {"target": "off"}}
+    gcpo = _gcpo(config, {**group(config, "gcpo"), **off})
+    check_supported(config, gcpo, name)
+    check_batches(config)
+    check_model(config)
+    from gcpo.methods.base import Run  # imports torch
+
+    settings = method_class(name).parse(group(config, name), Run.of(config))
+    train = _check_inputs(config)
+    check_devices(config)
+    check_lengths(config, gcpo, model_config(config))
+    check_filtered_steps(config, train)
+    return settings
 
 
 def check_gc2po_run(config: DictConfig) -> GC2POConfig:
@@ -96,9 +130,9 @@ def check_gc2po_run(config: DictConfig) -> GC2POConfig:
     return gc2po
 
 
-def _gcpo(config: DictConfig) -> GCPOConfig:
+def _gcpo(config: DictConfig, settings: Any = None) -> GCPOConfig:
     return GCPOConfig.from_config(
-        group(config, "gcpo"),
+        group(config, "gcpo") if settings is None else settings,
         n=get(config, "actor_rollout_ref.rollout.n"),
         response_length=get(config, "data.max_response_length"),
     )

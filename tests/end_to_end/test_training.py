@@ -48,8 +48,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(module: str, inputs: Path, output: Path, name: str, *overrides: str) -> tuple[list[dict], str]:
-    """Run a training command; the metrics of its steps and what it printed."""
+def train(
+    module: str, inputs: Path, output: Path, name: str, *overrides: str, **variables: str
+) -> tuple[list[dict], str]:
+    """Run a training command with some environment variables; the metrics of its steps and what it printed."""
     output.mkdir(parents=True, exist_ok=True)
     metrics = output / f"{name}.jsonl"
     environment = {
@@ -60,6 +62,7 @@ def train(module: str, inputs: Path, output: Path, name: str, *overrides: str) -
         "PYTHONWARNINGS": "ignore",
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "TENSORBOARD_DIR": str(output / "tensorboard"),
+        **variables,
     }
     command = [
         sys.executable,
@@ -223,3 +226,25 @@ def verl_overrides() -> list[str]:
     """What the README names for `verl.trainer.main_ppo` on a CPU, without our yaml."""
     text = (ROOT / "docs" / "verl_overrides.txt").read_text()
     return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_a_method_of_another_module_trains(inputs: Path, tmp_path: Path) -> None:
+    """The example of docs/new_method.md takes a real step: it is found in every process by verl's own variable, it
+    scores in the actor, and no part of GCPO runs."""
+    (step,), _ = train(
+        "recipe.gcpo.main_gcpo",
+        inputs,
+        tmp_path,
+        "toy",
+        *our_yaml(
+            "trainer.v1.trainer_mode=confidence",
+            "algorithm.adv_estimator=confidence",
+            "+confidence.power=0.5",
+            "trainer.total_training_steps=1",
+            "trainer.save_freq=-1",
+        ),
+        VERL_USE_EXTERNAL_MODULES="tests.toy.confidence",
+    )
+    assert 0 < step["confidence/mean"] < 1 and step["actor/grad_norm"] > 0
+    assert step["timing_s/confidence_score"] > 0
+    assert not [name for name in step if name.startswith(("gcpo/tokens", "gcpo/upsilon", "gcpo/reference"))]
