@@ -301,8 +301,6 @@ class Method:
     """The class of its resolved settings, which `parse` makes."""
     fields: ClassVar[Sequence[Field]] = ()
     """The batch fields that it writes."""
-    progress: ClassVar[Mapping[str, str]] = {}
-    """Metrics that the progress line of a run shows: name and label."""
 
     def __init__(self, settings: Any, run: Run) -> None:
         self.settings, self.run = settings, run

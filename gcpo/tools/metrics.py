@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gcpo import stability
+from gcpo.methods import method_names
+from gcpo.methods.shown import Metrics, Shown, shown_of
 
 METRICS_FILE = "metrics.jsonl"
 EARLIER_METRICS_FILE = "metrics.earlier.jsonl"
 """Lines of earlier starts of the same run: verl's file logger empties its file whenever it starts."""
-
-Metrics = Mapping[str, float]
-"""The metrics of one step by name."""
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -57,40 +54,6 @@ def read_metrics(directory: Path) -> dict[int, dict[str, float]]:
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shown:
-    """How a metric is shown.
-
-    Attributes:
-        names: patterns of the metric's name; the first that matches a name counts.
-        line: format of its value in the line of a step, or a function of the step's metrics; empty: not in the line.
-        panel: title of its curve in the plot; empty: no curve.
-        scale: factor of the value in both.
-        spread: a metric that is shown as ± behind the value, and as a band around the curve.
-    """
-
-    names: tuple[str, ...] = ()
-    line: str | Callable[[Metrics], str] = ""
-    panel: str = ""
-    scale: float = 1.0
-    spread: str | None = None
-
-    def name_in(self, names: Iterable[str]) -> str | None:
-        """The metric among ``names``, None where it is not there."""
-        names = list(names)
-        return next((name for pattern in self.names for name in names if re.fullmatch(pattern, name)), None)
-
-    def text(self, metrics: Metrics) -> str:
-        """Its part of the line of a step; empty where the step lacks it."""
-        if not isinstance(self.line, str):
-            return self.line(metrics)
-        name = self.name_in(metrics) if self.line else None
-        if name is None:
-            return ""
-        width = f"±{self.scale * metrics[self.spread]:.3f}" if self.spread and self.spread in metrics else ""
-        return self.line.format(self.scale * metrics[name]) + width
-
-
 STAGES: dict[str, tuple[str, ...]] = {
     "generate": ("timing_s/gen",),
     # The causal stage (timing_s/gcpo_*) runs inside verl's timer of the old log-probabilities.
@@ -118,13 +81,6 @@ def _seconds(metrics: Metrics) -> str:
     return f"{metrics[STEP_SECONDS]:.1f} s" + (f" ({', '.join(parts)})" if parts else "")
 
 
-def _missing(metrics: Metrics) -> str:
-    """The parts that a step asked for and that are missing, as fractions above 0."""
-    found = {part: metrics.get(f"gcpo/missing/{part}_frac", 0.0) for part in ("draws", "targets", "references")}
-    parts = [f"{100 * one:.{0 if one >= 0.1 else 1}f} % of {part}" for part, one in found.items() if one > 0]
-    return f"missing {', '.join(parts)}" if parts else ""
-
-
 REWARD = Shown(("critic/score/mean", "critic/rewards/mean"), "reward {:.3f}", "reward (training, mean)")
 HELD_OUT = Shown(
     (r"val-core/.+/acc/mean@\d+", r"val-(core|aux)/.+/(acc|reward|score)/mean@\d+"),
@@ -137,22 +93,13 @@ HELD_OUT = Shown(
 SHOWN: dict[str, tuple[Shown, ...]] = {
     "critic/": (REWARD,),
     "val-": (HELD_OUT,),
-    "gcpo/": (
-        Shown(
-            ("gcpo/upsilon/mean",),
-            "Υ {:.3f}",
-            "Υ, causal weight (band: spread in a group)",
-            spread="gcpo/upsilon/spread_in_group",
-        ),
-        Shown(("gcpo/reference/kl_mean",), "κ-KL {:.4f}", "κ-KL to the causal reference"),
-        Shown(line=_missing),
-    ),
+    **{f"{name}/": shown_of(name) for name in method_names()},
     "response_length/": (Shown(("response_length/mean",), "length {:.0f}", "response length, tokens"),),
     "actor/": (Shown(("actor/grad_norm",), panel="gradient norm"),),
     "timing_s/": (Shown(line=_seconds),),
     "stability/": (Shown(line=lambda metrics: "  ".join(stability.describe(metrics))),),
 }
-"""What is shown, in this order, by the prefix of the metrics; a method adds its own prefix."""
+"""The metrics that are shown, in this order, by prefix."""
 
 
 def step_line(step: int, metrics: Metrics, total: int | None = None) -> str:
