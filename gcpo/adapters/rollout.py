@@ -21,9 +21,9 @@ from gcpo.adapters.group_client import GroupClient
 from gcpo.adapters.processes import is_death
 from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
 from gcpo.adapters.schema import to_batch
-from gcpo.adapters.scores import checked_info, number, score_problem
 from gcpo.faults import RunStoppedError, ServerLostError
 from gcpo.methods.base import RowFields, SampledGroup, Sampling
+from gcpo.rewards.scores import checked_info, number, score_problem
 from gcpo.seeding import seeded
 
 logger = logging.getLogger(__name__)

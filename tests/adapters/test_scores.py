@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from gcpo.adapters.scores import checked_info, number, score_problem
+from gcpo.rewards.scores import checked_info, number, score_problem
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.test_pipeline import Server, make_trainer, questions, real, roll_out, take_step
 
