@@ -17,7 +17,8 @@ import gcpo.config
 from gcpo.methods import method_class, method_names
 from gcpo.methods.base import Method, Run
 from gcpo.methods.gcpo.draws import KINDS
-from gcpo.methods.gcpo.settings import PRESETS, GCPOConfig, GCPOSettings
+from gcpo.methods.gcpo.presets import PRESETS
+from gcpo.methods.gcpo.settings import GCPOConfig, GCPOSettings
 from gcpo.settings import ConfigError
 from gcpo.tools.cost.step import Step
 from gcpo.tools.cost.texts import Lengths, Tokenizer

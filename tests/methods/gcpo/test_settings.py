@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from gcpo.methods.gc2po.settings import GC2POConfig
-from gcpo.methods.gcpo.settings import PRESETS, GCPOConfig, GCPOSettings
+from gcpo.methods.gcpo.presets import PRESETS
+from gcpo.methods.gcpo.settings import GCPOConfig, GCPOSettings
 from gcpo.settings import ConfigError, Settings
 
 YAML = Path(__file__).parents[3] / "gcpo" / "config" / "base.yaml"
