@@ -30,7 +30,7 @@ def register() -> None:
         cluster_token()  # in a Ray process this leaves the token to the vLLM processes that it starts
         from verl.trainer.ppo.core_algos import get_policy_loss_fn, register_policy_loss
 
-        from gcpo.adapters import engine, registry  # noqa: F401  (importing the engine registers it)
+        from gcpo.adapters import engine, fusion, registry  # noqa: F401  (the first two register themselves)
         from gcpo.adapters.trainer import MethodTrainer
         from gcpo.methods import for_each_method
 

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from gcpo.checks import check_gc2po_run, check_run, devices, longest_prompt, plugin_problem
+from gcpo.adapters.registry import plugin_problem
+from gcpo.checks import check_gc2po_run, check_run, devices, longest_prompt
 from gcpo.checks.data import truth_problem
 from gcpo.checks.model import check_weights
 from gcpo.checks.reward import check_function

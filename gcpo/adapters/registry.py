@@ -5,6 +5,7 @@ A_i is verl's own GRPO advantage.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,6 +88,16 @@ def registered(device: str) -> dict[str, bool]:
         "trainer mode": "gcpo" in TRAINER_REGISTRY,
         f"FSDP2 engine for {device}": bool(ours),
     }
+
+
+def plugin_problem() -> str | None:
+    """Why the installed plug-in does not work, or ``None``. verl hides a plug-in that fails to load."""
+    names = {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}
+    if "gcpo" not in names:
+        return "gcpo is not installed as a plug-in of verl (entry point group verl.plugins): pip install -e ."
+    if "gcpo" not in TRAINER_REGISTRY:
+        return "verl could not load the plug-in gcpo; the cause is printed above"
+    return None
 
 
 def register(name: str, trainer: type) -> None:

@@ -18,7 +18,6 @@ from gcpo.checks.devices import check_batches, check_devices
 from gcpo.checks.lengths import check_branches, check_lengths, longest_prompt
 from gcpo.checks.model import check_model, check_perturbable, model_config
 from gcpo.checks.packages import check_packages
-from gcpo.checks.plugin import plugin_problem
 from gcpo.checks.reading import ACTOR, MODEL, get, group
 from gcpo.checks.resume import check_resume
 from gcpo.checks.reward import check_reward
@@ -37,7 +36,6 @@ __all__ = [
     "check_run",
     "longest_prompt",
     "model_config",
-    "plugin_problem",
 ]
 
 

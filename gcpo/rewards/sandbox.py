@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from gcpo.rewards import bubblewrap
 from gcpo.rewards.math_verify_pool import GraderError, size
@@ -236,8 +236,10 @@ def _last_line(text: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Fusion(Sandbox):
-    """A SandboxFusion service, through verl's client."""
+    """A SandboxFusion service."""
 
+    client: ClassVar[Any] = None
+    """verl's ``call_sandbox_api``; set from outside, since nothing here imports verl."""
     url: str = ""
 
     def _job(self) -> dict[str, Any]:
@@ -245,9 +247,7 @@ class Fusion(Sandbox):
         return {"folder": None, "paths": [], "strict": False}
 
     def _exchange(self, data: bytes, limits: Limits) -> tuple[list[dict[str, Any]], str | None]:
-        from verl.utils.reward_score.sandbox_fusion.utils import call_sandbox_api
-
-        response, error = call_sandbox_api(
+        response, error = self.client(
             sandbox_fusion_url=self.url,
             code=_source(),
             stdin=data.decode(),
@@ -279,13 +279,9 @@ def _probe(sandbox: Sandbox) -> str | None:
         if local:
             folders, links = bubblewrap.visible()
             code = (_HERE / "probe.py").read_text()
+            devices = (f"/dev/{name}" for name in bubblewrap.DEVICES)
             asked = {
-                "visible": [
-                    *folders,
-                    *dict(links),
-                    *(f"/dev/{name}" for name in bubblewrap.DEVICES),
-                    bubblewrap.FOLDER,
-                ],
+                "visible": [*folders, *dict(links), *devices, bubblewrap.FOLDER],
                 "protected": ["/", "/dev", *folders],
                 "memory": limits.memory_mb * 2**20,
                 "threads": 2 * THREADS,
@@ -330,6 +326,8 @@ def open_sandbox(kind: str = "auto", url: str | None = None) -> Sandbox:
         raise ValueError("sandbox is fusion, but sandbox_fusion_url does not say where it is; set it to its run_code")
     if kind == "bubblewrap" and url:
         raise ValueError("sandbox is bubblewrap, but sandbox_fusion_url is set; leave one of them out")
+    if url and Fusion.client is None:
+        raise SandboxError("nothing gave this process a client of SandboxFusion; import gcpo.adapters.fusion first")
     with _LOCK:
         found = _try(url or None)
     if isinstance(found, Sandbox):

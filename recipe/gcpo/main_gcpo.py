@@ -20,10 +20,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 import gcpo.config
-from gcpo.checks import check_any_run, plugin_problem
+from gcpo.checks import check_any_run
 from gcpo.checks.callback import CheckBeforeRay, refuse
 from gcpo.checks.overrides import override_problem
 from gcpo.checks.reading import first_line
+from gcpo.rewards.sandbox import Fusion
 from gcpo.settings import ConfigError
 
 CONFIG = Path(gcpo.config.__file__).parent
@@ -62,10 +63,13 @@ def train(config: DictConfig) -> None:
     Raises:
         SystemExit: status 2, after one sentence on the standard error, where a check refuses the configuration.
     """
+    Fusion.client = staticmethod(_fusion)
     try:
         check_any_run(config)
     except ConfigError as error:
         refuse(str(error))
+    from gcpo.adapters.registry import plugin_problem
+
     problem = plugin_problem()
     if problem:
         refuse(problem)
@@ -78,6 +82,12 @@ def train(config: DictConfig) -> None:
     check_with_verl(config)
     with faults_in_a_sentence(config):
         run_ppo(config, task_runner_class=TaskRunnerV1)
+
+
+def _fusion(**request: Any) -> tuple[Any, str | None]:
+    from verl.utils.reward_score.sandbox_fusion.utils import call_sandbox_api
+
+    return call_sandbox_api(**request)
 
 
 def check_with_verl(config: DictConfig) -> None:

@@ -629,6 +629,7 @@ class Service(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def service(untried, monkeypatch):
+    pytest.importorskip("gcpo.adapters.fusion")
     monkeypatch.setattr(Service, "mode", "works")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -652,6 +653,12 @@ def test_fusion(service, monkeypatch):
     monkeypatch.setattr(Service, "mode", "down")
     with pytest.raises(SandboxError, match="failed: .*500"):
         run(fusion, "def add(a, b): return a + b")
+
+
+def test_a_process_without_a_client_of_the_service_says_so(service, monkeypatch):
+    monkeypatch.setattr(sandbox.Fusion, "client", None)
+    with pytest.raises(SandboxError, match="^nothing gave this process a client of SandboxFusion; import gcpo.adapt"):
+        sandbox.check("fusion", service)
 
 
 @pytest.mark.parametrize(("mode", "says"), [("down", "500"), ("no python", "python: not found")])

@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> None:
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
         return vllm_sampler(model, log, **sampling, max_model_len=longest, tensor_parallel_size=options.gpus)
 
+    if options.sandbox_fusion_url:
+        from gcpo.adapters import fusion  # noqa: F401  (imports verl, which takes seconds)
     sandbox = {"sandbox": options.sandbox, "sandbox_fusion_url": options.sandbox_fusion_url}
     results = evaluate(model, sets, prompts, settings, output, start, sandbox)
     show(make_table({output.name: results}))
