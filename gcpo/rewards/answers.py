@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["boxed_answers", "stated_answer"]
+__all__ = ["answer_of", "boxed_answers", "stated_answer"]
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
@@ -24,10 +24,10 @@ MAX_STATED_CHARS = 300
 """A longer sentence after "the answer is" is no answer."""
 
 
-def _after_thinking(response: str) -> str | None:
-    """The part of a response behind its thinking, ``None`` where the thinking never ends."""
-    text = response.rpartition("</think>")[2]
-    return None if "<think>" in text else text
+def answer_of(response: str) -> str:
+    """The text after the thinking part; empty where that part is never closed."""
+    answer = response.rpartition("</think>")[2]
+    return "" if "<think>" in answer else answer
 
 
 def boxed_answers(response: str) -> list[str] | None:
@@ -37,9 +37,9 @@ def boxed_answers(response: str) -> list[str] | None:
     ``\boxed{3} and \boxed{5}``, give one text each. A box in a box gives the inner one. Boxes in a thinking part,
     closed or not, do not count.
     """
-    text = _after_thinking(response)
-    boxes = _closed_boxes(text) if text is not None else []
-    if text is None or not boxes:
+    text = answer_of(response)
+    boxes = _closed_boxes(text)
+    if not boxes:
         return None
     filled = [(start, end) for start, end in boxes if not _EMPTY.fullmatch(text, start, end)]
     if not filled:
@@ -85,13 +85,11 @@ def _inner(content: str) -> str:
 
 def stated_answer(response: str) -> str | None:
     """The answer after the last "the answer is", "answer:" or ``####`` behind the thinking part, up to its sentence."""
-    text = _after_thinking(response) or ""
-    found = None
-    for found in _STATED.finditer(text):  # noqa: B007 (the last one counts)
-        pass
-    if found is None:
+    text = answer_of(response)
+    marks = [*_STATED.finditer(text)]
+    if not marks:
         return None
-    rest = text[found.end() :].lstrip().partition("\n")[0]
+    rest = text[marks[-1].end() :].lstrip().partition("\n")[0]
     end = _SENTENCE_END.search(rest, 0, MAX_STATED_CHARS + 1)
     answer = (rest[: end.start()] if end else rest).strip(" \t*_")
     return answer if answer and len(answer) <= MAX_STATED_CHARS else None

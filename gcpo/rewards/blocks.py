@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Block", "answer_of", "code_blocks", "program_blocks"]
+__all__ = ["Block", "code_blocks", "program_blocks"]
 
 TAB = 4
 """Columns of a tab stop in CommonMark."""
@@ -78,22 +78,14 @@ class _Fence:
 
     def closed_by(self, line: str) -> bool:
         bare = line.strip(" \t")
-        return (
-            len(bare) >= len(self.mark) and not bare.strip(self.mark[0]) and _indentation(line) <= self.column + TAB - 1
-        )
-
-
-def answer_of(response: str) -> str:
-    """The text after the thinking part; empty where that part is never closed."""
-    answer = response.rpartition("</think>")[2]
-    return "" if "<think>" in answer else answer
+        marks_only = len(bare) >= len(self.mark) and not bare.strip(self.mark[0])
+        return marks_only and _indentation(line) < self.column + TAB
 
 
 def code_blocks(text: str) -> list[Block]:
     """All fenced code blocks of a Markdown text, in order."""
     lines = re.split(r"\r\n|\n|\r", text)
-    blocks: list[Block] = []
-    at = 0
+    blocks, at = [], 0
     while at < len(lines):
         fence = _opening(lines[at])
         at += 1
@@ -152,32 +144,28 @@ def _opening(line: str) -> _Fence | None:
     if fence is None:
         return None
     mark, info = fence[1] or fence[3], fence[2] if fence[1] else fence[4]
-    return _Fence(mark, info, _width(before[0]), quotes[0].count(">") if quotes else 0)
+    return _Fence(mark, info, len(before[0].expandtabs(TAB)), quotes[0].count(">") if quotes else 0)
 
 
 def _read_block(fence: _Fence, lines: Sequence[str], start: int) -> tuple[Block, int]:
     """The block whose first line is ``start``, and the number of the line after it."""
     content: list[str] = []
-    first: tuple[int, int] | None = None
-    closings = 0
-    at = start
-    while at < len(lines):
-        line = fence.content(lines[at])
+    closings: list[int] = []
+    end = None
+    while end is None and len(closings) < MAX_CLOSINGS and start + len(content) < len(lines):
+        line = fence.content(lines[start + len(content)])
         if line is None:
             break
         if fence.closed_by(line):
+            closings.append(len(content))
             if fence.python is False or not _ends_in_string(content):
-                return Block(_dedented(content, fence.column), fence.python, True), at + 1
-            first = first or (len(content), at)
-            closings += 1
-            if closings == MAX_CLOSINGS:
-                break
+                end = len(content)
         content.append(line)
-        at += 1
-    if first is not None:  # the string is never closed, so the fence was meant
-        length, at = first
-        return Block(_dedented(content[:length], fence.column), fence.python, True), at + 1
-    return Block(_dedented(content, fence.column), fence.python, at < len(lines)), at
+    if closings:
+        end = closings[0] if end is None else end  # the string is never closed: the first fence was meant
+        return Block(_dedented(content[:end], fence.column), fence.python, True), start + end + 1
+    after = start + len(content)
+    return Block(_dedented(content, fence.column), fence.python, after < len(lines)), after
 
 
 def _ends_in_string(lines: Sequence[str]) -> bool:
@@ -203,11 +191,4 @@ def _without(line: str, width: int) -> str:
 
 
 def _indentation(line: str) -> int:
-    return _width(line[: len(line) - len(line.lstrip(" \t"))])
-
-
-def _width(text: str) -> int:
-    column = 0
-    for character in text:
-        column += TAB - column % TAB if character == "\t" else 1
-    return column
+    return len(line[: len(line) - len(line.lstrip(" \t"))].expandtabs(TAB))

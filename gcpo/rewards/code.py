@@ -28,7 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gcpo.rewards.blocks import answer_of, code_blocks, program_blocks
+from gcpo.rewards.answers import answer_of
+from gcpo.rewards.blocks import code_blocks, program_blocks
 from gcpo.rewards.math_verify_pool import size
 from gcpo.rewards.sandbox import Limits, Program, Sandbox, open_sandbox
 from gcpo.rewards.sources import is_code

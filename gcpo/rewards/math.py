@@ -14,6 +14,7 @@ from gcpo.rewards.answers import boxed_answers, stated_answer
 from gcpo.rewards.math_verify_pool import shared
 from gcpo.rewards.notation import TIME, normalize, plain, split_list
 from gcpo.rewards.rationals import same_rational, scales_agree, unscaled
+from gcpo.rewards.sources import without_array
 from gcpo.rewards.units import conflicting_units, without_unit
 
 __all__ = ["boxed_answer", "grade", "is_decided", "normalize", "same_answer"]
@@ -92,8 +93,7 @@ def _by_text_and_number(answer: str, truth: Any) -> bool | list[Questions]:
 
 def _truths(truth: Any) -> Iterator[str]:
     """The texts of all right answers."""
-    if type(truth).__module__ == "numpy" and hasattr(truth, "tolist"):  # lists come back from parquet as arrays
-        truth = truth.tolist()
+    truth = without_array(truth)
     if isinstance(truth, list | tuple):
         for one in truth:
             yield from _truths(one)

@@ -26,6 +26,8 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig, normal
 from math_verify import grader
 from sympy.core.function import AppliedUndef
 
+from gcpo.rewards.rationals import endless
+
 __all__ = ["same"]
 
 CONFIG = NormalizationConfig(
@@ -129,13 +131,8 @@ def _rounded(decimal: Any, number: Any) -> bool:
     digits = _decimals.get(abs(decimal)) if decimal.is_Rational else None
     if not digits or not number.is_real:
         return False
-    if number.is_Rational:
-        rest = int(number.q)
-        for prime in (2, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return False
+    if number.is_Rational and not endless(int(number.q)):
+        return False
     return bool(abs(number - decimal).evalf(30) <= sympy.Rational(1, 2 * 10**digits))
 
 

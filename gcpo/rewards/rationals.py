@@ -119,13 +119,9 @@ def _rounds_to(number: Fraction, decimal: str) -> bool:
     digits = decimal.partition(".")[2]
     if not NUMBER.fullmatch(decimal) or len(decimal.lstrip("+-0.").replace(".", "")) < 6 or not digits:
         return False
-    return round(number, len(digits)) == Fraction(Decimal(decimal)) and endless(number)
+    return round(number, len(digits)) == Fraction(Decimal(decimal)) and endless(number.denominator)
 
 
-def endless(number: Fraction) -> bool:
-    """Whether a number has no end as a decimal."""
-    rest = number.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    return rest != 1
+def endless(denominator: int) -> bool:
+    """Whether a number with this denominator, in lowest terms, has no end as a decimal: it divides no power of ten."""
+    return pow(10, denominator.bit_length(), denominator) != 0

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gcpo.rewards.blocks import answer_of
+from gcpo.rewards.answers import answer_of
 
-__all__ = ["Grader", "grader_of", "is_code", "marked_answer", "problem_of"]
+__all__ = ["Grader", "grader_of", "is_code", "marked_answer", "problem_of", "without_array"]
 
 Grader = Literal["boxed", "hashes", "answer_line", "code"]
 """``boxed``, ``hashes`` and ``answer_line`` are mathematics, named after the place of the answer."""
@@ -104,11 +104,15 @@ def _holds_tests(ground_truth: Any) -> bool:
             ground_truth = json.loads(text)
         except (ValueError, RecursionError):
             return False
-    if type(ground_truth).__module__ == "numpy" and hasattr(ground_truth, "tolist"):
-        ground_truth = ground_truth.tolist()
+    ground_truth = without_array(ground_truth)
     if isinstance(ground_truth, list | tuple):
         return any(isinstance(one, Mapping) for one in ground_truth)
     return isinstance(ground_truth, Mapping) and bool(ground_truth)
+
+
+def without_array(truth: Any) -> Any:
+    """A value of numpy as Python's own: lists come back from parquet as arrays."""
+    return truth.tolist() if type(truth).__module__ == "numpy" and hasattr(truth, "tolist") else truth
 
 
 def marked_answer(response: Any, grader: Grader) -> str | None:
