@@ -4,6 +4,10 @@ A response goes through the model once, up to the end of its last episode. After
 its branches, which share everything before: with ``hidden_state`` one for every perturbation, which begins with a copy
 of the episode's last token (the token whose state is perturbed), then the answer prompt, then every answer; with
 ``lm_head`` only the answer prompt.
+
+The tree of these branches is known, so it is laid out directly. `gcpo.scoring.PrefixForest` would have to find it among
+thousands of branches; the time of its search for cuts grows with the square of their number, and each of them would be
+a node of the attention.
 """
 
 from __future__ import annotations
