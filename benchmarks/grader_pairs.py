@@ -13,7 +13,6 @@ or from exact. It counts where bare differs, and writes examples to ``grader_pai
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -21,13 +20,12 @@ import logging
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import record
+from benchmarks.common import arguments, save
 
 
 class Number(NamedTuple):
@@ -123,14 +121,7 @@ def _repeating(value: Fraction, rng: random.Random) -> Number | None:
     return Number(f"{sign}{whole}.{digits[:start]}{bar}", value, "repeating decimal")
 
 
-FORMS: list[Callable[[Fraction, random.Random], Number | None]] = [
-    _integer,
-    _decimal,
-    _fraction,
-    _mixed,
-    _scientific,
-    _repeating,
-]
+FORMS = (_integer, _decimal, _fraction, _mixed, _scientific, _repeating)
 
 
 def _value(rng: random.Random) -> Fraction:
@@ -160,10 +151,8 @@ def _stands_for(decimal: Number, number: Fraction) -> bool:
     digits = decimal.text.lstrip("+-0.").rstrip("0").replace(".", "")
     if decimal.form != "decimal" or len(digits) < 6:
         return False
-    rest = number.denominator
-    while rest % 2 == 0 or rest % 5 == 0:
-        rest //= 2 if rest % 2 == 0 else 5
-    return rest != 1 and round(number, decimal.decimals) == decimal.value
+    endless = 10 ** number.denominator.bit_length() % number.denominator > 0
+    return endless and round(number, decimal.decimals) == decimal.value
 
 
 def pairs(count: int, seed: int) -> Iterator[Pair]:
@@ -216,10 +205,9 @@ def exact(pair: Pair) -> bool:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "outputs/grader_pairs", model=False)
     parser.add_argument("--pairs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs/grader_pairs"))
     args = parser.parse_args()
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     found = list(pairs(args.pairs, args.seed))
@@ -233,7 +221,6 @@ def main() -> None:
                 wrong[name].append(f"{pair.truth.text} | {pair.answer.text} | right: {pair.right} | {name}: {verdict}")
     accepted = [line for line in wrong["bare"] if line.endswith("True")]
     result = {
-        **record(),
         "pairs": args.pairs,
         "seed": args.seed,
         "right pairs": sum(pair.right for pair in found),
@@ -242,9 +229,8 @@ def main() -> None:
         "wrong answers that bare math-verify accepts": len(accepted),
         "examples": {name: lines[:20] for name, lines in wrong.items()} | {"bare accepts": accepted[:20]},
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "grader_pairs.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in result if key not in ("machine", "versions")}, indent=2))
+    save(args.output / "grader_pairs.json", result)
+    print(json.dumps(result, indent=2))
     if wrong["ours"] or wrong["exact"]:
         sys.exit("grader_pairs: the comparison of numbers differs from math-verify's exact one")
 

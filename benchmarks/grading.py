@@ -16,7 +16,6 @@ response where a label and a grade differ, and writes ``grading.json``.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -28,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gcpo.rewards.math as grader
-from benchmarks.common import record
+from benchmarks.common import arguments, print_table, save
 from gcpo.rewards import boxed_answer, compute_score, grade_many, normalize
 from gcpo.rewards.math_verify_pool import shared, size
 
@@ -70,11 +69,6 @@ def _in_worker(row: Row) -> bool:
     return answer is not None and shared().same(normalize(truth), normalize(answer))
 
 
-def workers_one_caller(rows: list[Row]) -> list[bool]:
-    """One response after another, each compared by math-verify in a worker."""
-    return [_in_worker(row) for row in rows]
-
-
 def workers_all_cores(rows: list[Row]) -> list[bool]:
     """All at once, each compared by math-verify in a worker."""
     with ThreadPoolExecutor(size()) as threads:
@@ -85,7 +79,7 @@ WAYS: dict[str, Callable[[list[Row]], list[bool]]] = {
     "bare": bare,
     "one caller": one_caller,
     "all cores": all_cores,
-    "workers, one caller": workers_one_caller,
+    "workers, one caller": lambda rows: [_in_worker(row) for row in rows],
     "workers, all cores": workers_all_cores,
 }
 
@@ -101,9 +95,8 @@ def forget() -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "outputs/grading", model=False)
     parser.add_argument("--rollouts", type=Path, required=True, help="folder of .jsonl files with responses and labels")
-    parser.add_argument("--output", type=Path, default=Path("outputs/grading"))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     files = sorted(args.rollouts.glob("*.jsonl"))
@@ -144,20 +137,18 @@ def main() -> None:
         }
         if grades["one caller"] != grades["all cores"]:
             sys.exit(f"grading: on {name} grade_many does not give what compute_score gives")
-    print(f"| grades per second | responses | {' | '.join(WAYS)} |\n|---|---|{'---|' * len(WAYS)}")
-    for name, result in found.items():
-        cells = [f"{result['grades per second'][way]} ({result['times bare'][way]:.2f}x)" for way in WAYS]
-        print(f"| {name} | {result['responses']} | {' | '.join(cells)} |")
-    print("\n| agree with the label | bare | ours |\n|---|---|---|")
-    for name, result in found.items():
-        print(f"| {name} | {' | '.join(str(count) for count in result['agree with the label'].values())} |")
+    speeds = [
+        [name, one["responses"], *(f"{one['grades per second'][w]} ({one['times bare'][w]:.2f}x)" for w in WAYS)]
+        for name, one in found.items()
+    ]
+    print_table(["grades per second", "responses", *WAYS], *speeds)
+    agree = ([name, *one["agree with the label"].values()] for name, one in found.items())
+    print_table(["agree with the label", "bare", "ours"], *agree)
     for name, result in found.items():
         for difference in result["differ"]:
             print(f"{name}: {difference}")
-    args.output.mkdir(parents=True, exist_ok=True)
     versions = {package: importlib.metadata.version(package) for package in ("math-verify", "sympy")}
-    entry = {**record(), "math": versions, "rounds": args.rounds, "sets": found}
-    (args.output / "grading.json").write_text(json.dumps(entry, indent=2) + "\n")
+    save(args.output / "grading.json", {"math": versions, "rounds": args.rounds, "sets": found})
 
 
 if __name__ == "__main__":

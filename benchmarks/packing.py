@@ -15,7 +15,6 @@ that is the fastest that dense can be. Both sides run the language-model head on
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.common import record
+from benchmarks.common import arguments, print_table, save
 from gcpo.collider.plan import leave_one_out_plan
 from gcpo.scoring import BudgetError, PrefixForest
 from gcpo.scoring.attention import tree_attention_on
@@ -175,7 +174,7 @@ def measure(args: argparse.Namespace, draws: int) -> dict[str, Any]:
         "token bound": round(bound, 3),
     }
     for name, gradient in (("forward", False), ("with gradient", True)):
-        seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
+        spent: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
         sums: dict[str, float] = {}
         for attempt in range(args.rounds + 1):  # the first warms up
             for side in SIDES:
@@ -183,17 +182,18 @@ def measure(args: argparse.Namespace, draws: int) -> dict[str, Any]:
                 started = time.perf_counter(), time.process_time()
                 sums[side] = score(side, model, problem, args, gradient)
                 if attempt:
-                    seconds[side].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+                    spent[side].append((time.perf_counter() - started[0], time.process_time() - started[1]))
             print(f"L = {draws}: {name}, round {attempt} of {args.rounds}", file=sys.stderr, flush=True)
         if abs(sums["packed"] - sums["dense"]) > 1e-4 * abs(sums["dense"]):
             sys.exit(f"packing: the sides disagree: {sums}")
         wall, processor = (
-            statistics.median(d[clock] / p[clock] for d, p in zip(seconds["dense"], seconds["packed"], strict=True))
+            statistics.median(d[clock] / p[clock] for d, p in zip(spent["dense"], spent["packed"], strict=True))
             for clock in (0, 1)
         )
+        seconds = [{s: round(statistics.median(t[clock] for t in spent[s]), 6) for s in SIDES} for clock in (0, 1)]
         found[name] = {
-            "seconds": {side: round(statistics.median(s for s, _ in seconds[side]), 6) for side in SIDES},
-            "processor seconds": {side: round(statistics.median(s for _, s in seconds[side]), 6) for side in SIDES},
+            "seconds": seconds[0],
+            "processor seconds": seconds[1],
             "ratio": round(wall, 3),
             "ratio of processor seconds": round(processor, 3),
             "share of the bound": round(processor / bound, 3),
@@ -204,35 +204,29 @@ def measure(args: argparse.Namespace, draws: int) -> dict[str, Any]:
     return found
 
 
-def table(found: dict[str, dict[str, Any]], title: str) -> str:
-    """The results as a table in Markdown, a column for every L."""
-    rows: dict[str, list[str]] = {
-        "tokens dense / packed (bound)": [
-            f"{r['tokens']['dense']} / {r['tokens']['packed']} ({r['token bound']:.2f}x)" for r in found.values()
-        ]
+def _times(kind: str) -> dict[str, str]:
+    sides = "{0[KIND][WHAT][dense]:.2f} / {0[KIND][WHAT][packed]:.2f}".replace("KIND", kind)
+    share = f"({{0[{kind}][ratio of processor seconds]:.2f}}x, {{0[{kind}][share of the bound]:.0%}} of the bound)"
+    return {
+        f"{kind}: seconds dense / packed": f"{sides.replace('WHAT', 'seconds')} ({{0[{kind}][ratio]:.2f}}x)",
+        f"{kind}: processor seconds": f"{sides.replace('WHAT', 'processor seconds')} {share}",
     }
-    for kind in ("forward", "with gradient"):
-        results = [r[kind] for r in found.values()]
-        rows[f"{kind}: seconds dense / packed"] = [
-            f"{r['seconds']['dense']:.2f} / {r['seconds']['packed']:.2f} ({r['ratio']:.2f}x)" for r in results
-        ]
-        rows[f"{kind}: processor seconds"] = [
-            "{dense:.2f} / {packed:.2f} ".format(**r["processor seconds"])
-            + f"({r['ratio of processor seconds']:.2f}x, {100 * r['share of the bound']:.0f} % of the bound)"
-            for r in results
-        ]
-    rows["gradient: peak MiB dense / packed"] = [
-        "{dense} / {packed} ".format(**r["gradient memory, MiB"]) + f"({r['memory ratio']:.2f}x)"
-        for r in found.values()
-    ]
-    lines = [f"| {title} | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
+
+
+ROWS = {
+    "tokens dense / packed (bound)": "{0[tokens][dense]} / {0[tokens][packed]} ({0[token bound]:.2f}x)",
+    **_times("forward"),
+    **_times("with gradient"),
+    "gradient: peak MiB dense / packed": (
+        "{0[gradient memory, MiB][dense]} / {0[gradient memory, MiB][packed]} ({0[memory ratio]:.2f}x)"
+    ),
+}
+"""Name and format of every row of the table; it has a column for every L."""
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("outputs/packing"))
+    parser = arguments(__doc__, "outputs/packing", model=False)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--n", type=int, default=8, help="responses of a group")
     parser.add_argument("--draws", type=int, nargs="+", default=[1, 2], metavar="L", help="contexts of a response")
@@ -259,11 +253,11 @@ def main() -> None:
         found = {f"L = {draws}": measure(args, draws) for draws in args.draws}
     except BudgetError as error:
         sys.exit(f"packing: {error}")
-    print(table(found, f"n = {args.n}, T = {args.length}, hidden {args.hidden}, {args.layers} layers"))
+    title = f"n = {args.n}, T = {args.length}, hidden {args.hidden}, {args.layers} layers"
+    print_table([title, *found], *([name, *map(row.format, found.values())] for name, row in ROWS.items()))
     settings = {name: value for name, value in vars(args).items() if name not in ("output", "memory_of")}
-    entry = {**record(), "threads": torch.get_num_threads(), "settings": settings, "results": found}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "packing.json").write_text(json.dumps(entry, indent=2) + "\n")
+    results = {"threads": torch.get_num_threads(), "settings": settings, "results": found}
+    save(args.output / "packing.json", results)
 
 
 if __name__ == "__main__":

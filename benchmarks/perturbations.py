@@ -7,12 +7,10 @@ correlation of the process reward with correctness. It also writes ``perturbatio
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import statistics
-from pathlib import Path
 
-from benchmarks.common import UNTRAINED, record, run
+from benchmarks.common import UNTRAINED, arguments, print_table, run, save
 
 METRICS = {
     "robustness": "gc2po/robustness/mean",
@@ -25,24 +23,20 @@ METRICS = {
 
 def variants(sigmas: list[float], etas: list[float]) -> dict[str, list[str]]:
     """Overrides by name."""
-    found = {}
-    for intervention in ("lm_head", "hidden_state"):
-        for name, distribution, values in (("sigma", "gaussian", sigmas), ("eta", "group", etas)):
-            for value in values:
-                found[f"{intervention}, {name} = {value:g}"] = [
-                    f"gc2po.intervention={intervention}",
-                    f"gc2po.perturbation.distribution={distribution}",
-                    f"gc2po.perturbation.{name}={value}",
-                ]
-    return found
+    sizes = [("sigma", "gaussian", value) for value in sigmas] + [("eta", "group", value) for value in etas]
+    return {
+        f"{intervention}, {name} = {value:g}": [
+            f"gc2po.intervention={intervention}",
+            f"gc2po.perturbation.distribution={distribution}",
+            f"gc2po.perturbation.{name}={value}",
+        ]
+        for intervention, (name, distribution, value) in itertools.product(("lm_head", "hidden_state"), sizes)
+    }
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/arithmetic-warm")
-    parser.add_argument("--data", default="data/arithmetic")
-    parser.add_argument("--output", type=Path, default=Path("outputs/perturbations"))
+    parser = arguments(__doc__, "outputs/perturbations")
     parser.add_argument("--steps", type=int, default=5, help="batches of 16 questions with 8 responses")
     parser.add_argument("--sigmas", type=float, nargs="*", default=[0.1, 0.5, 1.0, 2.0])
     parser.add_argument("--etas", type=float, nargs="*", default=[0.5, 1.0])
@@ -54,13 +48,12 @@ def main() -> None:
         values = {line: [step[metric] for step in steps if metric in step] for line, metric in METRICS.items()}
         results[name] = {line: statistics.mean(found) if found else None for line, found in values.items()}
         print(f"{name} done", flush=True)
-    print(f"| perturbation | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
-    for name, values in results.items():
-        cells = ("–" if value is None else f"{value:.3f}" for value in values.values())
-        print(f"| {name} | {' | '.join(cells)} |")
-    (args.output / "perturbations.json").write_text(
-        json.dumps({**record(), "steps": args.steps, "results": results}, indent=2) + "\n"
-    )
+    rows = [
+        [name, *("–" if value is None else f"{value:.3f}" for value in found.values())]
+        for name, found in results.items()
+    ]
+    print_table(["perturbation", *METRICS], *rows)
+    save(args.output / "perturbations.json", {"steps": args.steps, "results": results})
 
 
 if __name__ == "__main__":
