@@ -330,11 +330,11 @@ def test_grpo_is_the_same_run_without_gcpo(sandbox, name):
 @pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
 def test_context_of_the_paper_s_runs(recipe_config, name, context):
     """The longest prompt with candidates and a response fit the context, and the comments have the right numbers."""
-    from gcpo.methods.gcpo.settings import BlocksConfig
+    from gcpo.methods.gcpo.settings import BlocksSettings
 
     config = recipe_config(f"experiment={name}")
     response, length = config.data.max_response_length, config.actor_rollout_ref.rollout.max_model_len
-    blocks = BlocksConfig()
+    blocks = BlocksSettings()
     label = max(len(blocks.candidate.format(label=8)), len(blocks.collider))
     prompt = config.data.max_prompt_length + len(blocks.intro + blocks.outro)
     prompt += 9 * (config.gcpo.blocks.max_tokens + label)
