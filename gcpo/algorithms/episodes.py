@@ -96,31 +96,37 @@ def token_advantage(
         ValueError: Shapes that do not fit, a ``trim`` outside [0, 1), an index that is not an integer, or a
             response token in an episode that ``episode_reward`` has no column for.
     """
-    sizes: dict[str, int] = {}
-    check_shape("episode_reward", episode_reward, "n K", sizes)
-    check_shape("episode_index", episode_index, "n T", sizes)
-    check_integer("episode_index", episode_index)
-    check_shape("old_log_prob", old_log_prob, "n T", sizes)
-    response = as_mask("response_mask", response_mask, old_log_prob, "n T", sizes)
+    response, episode = _tokens(episode_reward, episode_index, old_log_prob, response_mask)
     if not 0 <= trim < 1:
         raise ValueError(f"trim is {trim} where a number in [0, 1) is expected.")
     check_at_least("max_ratio", max_ratio, 0)
-    episode = torch.where(response, episode_index, -1)
-    if (episode >= sizes["K"]).any():
-        raise ValueError(f"episode_index holds {int(episode.max())} where episode_reward has {sizes['K']} columns.")
-
     reward, log_prob = as_float(episode_reward, old_log_prob)
     token_reward = _spread(reward, episode, log_prob)
     inside = episode >= 0
     length = inside.sum(-1)
     mean = _trimmed_mean(token_reward, inside, trim)
     total = length * mean
-    advantage = group_relative_advantage(
-        total if length_correction else mean, torch.zeros_like(length), eps=eps
-    ).unsqueeze(-1)
+    score = total if length_correction else mean
+    advantage = group_relative_advantage(score, torch.zeros_like(length), eps=eps).unsqueeze(-1)
     ratio = token_reward * length.unsqueeze(-1) / total.clamp(min=eps).unsqueeze(-1)
     advantage = torch.where(inside, advantage * ratio.clamp(max=max_ratio), advantage)
     return torch.where(response, advantage, 0)
+
+
+def _tokens(
+    episode_reward: Tensor, episode_index: Tensor, old_log_prob: Tensor, response_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which tokens belong to the response, bool [n, T], and their episodes [n, T], -1 elsewhere; all checked."""
+    sizes: dict[str, int] = {}
+    check_shape("episode_reward", episode_reward, "n K", sizes)
+    check_shape("episode_index", episode_index, "n T", sizes)
+    check_integer("episode_index", episode_index)
+    check_shape("old_log_prob", old_log_prob, "n T", sizes)
+    response = as_mask("response_mask", response_mask, old_log_prob, "n T", sizes)
+    episode = torch.where(response, episode_index, -1)
+    if (episode >= sizes["K"]).any():
+        raise ValueError(f"episode_index holds {int(episode.max())} where episode_reward has {sizes['K']} columns.")
+    return response, episode
 
 
 def _spread(reward: Tensor, episode: Tensor, log_prob: Tensor) -> Tensor:
