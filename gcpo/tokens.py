@@ -157,6 +157,7 @@ class TextTokens:
         return kept
 
     def _without_markers(self, ids: list[int]) -> list[int]:
+        assert self._reader is not None  # there are markers
         text, spans = self._reader.read(ids)
         left_out: set[int] = set()
         for match in re.finditer("|".join(map(re.escape, self._markers)), text):

@@ -80,7 +80,7 @@ def vllm_linear() -> None:
     original = utils.dispatch_cpu_unquantized_gemm
 
     @functools.wraps(original)
-    def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def dispatch(layer: Any, remove_weight: bool) -> None:
         if layer.weight.is_meta or layer.weight.ndim != 2:
             original(layer, remove_weight)
             return

@@ -103,7 +103,7 @@ def tree_attention(
     problem = call_problem(module, kwargs)
     if attention_mask is not None or dropout:
         problem = "attention over a packed tree takes neither a mask nor dropout"
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))

@@ -132,10 +132,10 @@ class GatheredAttention(torch.autograd.Function):
         done = 0
         for node in ctx.nodes:
             path, (start, end) = pack.paths[node], pack.spans[node]
-            inputs = (_own(query, pack, node), gather(key, pack, path), gather(value, pack, path))
+            parts = (_own(query, pack, node), gather(key, pack, path), gather(value, pack, path))
             with torch.enable_grad():
-                inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-                out = node_attention(*inputs, pack.masks.get(node), ctx.scaling)
+                inputs = [part.detach().requires_grad_() for part in parts]
+                out = node_attention(inputs[0], inputs[1], inputs[2], pack.masks.get(node), ctx.scaling)
             of_query, *of_keys = torch.autograd.grad(out, inputs, grad[:, :, done : done + end - start])
             done += end - start
             grads[0][:, :, start:end] = of_query

@@ -294,7 +294,7 @@ def cheapest_cuts(lengths: Sequence[int], shared: Sequence[int], budget: float) 
     return cuts[::-1]
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
     """Tokens that two sequences begin with in common."""
     size = min(len(a), len(b))
     differ = np.flatnonzero(np.asarray(a)[:size] != np.asarray(b)[:size])

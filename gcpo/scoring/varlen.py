@@ -73,11 +73,13 @@ def kernel_calls(pack: TreePack, device: torch.device | str = "cpu") -> tuple[Ke
 def _call(pack: TreePack, nodes: list[int], lengths: list[int], device: torch.device | str) -> KernelCall:
     queries = [pack.spans[node][1] - pack.spans[node][0] for node in nodes]
     keys = [lengths[node] for node in nodes]
+    cumulative = [torch.tensor([0, *sizes]).cumsum(0).int().to(device) for sizes in (queries, keys)]
     return KernelCall(
         tuple(nodes),
         torch.cat([torch.arange(*pack.spans[node]) for node in nodes]).to(device),
         torch.cat([torch.arange(*pack.spans[ancestor]) for node in nodes for ancestor in pack.paths[node]]).to(device),
-        *(torch.tensor([0, *sizes]).cumsum(0).int().to(device) for sizes in (queries, keys)),
+        cumulative[0],
+        cumulative[1],
         max(queries),
         max(keys),
     )
@@ -151,7 +153,7 @@ def _run(
 def varlen_kernel() -> Callable[..., Tensor] | str:
     """flash-attn's kernel, or the reason why it cannot be had."""
     try:
-        from flash_attn import flash_attn_varlen_func
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]  (built for GPUs)
     except ImportError as error:
         return (
             f"flash-attn cannot be imported ({error}); install the version of requirements/gpu.txt "
