@@ -9,15 +9,21 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from omegaconf import open_dict
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gcpo import checkpoints, files
 from gcpo.checkpoints import CheckpointError, FileState, Needs
 from gcpo.notices import notice
+
+if TYPE_CHECKING:
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync as _Trainer
+else:
+    _Trainer = object
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +46,7 @@ def survey_machines(folder: Path) -> Mapping[str, FileState]:
     return found
 
 
-class WholeCheckpoints:
+class WholeCheckpoints(_Trainer):
     """Mixin in front of verl's trainer.
 
     verl's own checkpoint manager removes old checkpoints while the new one is being written. Here they are removed
@@ -131,7 +137,7 @@ class WholeCheckpoints:
         with self._trainer_settings(resume_mode=mode, resume_from_path=None if path is None else str(path)):
             try:
                 super()._load_checkpoint()
-            except (ray.exceptions.RayActorError, CheckpointError):
+            except (RayActorError, CheckpointError):
                 raise
             except Exception as error:
                 raise CheckpointError(

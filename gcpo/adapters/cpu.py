@@ -175,4 +175,4 @@ def pageable_reference() -> None:
         def __init__(self, pin_memory: bool = False) -> None:
             super().__init__(pin_memory=False)
 
-    transformer_impl.CPUOffloadPolicy = PageableOffloadPolicy
+    setattr(transformer_impl, "CPUOffloadPolicy", PageableOffloadPolicy)  # noqa: B010  (verl exports no such name)

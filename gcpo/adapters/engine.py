@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 _NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
-def backbone(module: torch.nn.Module) -> torch.nn.Module:
+def backbone(module: Any) -> Any:
     """The transformer below the language-model head, also where LoRA wraps the model."""
     if hasattr(module, "get_base_model"):
         module = module.get_base_model()
     return getattr(module, module.base_model_prefix, module)
 
 
-def state_module(module: torch.nn.Module, layer: int) -> torch.nn.Module:
+def state_module(module: Any, layer: int) -> torch.nn.Module:
     """The submodule whose output is the hidden state of ``layer``.
 
     Args:
@@ -103,7 +103,7 @@ class GCPOFSDPEngine(StableEngine):
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
         """verl's inputs, or those of a packed tree. A pack of one sequence is a row as verl knows it."""
-        layer = tu.get_non_tensor_data(micro_batch, "gcpo_layer", None)
+        layer: Any = tu.get_non_tensor_data(micro_batch, "gcpo_layer", None)
         row = row_of(micro_batch)
         if row is not None and row.is_tree:
             model_inputs, output_args = self._pack_inputs(row, micro_batch), {}
@@ -165,17 +165,20 @@ class GCPOFSDPEngine(StableEngine):
         return model_output
 
     def _pack_inputs(self, row: PackedRow, micro_batch: TensorDict) -> dict[str, Any]:
-        input_ids = micro_batch["input_ids"].values()
+        ids: Any = micro_batch["input_ids"]
+        positions: Any = micro_batch["position_ids"]
+        input_ids = ids.values()
         return {
             "input_ids": input_ids.unsqueeze(0),
             "attention_mask": None,
-            "position_ids": micro_batch["position_ids"].values().unsqueeze(0),
+            "position_ids": positions.values().unsqueeze(0),
             "logits_to_keep": row.predict.to(input_ids.device),
             "tree_pack": row.pack,
         }
 
     def _tree_log_probs(self, row: PackedRow, output: Any, micro_batch: TensorDict) -> torch.Tensor:
-        logits = tempered(output.logits.squeeze(0), tu.get_non_tensor_data(micro_batch, "temperature", 1.0))
+        temperature: Any = tu.get_non_tensor_data(micro_batch, "temperature", 1.0)
+        logits = tempered(output.logits.squeeze(0), temperature)
         if not len(logits):
             # verl's function fails where no log-probability is wanted.
             return logits.new_zeros(0)

@@ -54,6 +54,6 @@ def _as_dict(settings: Any) -> dict[str, Any]:
 
 def received(config: DictConfig) -> Method:
     """The method in a worker, from ``actor_rollout_ref``."""
-    sent = OmegaConf.to_container(config[_KEY])
+    sent: Any = OmegaConf.to_container(config[_KEY])
     method, run = method_class(sent["name"]), Run(**sent["run"])
     return method(method.parse(sent["settings"], run), run)

@@ -112,8 +112,8 @@ class Watchdog:
         self.death = death
         logger.error("gcpo: %s", death)
         self.arm(death)
-        if self._inside:
-            signal.pthread_kill(threading.main_thread().ident, WAKE_SIGNAL)
+        if self._inside and (main := threading.main_thread().ident):
+            signal.pthread_kill(main, WAKE_SIGNAL)
 
     def arm(self, death: str) -> None:
         """Call ``last_resort`` in ``patience`` seconds, once.
@@ -192,11 +192,12 @@ class WatchedTrainer(PPOTrainerSync):
             stopped = stop_of(error)
             interrupted = isinstance(error, KeyboardInterrupt) and self.watchdog.death is None
             death = None if stopped or interrupted else self.watchdog.verdict(error)
-            if stopped is None and death is None:
+            cause = stopped or death
+            if cause is None:
                 raise
             if self.watchdog.death is not None:
                 self.watchdog.arm(self.watchdog.death)
-            sentence = self._sentence(stopped or death, when or self._now())
+            sentence = self._sentence(cause, when or self._now())
             logger.error("gcpo: %s", sentence, exc_info=error)
             raise RunStoppedError(sentence) from error
 

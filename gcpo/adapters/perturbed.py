@@ -47,9 +47,11 @@ class PerturbedRow(PackedRow):
         """
         if self.intervention == "lm_head":
             return head.register_forward_pre_hook(lambda module, args: self._move(args[0]))
-        return layer.register_forward_hook(
-            lambda module, args, output: self._move(output[0] if isinstance(output, tuple) else output)
-        )
+
+        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+            self._move(output[0] if isinstance(output, tuple) else output)
+
+        return layer.register_forward_hook(after)
 
     def _move(self, hidden: Tensor) -> None:
         """Add g to the perturbed places of hidden [1, N, d], in place and in float32."""
@@ -127,7 +129,8 @@ class EpisodeScorer:
         fused_tokens: int = FUSED_TOKENS,
     ) -> None:
         self.engine, self.settings, self.temperature = engine, settings, temperature
-        self.layer, self.intervention, self.relative = layer, intervention, relative
+        self.layer, self.relative = layer, relative
+        self.intervention: Literal["hidden_state", "lm_head"] = intervention
         self.max_tokens, self.fused_tokens = max_tokens, fused_tokens
         self.path_tokens = self.branch_tokens = self.unshared_tokens = 0
 

@@ -12,7 +12,7 @@ from verl.utils.device import get_torch_device
 from gcpo.adapters.scoring import PackScorer
 from gcpo.scoring.attention import recorded_attention
 from gcpo.scoring.probe import LONGEST, probe_sequences, verdict
-from gcpo.scoring.requests import ScoreRequest
+from gcpo.scoring.requests import Score, ScoreRequest
 
 
 def probe_trees(engine: Any, vocabulary: int) -> str | None:
@@ -56,10 +56,14 @@ def _compare(engine: Any, vocabulary: int) -> str | None:
     if not record.dtypes:
         return "the loaded model does not call the attention function that it is given"
     return verdict(
-        ([score.log_probs for score in found], [score.log_probs for score in right]),
-        ([score.state for score in found], [score.state for score in right]),
+        (_values(found, "log_probs"), _values(right, "log_probs")),
+        (_values(found, "state"), _values(right, "state")),
         max(record.dtypes, key=lambda dtype: torch.finfo(dtype).eps),
     )
+
+
+def _values(scores: list[Score], name: str) -> list[Any]:
+    return [getattr(score, name) for score in scores]
 
 
 @contextmanager

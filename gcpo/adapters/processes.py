@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private import state
 from ray.exceptions import (
     ActorUnavailableError,
     LocalRayletDiedError,
@@ -71,7 +72,7 @@ def run_actors() -> list[ActorState]:
     """
     context = ray.get_runtime_context()
     job = context.get_job_id()
-    table = ray._private.state.actors(job_id=ray.JobID.from_hex(job)) or {}
+    table = state.actors(job_id=ray.JobID.from_hex(job)) or {}
     return [_actor_state(entry) for entry in table.values() if entry["JobID"] == job]
 
 

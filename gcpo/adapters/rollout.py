@@ -54,7 +54,8 @@ class Group:
         return len(self.sessions) + len(self.failed) >= self.size
 
 
-_PlainWorker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
+_Actor: Any = AgentLoopWorkerTQ
+_PlainWorker: Any = _Actor.__ray_metadata__.modified_class
 
 
 class GCPOAgentLoopWorkerPlain(_PlainWorker):

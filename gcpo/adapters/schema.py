@@ -5,7 +5,8 @@ The fields are declared in `gcpo.methods.fields` (verl's, as far as methods read
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,11 +99,45 @@ def from_data(data: TensorDict, fields: Sequence[Field]) -> dict[Field, list[Any
     for field in fields:
         if field not in data.keys():
             raise FieldError(f"the batch lacks the field {field}, which {field.writer} should have written")
-        value = data[field]
+        value: Any = data[field]
         # At once: to index a nested tensor takes it apart every time.
         values = list(value.unbind()) if isinstance(value, torch.Tensor) else list(value)
         found[field] = [field.check(entry) for entry in values]
     return found
+
+
+def queue_get(meta: KVBatchMeta, fields: Sequence[Field | str] | None, keys: Sequence[str] | None = None) -> Any:
+    """verl's ``TensorDict`` of rows in its queue.
+
+    Args:
+        meta: verl's batch.
+        fields: ``None``: all.
+        keys: of the rows; ``None``: all rows.
+    """
+    names = None if fields is None else [str(field) for field in fields]
+    keys = list(meta.keys if keys is None else keys)
+    return tq.kv_batch_get(keys=keys, partition_id=_partition(meta), select_fields=names)
+
+
+def queue_put(meta: KVBatchMeta, keys: Sequence[str], data: TensorDict) -> None:
+    """Store the fields of ``data`` in rows of verl's queue."""
+    tq.kv_batch_put(keys=list(keys), partition_id=_partition(meta), fields=data)
+
+
+@contextmanager
+def extra_info(meta: KVBatchMeta, name: str, value: Any) -> Iterator[None]:
+    """Within, the batch has a non-tensor entry ``name``."""
+    assert meta.extra_info is not None  # verl sets it in every batch
+    meta.extra_info[name] = value
+    try:
+        yield
+    finally:
+        meta.extra_info.pop(name, None)
+
+
+def _partition(meta: KVBatchMeta) -> str:
+    assert meta.partition_id is not None  # verl sets it in every batch
+    return meta.partition_id
 
 
 class QueueBatch(Batch):
@@ -125,13 +160,12 @@ class QueueBatch(Batch):
     def fetch(self, rows: Sequence[int], fields: Sequence[Field]) -> dict[Field, list[Any]]:
         """See `Batch.fetch`; the queue leaves out a field that any of the rows lacks."""
         keys = [self.meta.keys[row] for row in rows]
-        data = tq.kv_batch_get(keys=keys, partition_id=self.meta.partition_id, select_fields=[str(f) for f in fields])
-        return from_data(data, fields)
+        return from_data(queue_get(self.meta, fields, keys), fields)
 
     def put(self, rows: Sequence[int], fields: Mapping[Field, Sequence[Any]]) -> None:
         """See `Batch.put`."""
         keys = [self.meta.keys[row] for row in rows]
-        tq.kv_batch_put(keys=keys, partition_id=self.meta.partition_id, fields=to_columns(fields, len(keys)))
+        queue_put(self.meta, keys, to_columns(fields, len(keys)))
 
 
 def groups_of(meta: KVBatchMeta) -> dict[str, list[int]]:

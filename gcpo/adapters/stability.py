@@ -17,6 +17,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from gcpo.adapters.schema import extra_info
 from gcpo.faults import RunStoppedError
 from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.notices import TOTAL_STEPS
@@ -38,7 +39,10 @@ _ADVICE = (
 # ---- the engine ------------------------------------------------------------------------------------------------------
 
 
-class StableEngine(FSDPEngineWithLMHead):
+_Engine: Any = FSDPEngineWithLMHead  # verl's decorator hides what class it is
+
+
+class StableEngine(_Engine):
     """verl's engine, which checks each optimizer step of a batch that has ``SETTINGS``."""
 
     _losses: list[float] | None = None
@@ -163,11 +167,8 @@ class StableTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's update; the engine checks each optimizer step."""
-        batch.extra_info[SETTINGS] = self.stability.non_finite
-        try:
+        with extra_info(batch, SETTINGS, self.stability.non_finite):
             batch = super()._update_actor(batch, metrics)
-        finally:
-            batch.extra_info.pop(SETTINGS, None)
         for name in (SKIPPED_UPDATES, WEIGHT_CHANGE):
             if f"actor/{name}" in metrics:
                 metrics[name] = metrics.pop(f"actor/{name}")

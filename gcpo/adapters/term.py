@@ -47,7 +47,8 @@ class UpdateSettings:
 
 def update_of(data: TensorDict) -> UpdateSettings | None:
     """The settings of the update that a batch is trained in, ``None`` where no method asks for one."""
-    return tu.get_non_tensor_data(data, UPDATE, None)
+    update: Any = tu.get_non_tensor_data(data, UPDATE, None)
+    return update
 
 
 # ---- the rows of the second pass -------------------------------------------------------------------------------------
@@ -128,20 +129,25 @@ def packed_term_loss(
         term: of the method.
         num_tokens: response tokens of verl's own rows over all ranks.
     """
-    lengths = data[_LENGTHS].values().tolist()
+    lengths = _flat(data, _LENGTHS).tolist()
 
     def rows(flat: torch.Tensor) -> torch.Tensor:
-        return pad_sequence(flat.split(lengths), batch_first=True)
+        return pad_sequence(list(flat.split(lengths)), batch_first=True)
 
     def column(field: Field) -> torch.Tensor:
-        values = data[field].values()
+        values = _flat(data, field)
         return rows(values) if field.shape == "[T]" else values.unsqueeze(1)
 
     columns = {field: column(field) for field in term.columns}
-    loss, metrics = _aggregate(rows(model_output["log_probs"].values()), columns, data, term, num_tokens)
+    loss, metrics = _aggregate(rows(_flat(model_output, "log_probs")), columns, data, term, num_tokens)
     # verl sums over micro-batches and takes the mean over ranks. Rows that fill up are counted.
-    tokens = data["input_ids"].values().numel() * data["dp_size"]
+    tokens = _flat(data, "input_ids").numel() * data["dp_size"]
     return loss, {**metrics, term.tokens_metric: Metric(AggregationType.SUM, tokens)}
+
+
+def _flat(data: Any, name: str) -> torch.Tensor:
+    """The values of a nested entry."""
+    return data[name].values()
 
 
 def _aggregate(
@@ -162,7 +168,7 @@ def _aggregate(
         dp_size=data["dp_size"],
         batch_num_tokens=num_tokens,
         global_batch_size=data["global_batch_size"],
-        loss_scale_factor=update.loss_scale_factor,
+        loss_scale_factor=update.loss_scale_factor,  # pyright: ignore[reportArgumentType]  (verl divides by any number)
     )
     return term.weight * loss, {term.loss_metric: Metric(AggregationType.SUM, loss)}
 
@@ -189,7 +195,7 @@ def method_loss(
     if update_of(data) is None:
         return base(model_output=model_output, data=data, dp_group=dp_group)
     on_these_rows = term is not None and term.on_plain_rows
-    log_prob = no_padding_2_padding(model_output["log_probs"], data) if on_these_rows or part else None
+    log_prob: Any = no_padding_2_padding(model_output["log_probs"], data) if on_these_rows or part else None
     if part == "beta":
         return _beta_term(log_prob, data, config), {}
     if term is not None and (part == term.name or (on_these_rows and part is None)):
@@ -206,7 +212,7 @@ def method_loss(
     return loss, metrics
 
 
-def _beta_term(log_prob: torch.Tensor | None, data: TensorDict, config: Any) -> torch.Tensor:
+def _beta_term(log_prob: Any, data: TensorDict, config: Any) -> torch.Tensor:
     """The part of verl's loss that is beta * KL(pi_theta || pi_ref)."""
     padded = data.select("response_mask", "ref_log_prob").to_padded_tensor()
     kl = kl_penalty(logprob=log_prob, ref_logprob=padded["ref_log_prob"], kl_penalty=config.kl_loss_type)

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 import torch
-import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
@@ -23,7 +22,17 @@ from gcpo.adapters import hooks
 from gcpo.adapters.checkpoints import WholeCheckpoints
 from gcpo.adapters.liveness import WatchedTrainer
 from gcpo.adapters.registry import credited
-from gcpo.adapters.schema import QueueBatch, from_data, is_padding, method_fields, session_of, to_columns
+from gcpo.adapters.schema import (
+    QueueBatch,
+    extra_info,
+    from_data,
+    is_padding,
+    method_fields,
+    queue_get,
+    queue_put,
+    session_of,
+    to_columns,
+)
 from gcpo.adapters.stability import StableTrainer
 from gcpo.adapters.term import UPDATE, UpdateSettings, parts_of
 from gcpo.adapters.worker import METHOD_CALL, MethodWorker
@@ -55,7 +64,7 @@ class OwnFieldsTrainer(PPOTrainerSync):
         known = before
         if known is None:
             # What one row has, all have.
-            known = list(tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id).keys())
+            known = list(queue_get(batch, None, batch.keys[:1]).keys())
         own = method_fields()
         batch.fields = [name for name in known if name not in own or name in keep]
         try:
@@ -138,8 +147,7 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         """verl's balancing, of rows in an order that does not depend on which response came first."""
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[INDEX, RAW_PROMPT])
-        known = from_data(data, [INDEX, RAW_PROMPT])
+        known = from_data(queue_get(batch, [INDEX, RAW_PROMPT]), [INDEX, RAW_PROMPT])
         # verl's own agent-loop manager does not number questions that are alike.
         questions = getattr(getattr(self, "agent_loop_manager", None), "questions", None)
         occurrence = questions.of_uid if questions is not None else {}
@@ -174,7 +182,7 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
         workload = calculate_workload(torch.tensor([tag["seq_len"] for tag in batch.tags], dtype=torch.int64))
         members = list(groups.values())
         loads = [int(workload[rows].sum()) for rows in members]
-        parts = get_seqlen_balanced_partitions(loads, k_partitions=len(batch) // share, equal_size=True)
+        parts: Any = get_seqlen_balanced_partitions(loads, k_partitions=len(batch) // share, equal_size=True)
         in_order = [sorted(rows, key=lambda row: session_of(batch.keys[row])[1]) for rows in members]
         batch.reorder([row for part in parts for group in part for row in in_order[group]])
 
@@ -184,7 +192,7 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
         rows = hooks.call(self.method, "empty_fields", len(keys)) if keys and self.method.samples else []
         if rows and rows[0]:
             columns = {field: [row[field] for row in rows] for field in rows[0] if field.dtype is not None}
-            tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=to_columns(columns, len(keys)))
+            queue_put(batch, keys, to_columns(columns, len(keys)))
 
     # ---- score and credit -----------------------------------------------------------------------------------------
 
@@ -235,11 +243,9 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
             return super()._update_actor(batch, metrics)
         name, actor = self.method.name, self.config.actor_rollout_ref.actor
         parts = tuple(parts_of(term, actor.use_kl_loss)) if measures else ()
-        batch.extra_info[UPDATE] = UpdateSettings(actor.loss_agg_mode, actor.loss_scale_factor, parts)
-        try:
+        update = UpdateSettings(actor.loss_agg_mode, actor.loss_scale_factor, parts)
+        with extra_info(batch, UPDATE, update):
             batch = super()._update_actor(batch, metrics)
-        finally:
-            batch.extra_info.pop(UPDATE, None)
         for key in [key for key in metrics if key.startswith(f"actor/{name}/")]:
             metrics[key.removeprefix("actor/")] = metrics.pop(key)
         if term is not None:
@@ -257,7 +263,7 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
 
         A step in which it graded none ends the run.
         """
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[EXTRA_FIELDS])
+        data = queue_get(batch, [EXTRA_FIELDS])
         infos = [
             entry.get("reward_extra_info", {})
             for entry, tag in zip(list(data[EXTRA_FIELDS]), batch.tags, strict=True)

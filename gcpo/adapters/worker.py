@@ -71,7 +71,11 @@ class ActorEngine(Engine):
 class MethodWorker(ActorRolloutRefWorker):
     """Actor, rollout and reference in one worker, for any method."""
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    # After `init_model`; verl declares classes that lack what it uses of them.
+    actor: Any
+    rollout: Any
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # pyright: ignore[reportAttributeAccessIssue]  (verl adds it later)
     def init_model(self) -> None:
         """verl's set-up; then weights go to a socket of this Ray cluster, and the method is told of its engine."""
         super().init_model()
@@ -98,7 +102,8 @@ class MethodWorker(ActorRolloutRefWorker):
         Returns:
             The fields that the method makes, nested.
         """
-        self.scoring_engine.step = tu.get_non_tensor_data(data, METHOD_CALL, 0)
+        step: Any = tu.get_non_tensor_data(data, METHOD_CALL, 0)
+        self.scoring_engine.step = step
         rows = from_data(data, self.method.score_inputs)
         with self.actor.engine.eval_mode():
             fields = hooks.call(self.method, "score", rows, self.scoring_engine)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
+from gcpo.adapters.schema import queue_get
 from gcpo.rewards import extracted_answer
 
 EXAMPLES = 3
@@ -30,13 +30,13 @@ def zero_reward_warning(batch: KVBatchMeta, tokenizer: Any, *, ours: bool) -> li
         ours: whether the reward function is that of ``gcpo.rewards``, whose extracted answer can be shown.
     """
     rows = [row for row, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
-    scores = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])["rm_scores"]
+    scores = queue_get(batch, ["rm_scores"])["rm_scores"]
     if not rows or any(bool((score != 0).any()) for row, score in enumerate(scores.unbind()) if row in set(rows)):
         return []
     by_group = {batch.keys[row].rsplit("_", 2)[0]: batch.keys[row] for row in reversed(rows)}
     keys = list(reversed(by_group.values()))[:EXAMPLES]
     names = ["responses", "reward_model", "data_source"]
-    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
+    data = queue_get(batch, names, keys)
     columns = [list(data[name]) if name in data.keys() else [None] * len(keys) for name in names[1:]]
     lines = [
         f"every reward of the first step is 0 ({len(rows)} responses), so no response has an advantage; check that "
