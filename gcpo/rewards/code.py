@@ -41,35 +41,30 @@ MAX_PROGRAM_CHARS = 100_000
 RECURSION = 600_000
 """Recursion limit of programs for the sets of programming contests, which recurse deeply."""
 
+_SETTINGS = {"sandbox", "sandbox_fusion_url", "time_limit", "memory_limit_mb"}
 _STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n@", "\n```")
 """Where a plain continuation ends (the stop words of HumanEval's authors, and the usual additions)."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """How a response did."""
+    """How a response did.
+
+    Attributes:
+        passed: whether its program passes all tests.
+        format: whether it has a fenced code block, behind its thinking part if it has one.
+        reason: why it did not pass.
+        seconds: processor time of the program.
+    """
 
     passed: bool
-    """Whether its program passes all tests."""
     format: bool
-    """Whether it has a fenced code block, behind its thinking part if it has one."""
     reason: str = ""
-    """Why it did not pass."""
     seconds: float = 0.0
-    """Processor time of the program."""
 
 
 def extract(response: str, names: Sequence[str] = (), *, reads: bool = False) -> str | None:
-    """The program of a response; None where it has no code block that may be Python.
-
-    Args:
-        response: the text; its thinking part, closed or not, does not count.
-        names: what the tests take from the program.
-        reads: whether the tests give standard input.
-
-    Returns:
-        The last of `gcpo.rewards.blocks.program_blocks`.
-    """
+    """The program of a response, without its thinking part: the last of `program_blocks`, or None."""
     blocks = program_blocks(code_blocks(answer_of(response)), names, reads=reads)
     return blocks[-1] if blocks else None
 
@@ -77,12 +72,10 @@ def extract(response: str, names: Sequence[str] = (), *, reads: bool = False) ->
 def continuation(response: str) -> str | None:
     """The code of an answer without a fenced block, for sets whose prompt is code to go on from; None where empty."""
     answer = answer_of(response).rstrip()
-    if not answer.strip():
-        return None
     if answer.startswith((" ", "\t", "\n")):
         ends = [at for at in (answer.find(stop, 1) for stop in _STOPS) if at > 0]
         return answer[: min(ends, default=len(answer))]
-    return answer
+    return answer or None
 
 
 def load_tests(ground_truth: Any) -> dict[str, Any]:
@@ -101,11 +94,8 @@ def load_tests(ground_truth: Any) -> dict[str, Any]:
         tests = _of_cases(tests)
     if not isinstance(tests, Mapping):
         raise ValueError(f"the tests of a program must be a JSON object, not {type(tests).__name__}")
-    for needed, kind in (
-        (("prompt", "test", "entry_point"), str),
-        (("assert_case",), list),
-        (("inputs", "outputs"), list),
-    ):
+    forms = ((("prompt", "test", "entry_point"), str), (("assert_case",), list), (("inputs", "outputs"), list))
+    for needed, kind in forms:
         if all(isinstance(tests.get(name), kind) for name in needed):
             break
     else:
@@ -152,15 +142,12 @@ def program_of(code: str, tests: Mapping[str, Any]) -> Program:
             names = free_names((setup, *cases))
         return Program(code, "assert", [(case,) for case in cases], setup=setup, names=names)
     if tests.get("fn_name"):
-        pairs = [
-            (arguments(given), value(expected))
-            for given, expected in zip(tests["inputs"], tests["outputs"], strict=True)
-        ]
+        pairs = [(arguments(a), value(b)) for a, b in zip(tests["inputs"], tests["outputs"], strict=True)]
         # Some sets put every expected result into a list of its own, as in verl's; others do not.
         unwrap = all(isinstance(expected, list) and len(expected) == 1 for _, expected in pairs)
         name = tests["fn_name"]
         return Program(code, "call", pairs, name, stars=True, recursion=RECURSION, unwrap=unwrap)
-    pairs = [(text(given), text(expected)) for given, expected in zip(tests["inputs"], tests["outputs"], strict=True)]
+    pairs = [(text(a), text(b)) for a, b in zip(tests["inputs"], tests["outputs"], strict=True)]
     return Program(code, "stdin", pairs, stars=True, recursion=RECURSION)
 
 
@@ -203,11 +190,10 @@ def free_names(sources: tuple[str, ...]) -> tuple[str, ...]:
     own: set[str] = set()
     for source in sources:
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Name):
-                if isinstance(node.ctx, ast.Load):
-                    used[node.id] = None
-                else:
-                    own.add(node.id)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                used[node.id] = None
+            elif isinstance(node, ast.Name):
+                own.add(node.id)
             elif isinstance(node, ast.FunctionDef | ast.ClassDef):
                 own.add(node.name)
             elif isinstance(node, ast.arg):
@@ -278,59 +264,28 @@ def _programs(response: Any, program: Program) -> tuple[list[str], bool]:
     return codes, any(block.closed and block.python is not False for block in blocks)
 
 
-def compute_score(
-    solution_str: Any,
-    ground_truth: Any,
-    extra_info: Any = None,
-    *,
-    sandbox: str = "auto",
-    sandbox_fusion_url: str | None = None,
-    time_limit: float = Limits.time,
-    memory_limit_mb: int = Limits.memory_mb,
-    **kwargs: Any,
-) -> dict[str, float]:
-    """Grade a response.
+def compute_score(solution_str: Any, ground_truth: Any, extra_info: Any = None, **settings: Any) -> dict[str, float]:
+    """`grade` as a reward function of verl.
 
     Args:
-        solution_str: the response.
+        solution_str: the response; one of a wrong type scores 0.
         ground_truth: the tests, see above.
         extra_info: unused.
-        sandbox: see `grade`, like the three that follow.
-        sandbox_fusion_url: see `grade`.
-        time_limit: see `grade`.
-        memory_limit_mb: see `grade`.
-        kwargs: unused; verl passes more, and other rewards have settings of their own.
+        settings: of `grade`; others are unused, because verl passes more.
 
     Returns:
         ``score`` and ``acc``: 1 if the program passes all its tests, else 0. ``format``: 1 if there is a fenced code
-        block. A response of a wrong type scores 0.
+        block.
 
     Raises:
-        ValueError: a setting or the tests can't be used.
-        SandboxError: no sandbox works here, or it failed.
+        ValueError, SandboxError: as for `grade`.
     """
-    result = grade(
-        solution_str,
-        ground_truth,
-        sandbox=sandbox,
-        sandbox_fusion_url=sandbox_fusion_url,
-        time_limit=time_limit,
-        memory_limit_mb=memory_limit_mb,
-    )
+    result = grade(solution_str, ground_truth, **{name: settings[name] for name in _SETTINGS & settings.keys()})
     return {"score": float(result.passed), "acc": float(result.passed), "format": float(result.format)}
 
 
 def grade_many(responses: Sequence[Any], ground_truths: Sequence[Any], **settings: Any) -> list[Grade]:
-    """`grade` for many responses, on all cores.
-
-    Args:
-        responses: [N] what the model wrote.
-        ground_truths: [N] the tests.
-        settings: of `grade`.
-
-    Returns:
-        [N] grades, in order.
-    """
+    """`grade` for [N] responses with [N] tests, on all cores: [N] grades, in order."""
     pairs = list(zip(responses, ground_truths, strict=True))
     with ThreadPoolExecutor(size()) as threads:
         return list(threads.map(lambda pair: grade(*pair, **settings), pairs))

@@ -51,14 +51,18 @@ class SandboxError(GraderError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """What a program may use.
+
+    Attributes:
+        time: seconds of processor time for one test case; three times as long on the clock, and five times as long for
+            all.
+        memory_mb: MiB of address space.
+        output: bytes that one test case may print.
+    """
 
     time: float = 6.0
-    """Seconds of processor time for one test case; three times as long on the clock, and five times as long for all."""
     memory_mb: int = 1024
-    """MiB of address space."""
     output: int = MIN_OUTPUT
-    """Bytes that one test case may print."""
 
     def __post_init__(self) -> None:
         if not 0 < self.time <= 3600:
@@ -118,16 +122,12 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program did."""
+    """How a program did: whether it passed every case, the cases before the first that failed, why, processor time."""
 
     passed: bool
-    """Whether it passed every case."""
     cases: int = 0
-    """Cases passed before the first that failed."""
     reason: str = ""
-    """Why it failed."""
     seconds: float = 0.0
-    """Processor time of the program."""
 
 
 @dataclass(frozen=True)
@@ -143,23 +143,10 @@ class Sandbox:
             SandboxError: the sandbox itself failed; a program can't cause this.
         """
         secret = secrets.token_hex(16)
-        job = {
-            "program": program.code,
-            "mode": program.mode,
-            "entry": program.entry,
-            "prompt": program.prompt,
-            "stars": program.stars,
-            "recursion": program.recursion,
-            "limits": limits.to_dict(),
-            "probe": probe,
-            **self._job(),
-        }
-        tests = {
-            "setup": program.setup,
-            "names": list(program.names),
-            "cases": len(program.cases),
-            "unwrap": program.unwrap,
-        }
+        job = {name: getattr(program, name) for name in ("mode", "entry", "prompt", "stars", "recursion")}
+        job |= {"program": program.code, "limits": limits.to_dict(), "probe": probe, **self._job()}
+        # The child never sees these: the judge reads them after it has started the child.
+        tests = {name: getattr(program, name) for name in ("setup", "names", "unwrap")} | {"cases": len(program.cases)}
         parts = [part for case in program.cases for part in case]
         data = b"".join(map(frame, (job, tests, *parts, {"secret": secret})))
         answers, trouble = self._exchange(data, limits)
