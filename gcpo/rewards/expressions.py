@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from gcpo.rewards.notation import normalize, split, split_list
 from gcpo.rewards.rationals import exact_fractions
@@ -15,6 +15,7 @@ _COLUMN = re.compile(
 )
 _ARRAY = re.compile(r"[(\[]\\begin\{array\}\{[clr| ]*\}(.*?)\\end\{array\}[)\]]", re.DOTALL)
 _CASES = re.compile(r"(?:\\\{)?\\begin\{(cases|array|aligned)\}(?:\{[clr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_ROW_END = re.compile(r"\\\\(?:\[[^\]]*\])?")
 _ANGLES = re.compile(r"\\langle(?![A-Za-z])(.*)\\rangle", re.DOTALL)
 _TRANSPOSED = re.compile(r"([(\[][^()\[\]]*,[^()\[\]]*[)\]])\^\{?\\?(?:T|top|intercal)\}?")
 _UNIT_VECTOR = re.compile(
@@ -39,17 +40,14 @@ def unit_vectors(text: str) -> str:
     r"""``2\mathbf{i}+3\mathbf{j}`` as ``(2,3)``; other plain text stays as it is."""
     if not _UNIT_VECTOR.search(text):
         return text
-    signs = split(text.replace(" ", ""), {"+", "-"})
-    terms = [(sign, term) for sign, term in signs if sign or term]
     components = {"i": "0", "j": "0"}
-    for sign, term in terms:
+    for sign, term in split(text.replace(" ", ""), {"+", "-"}):
+        if not sign and not term:
+            continue
         match = _UNIT_VECTOR.search(term)
-        if not match or term[match.end() :]:
+        if not match or term[match.end() :] or components.get(match[1], "0") != "0":
             return text
-        amount = term[: match.start()] or "1"
-        if components.get(match[1], "0") != "0":
-            return text
-        components[match[1]] = f"-{amount}" if sign == "-" else amount
+        components[match[1]] = sign.replace("+", "") + (term[: match.start()] or "1")
     return f"({','.join(components[name] for name in sorted(components))})"
 
 
@@ -58,7 +56,7 @@ def column(text: str) -> str | None:
     match = _COLUMN.fullmatch(text)
     if not match or "&" in match[2] or r"\begin" in match[2]:
         return None
-    rows = [row.strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2])]
+    rows = [row.strip() for row in _ROW_END.split(match[2])]
     rows = rows if rows[-1] else rows[:-1]
     return f"({','.join(rows)})" if len(rows) > 1 and all(rows) else None
 
@@ -109,16 +107,13 @@ def cases(text: str) -> str:
     match = _CASES.fullmatch(text)
     if not match or "&=" not in match[2].replace(" ", "") and "&" in match[2]:
         return text
-    lines = [line.replace("&", "").strip(" ,;") for line in re.split(r"\\\\(?:\[[^\]]*\])?", match[2])]
+    lines = [line.replace("&", "").strip(" ,;") for line in _ROW_END.split(match[2])]
     return ",".join(normalize(line) for line in lines if line)
 
 
 def _both_signs(text: str) -> Iterator[str]:
     r"""The elements of a list, those with ``\pm`` once as plus and once as minus; its signs go together."""
     for element in split_list(text):
-        signs: list[Callable[[re.Match[str]], str]] = [
-            lambda m: "+" if m[1] == "pm" else "-",
-            lambda m: "-" if m[1] == "pm" else "+",
-        ]
-        for sign in signs if _PLUS_MINUS.search(element) else signs[:1]:
-            yield re.sub(r"^\+|(?<=[{(=])\+", "", _PLUS_MINUS.sub(sign, element))
+        for plus in ("pm", "mp") if _PLUS_MINUS.search(element) else ("pm",):
+            signed = _PLUS_MINUS.sub(lambda m: "+" if m[1] == plus else "-", element)  # noqa: B023 (called at once)
+            yield re.sub(r"^\+|(?<=[{(=])\+", "", signed)

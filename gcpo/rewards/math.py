@@ -35,17 +35,13 @@ _ELLIPSIS = re.compile(r"\\(?:l|c)?dots(?![A-Za-z])|\.\.\.")
 
 
 def boxed_answer(response: str) -> str | None:
-    r"""The answer in the boxes that end a response, ``None`` where there is no box with balanced braces.
-
-    That is the content of the last ``\boxed{...}`` that is not empty. Boxes that are parts of one answer, such as
-    ``\boxed{3} and \boxed{5}``, give a list (``3, 5``); the same number twice gives its last form. A box in a box
-    gives the inner one. Boxes in a thinking part, closed or not, do not count.
-    """
+    """The answer in the boxes that end a response, see `boxed_answers`; several give a list (``3, 5``)."""
     answers = _distinct_answers(response)
     return ", ".join(answers) if answers is not None else None
 
 
 def _distinct_answers(response: str) -> list[str] | None:
+    """`boxed_answers`, where of the same number twice only the last form is left."""
     answers = boxed_answers(response)
     if answers is None or len(answers) == 1:
         return answers
@@ -192,42 +188,21 @@ def _same_statement(given: str, right: str) -> bool | Questions:
     moduli = readings.modulus(given), readings.modulus(right)
     if moduli[1] and moduli[0] != moduli[1]:
         return False
-    given_statement, right_statement = (_statement(text) for text in (given, right))
+    said, true = both = [readings.stated(expressions.cases(text)) for text in (given, right)]
     if moduli[0]:
-        given_statement, right_statement = (
-            one._replace(value=readings.without_modulus(one.value), equation="")
-            for one in (given_statement, right_statement)
-        )
-    if bool(given_statement.equation) != bool(right_statement.equation) and not (
-        given_statement.name or right_statement.name
-    ):
+        said, true = both = [one._replace(value=readings.without_modulus(one.value), equation="") for one in both]
+    if bool(said.equation) != bool(true.equation) and not (said.name or true.name):
         return False
-    if given_statement.equation or right_statement.equation:
-        if given_statement.links or right_statement.links:
+    if said.equation or true.equation:
+        return not (said.links or true.links) and [(expressions.expression(right), expressions.expression(given))]
+    if said.name and true.name:
+        said, true = both = [readings.by_name(one) for one in both]
+        if _key(said.name) != _key(true.name):
             return False
-        return [(expressions.expression(right), expressions.expression(given))]
-    if given_statement.name and right_statement.name:
-        given_statement, right_statement = readings.by_name(given_statement), readings.by_name(right_statement)
-        if _key(given_statement.name) != _key(right_statement.name):
-            return False
-    value = (
-        given_statement.value
-        if given_statement.name
-        else without_unit(given_statement.value, letters=readings.is_number(right_statement.value))
-    )
-    verdict = _same_value(value, without_unit(right_statement.value, letters=False))
-    if not verdict or not (given_statement.links or right_statement.links):
-        return verdict
-    questions = [] if verdict is True else verdict
-    for one in (given_statement, right_statement):
-        questions += [(expressions.expression(one.value), expressions.expression(link)) for link in one.links]
-    return questions
-
-
-def _statement(text: str) -> readings.Statement:
-    text = expressions.cases(text)
-    found = readings.listed(text)
-    return found[1] if found else readings.statement(text)
+    value = said.value if said.name else without_unit(said.value, letters=readings.is_number(true.value))
+    verdict = _same_value(value, without_unit(true.value, letters=False))
+    links = [(expressions.expression(one.value), expressions.expression(link)) for one in both for link in one.links]
+    return verdict and (([] if verdict is True else verdict) + links or verdict)
 
 
 def _same_value(given: str, right: str) -> bool | Questions:

@@ -7,17 +7,7 @@ from typing import NamedTuple
 
 from gcpo.rewards.notation import split, split_list, without_fonts
 
-__all__ = [
-    "Choice",
-    "Statement",
-    "by_name",
-    "choice",
-    "is_number",
-    "listed",
-    "modulus",
-    "statement",
-    "without_modulus",
-]
+__all__ = ["Choice", "Statement", "by_name", "choice", "is_number", "modulus", "stated", "without_modulus"]
 
 # ---- multiple choice -------------------------------------------------------------------------------------------------
 
@@ -135,27 +125,28 @@ def statement(text: str) -> Statement:
     return Statement("", text, equation=text)
 
 
-def listed(text: str) -> tuple[str, Statement] | None:
-    """The value of a list of statements: ``x=3, y=5`` is the tuple (3,5), ``x=3 or x=5`` the list 3,5.
+def stated(text: str) -> Statement:
+    """The value that a normalised answer or a list of them states.
 
-    Returns:
-        The names, and the statement about them; ``None`` where it is no list of statements.
+    ``x=3, y=5`` is the tuple (3,5), and ``x=3 or x=5`` the list 3,5.
     """
+    return _listed(text) or statement(text)
+
+
+def _listed(text: str) -> Statement | None:
     text = re.sub(r" ?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]) ?|\\l(?:or|and)(?![A-Za-z])", ",", text)
     parts = [part for part in split_list(text) if part]
     if len(parts) < 2 or not any(split(part, _EQUALS)[1:] for part in parts):
         return None
     found = [statement(part) for part in parts]
-    if any(one.equation for one in found):
-        return None
     names = [one.name for one in found]
-    if not names[0] or any(one.links for one in found):
+    if not names[0] or any(one.equation or one.links for one in found):
         return None
-    if all(name in ("", names[0]) for name in names):
-        return names[0], Statement(names[0], ", ".join(one.value for one in found))
+    if set(names) <= {"", names[0]}:
+        return Statement(names[0], ", ".join(one.value for one in found))
     if len(set(names)) < len(names) or not all(names):
         return None
-    return ",".join(names), Statement(",".join(names), f"({','.join(one.value for one in found)})")
+    return Statement(",".join(names), f"({','.join(one.value for one in found)})")
 
 
 def by_name(found: Statement) -> Statement:
