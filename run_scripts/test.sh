@@ -2,7 +2,7 @@
 # Installs what is missing and runs the tests; arguments go to pytest.
 #
 #   bash run_scripts/test.sh                  all tests
-#   bash run_scripts/test.sh -m "not slow"    without those that start Ray, FSDP and vLLM
+#   bash run_scripts/test.sh -m "not slow"    only those that start neither Ray, ranks and vLLM nor sandboxes
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 

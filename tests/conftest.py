@@ -83,3 +83,31 @@ def default_hangup() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
+
+
+SLOW = (
+    "adapters/test_checkpoint",
+    "adapters/test_driver_memory",
+    "adapters/test_gc2po",
+    "adapters/test_objective",
+    "adapters/test_perturbed",
+    "adapters/test_probe",
+    "adapters/test_scoring",
+    "adapters/test_stability",
+    "cpu/test_patches",
+    "golden/test_golden",
+    "rewards/test_math_limits",
+    "rewards/test_sandbox",
+    "test_entry_points",
+    "test_races",
+    "tools/test_launch_leftovers",
+)
+"""Modules whose tests start ranks, sandboxes or interpreters of their own; single tests are marked where they stand."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `SLOW`."""
+    for item in items:
+        module = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
+        if module in SLOW:
+            item.add_marker(pytest.mark.slow)
