@@ -362,7 +362,7 @@ def test_gc2po_beside_grpo(estimated) -> None:
         (["gcpo.no_such=1"], "the configuration gcpo_trainer can't be made: Could not override 'gcpo.no_such'"),
         (["--config-name", "none"], "the configuration none can't be made"),
         (["trainer.v1.trainer_mode=sync"], "trainer.v1.trainer_mode=sync; the cost model knows "),
-        (["gcpo.collider.num_draws=99"], "gcpo.collider.num_draws is 99: L = 99 is more than the 8 responses of a group"),
+        (["gcpo.collider.num_draws=99"], "gcpo.collider.num_draws is 99: L = 99 is more than the 8 responses"),
         (["--weight", "speed=3"], "--weight speed=3 is not NAME=NUMBER with one of the names generated, prefilled"),
         (["--weight", "generated"], "--weight generated is not NAME=NUMBER"),
         (["--response", "1e6"], "the mean length response is 1e+06, and it is cut at"),
