@@ -118,6 +118,14 @@ def print_table(header: Sequence[str], *rows: Sequence[Any]) -> None:
     print()
 
 
+def two_axes(**options: Any) -> Any:
+    """A figure with two axes side by side, and the axes; it needs no screen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=options.pop("figsize"), dpi=140, layout="tight")
+    return figure, figure.subplots(1, 2, **options)
+
+
 def save(path: Path, results: dict[str, Any]) -> None:
     """Write as JSON the command, the commit, the machine and the versions, and then the results."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -19,15 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import ENVIRONMENT, arguments, interval, print_table, save
-from benchmarks.kappa_gradients import (
-    Estimate,
-    cosine,
-    draw_variance,
-    fraction_variance,
-    kappa_gradients,
-    largest_part,
-)
+from benchmarks.common import ENVIRONMENT, arguments, interval, print_table, save, two_axes
+from benchmarks.kappa_gradients import Estimate, cosine, draw_variance, fraction_variance, kappa_gradients, largest_part
 from benchmarks.sampled_groups import Contexts, Engine, Group, N, Policy, cut_contexts, sample_groups
 from gcpo.algorithms import causal_diagnostics, causal_target, causal_weight, group_mean_target
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts
@@ -39,10 +32,7 @@ LIGHT = Estimate("mean of the group, nothing generated (light)", 0, generations=
 BALANCED = Estimate("leave one out, L = L' = 1, prompt states (balanced)", 1, 1, source="prompt")
 ONE_EACH = Estimate("leave one out, L = L' = 1", 1, 1)
 KAPPA = [
-    Estimate("shared, L = 2, inclusive", 2),
-    Estimate("shared, L = 2, exclusive", 2, projection="exclusive"),
-    Estimate("shared, L = 4, inclusive", 4),
-    Estimate("shared, L = 4, exclusive", 4, projection="exclusive"),
+    *(Estimate(f"shared, L = {n}, {p}", n, projection=p) for n in (2, 4) for p in ("inclusive", "exclusive")),
     ONE_EACH,
     Estimate("leave one out, L = 2, L' = 1", 2, 1),
     Estimate("leave one out, L = L' = 2", 2, 2),
@@ -95,11 +85,7 @@ TABLES = (
         "to leave one out": _span("cosine to leave one out"),
     },
     {"fraction": "{fraction}", "cosine": "{cosine:.2f}", "relative variance": "{relative variance:.2f}"},
-    {
-        "blocks": "{blocks}",
-        "norm": "{norm:.3f}",
-        "cosine to whole responses": _span("cosine"),
-    },
+    {"blocks": "{blocks}", "norm": "{norm:.3f}", "cosine to whole responses": _span("cosine")},
 )
 """Header and format of every column: Upsilon, blocks, gradients, fractions, gradients with cut blocks."""
 
@@ -162,15 +148,17 @@ def compare(values: list[torch.Tensor], truth: list[torch.Tensor]) -> dict[str, 
 
 def generated_tokens(groups: Sequence[Group], estimate: Estimate) -> float:
     """Tokens that an estimate generates, as a multiple of the responses' own."""
-    total = 0.0
-    for group in groups:
-        mean = {
-            kind: statistics.mean(draw.generated for draw in group.result.draws if draw.kind == kind)
-            for kind in ("collider", "leave_one_out", "regenerated")
-        }
-        total += estimate.shared * mean["collider"] + N * estimate.leave_one_out * mean["leave_one_out"]
-        if estimate.source == "response":
-            total += N * (estimate.shared + estimate.leave_one_out) * estimate.generations * mean["regenerated"]
+    generations = N * (estimate.shared + estimate.leave_one_out) * estimate.generations
+    counts = {
+        "collider": estimate.shared,
+        "leave_one_out": N * estimate.leave_one_out,
+        "regenerated": generations if estimate.source == "response" else 0,
+    }
+    total = sum(
+        count * statistics.mean(draw.generated for draw in group.result.draws if draw.kind == kind)
+        for group in groups
+        for kind, count in counts.items()
+    )
     return total / sum(len(response) for group in groups for response in group.responses)
 
 
@@ -208,19 +196,19 @@ def study_kappa(
     """Every estimate, fractions of the responses, and cut blocks, by the gradient of the kappa term."""
     whole = [group.result.contexts for group in groups]
     gradients = {e.name: kappa_gradients(policy, groups, whole, e) for e in (PAPER, LEAVE_ONE_OUT, *KAPPA)}
+    paper, leave_one_out, one = (gradients[e.name] for e in (PAPER, LEAVE_ONE_OUT, ONE_EACH))
     entries = [
         {
             "name": estimate.name,
             "generated": generated_tokens(groups, replace(estimate, source="prompt")),
-            "norm": float(gradients[estimate.name].mean(0).norm()),
+            "norm": float(own.mean(0).norm()),
             "relative variance": draw_variance(policy, groups, estimate),
-            "largest group": largest_part(gradients[estimate.name]),
-            "cosine to paper": cosine(gradients[estimate.name], gradients[PAPER.name], seed),
-            "cosine to leave one out": cosine(gradients[estimate.name], gradients[LEAVE_ONE_OUT.name], seed),
+            "largest group": largest_part(own),
+            "cosine to paper": cosine(own, paper, seed),
+            "cosine to leave one out": cosine(own, leave_one_out, seed),
         }
-        for estimate in (PAPER, LEAVE_ONE_OUT, *KAPPA)
+        for estimate, own in zip((PAPER, LEAVE_ONE_OUT, *KAPPA), gradients.values(), strict=True)
     ]
-    one = gradients[ONE_EACH.name]
     blocks = []
     for name, contexts in cut.items():
         part = kappa_gradients(policy, groups, contexts[: len(groups)], ONE_EACH)
@@ -247,12 +235,7 @@ def study_blocks(
 
 def plot(entries: list[dict[str, Any]], path: Path) -> None:
     """Rank correlation of Upsilon against the tokens spent."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=140, sharey=True)
+    figure, axes = two_axes(figsize=(11, 4.2), sharey=True)
     for axis, truth in zip(axes, TRUTHS, strict=True):
         for k, entry in enumerate(sorted(entries, key=lambda entry: entry["generated"])):
             mean, half = entry[truth]["rank correlation"]
@@ -265,17 +248,7 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
         axis.set(xscale="log", xlim=(0.5, 300), xlabel="tokens generated, as a multiple of the responses'")
         axis.set_title(f"against {TRUTHS[truth].name}", fontsize=9)
     axes[0].set_ylabel("rank correlation of Υ inside a group")
-    figure.tight_layout()
     figure.savefig(path)
-
-
-def show(results: dict[str, Any]) -> None:
-    """The tables, as markdown."""
-    kappa = results["kappa gradient"]
-    blocks = results["blocks and Upsilon of balanced"]
-    entries = results["upsilon"], blocks, kappa["estimates"], kappa["fractions"], kappa["blocks"]
-    for columns, rows in zip(TABLES, entries, strict=True):
-        print_table(list(columns), *([cell(template, row) for template in columns.values()] for row in rows))
 
 
 def cell(template: str, row: dict[str, Any]) -> str:
@@ -297,8 +270,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.groups = args.kappa_groups = 3
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**ENVIRONMENT, **os.environ})
     torch.set_num_threads(1)
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
@@ -326,7 +298,9 @@ def main() -> None:
     }
     save(args.output / "estimators.json", results)
     plot(results["upsilon"], args.output / "estimators.png")
-    show(results)
+    entries = results["upsilon"], results["blocks and Upsilon of balanced"], *results["kappa gradient"].values()
+    for columns, rows in zip(TABLES, entries, strict=True):
+        print_table(list(columns), *([cell(template, row) for template in columns.values()] for row in rows))
 
 
 if __name__ == "__main__":

@@ -10,28 +10,24 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from benchmarks.common import METHODS, arguments, interval, print_table, run, save
+from benchmarks.common import METHODS, arguments, interval, print_table, run, save, two_axes
 
 ACCURACY = "val-core/gcpo/arithmetic/acc/mean@1"
 
 
 def plot(curves: dict[str, list[list[dict]]], path: Path) -> None:
     """Training reward of every step and held-out accuracy, a thin line for every seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), dpi=140)
-    for (method, runs), color in zip(curves.items(), plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False):
+    figure, axes = two_axes(figsize=(10, 3.6))
+    for number, (method, runs) in enumerate(curves.items()):
         for axis, name in zip(axes, ("critic/score/mean", ACCURACY), strict=True):
             for i, steps in enumerate(runs):
                 points = [(step["step"], step[name]) for step in steps if name in step]
-                axis.plot(*zip(*points, strict=True), color=color, lw=1.3, alpha=0.75, label=method if i == 0 else None)
+                axis.plot(
+                    *zip(*points, strict=True), color=f"C{number}", lw=1.3, alpha=0.75, label=method if i == 0 else None
+                )
     axes[0].set(xlabel="step", ylabel="mean reward of the sampled responses", ylim=(0, 1.02))
     axes[1].set(xlabel="step", ylabel="accuracy on held-out questions (greedy)", ylim=(0, 1.02))
     axes[1].legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(path)
 
 
