@@ -122,7 +122,7 @@ def grade_many(
     extra_infos: Sequence[Any] | None = None,
     **kwargs: Any,
 ) -> list[dict[str, float]]:
-    """Grade many responses on all cores.
+    """`compute_score` for [N] responses with [N] right answers, on all cores.
 
     Args:
         responses: [N] responses.
@@ -131,12 +131,8 @@ def grade_many(
         extra_infos: [N], where the grader needs them.
         kwargs: options of `compute_score`.
 
-    Returns:
-        [N] results of `compute_score`, in order.
-
     Raises:
-        ValueError: the lengths differ, or an option is out of range.
-        GraderError: as for `compute_score`.
+        ValueError, GraderError: as for `compute_score`, or the lengths differ.
     """
     sources = [data_sources] * len(responses) if isinstance(data_sources, str) else data_sources
     extras = [None] * len(responses) if extra_infos is None else extra_infos

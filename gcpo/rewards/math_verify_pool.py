@@ -104,13 +104,7 @@ class _Worker:
 
 
 class Pool:
-    """Up to ``workers`` processes, each started when it is first needed. Any thread may call it.
-
-    Args:
-        workers: most comparisons at once; a further one waits.
-        seconds: processor time of a comparison.
-        memory: address space of a worker in bytes.
-    """
+    """Up to ``workers`` processes, each started when it is first needed. Any thread may call it; one too many waits."""
 
     def __init__(self, workers: int, seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY) -> None:
         self._limits = seconds, memory
@@ -122,10 +116,6 @@ class Pool:
 
     def same(self, truth: str, answer: str) -> bool:
         """Whether math-verify takes ``answer`` for ``truth``; False where it exceeds a limit or breaks.
-
-        Args:
-            truth: the right answer.
-            answer: the given answer.
 
         Raises:
             GraderError: the worker cannot be started.
@@ -145,14 +135,9 @@ class Pool:
             self._places.put(worker)
         if verdict is None and not self._warned.is_set():
             self._warned.set()
-            logger.warning(
-                "math-verify could not compare %.80r with %.80r within %g s and %d MiB: it counts as wrong, and so "
-                "will others without a word",
-                answer,
-                truth,
-                self._limits[0],
-                self._limits[1] >> 20,
-            )
+            limits = f"{self._limits[0]:g} s and {self._limits[1] >> 20} MiB"
+            said = "math-verify could not compare %.80r with %.80r within %s: it counts as wrong, and so will others"
+            logger.warning(said + " without a word", answer, truth, limits)
         return bool(verdict)
 
     def close(self) -> None:
@@ -164,29 +149,19 @@ class Pool:
             self._places.put(None)
 
 
-_shared: Pool | None = None
-_lock = threading.Lock()
+_shared = Pool(size())
 
 
 def shared() -> Pool:
     """The pool of this process."""
-    global _shared
-    with _lock:
-        if _shared is None:
-            _shared = Pool(size())
-        return _shared
-
-
-def _close() -> None:
-    if _shared is not None:
-        _shared.close()
+    return _shared
 
 
 def _forget() -> None:
     """Leave the workers to the process that this one was forked from."""
-    global _shared, _lock
-    _shared, _lock = None, threading.Lock()
+    global _shared
+    _shared = Pool(size())
 
 
-atexit.register(_close)
+atexit.register(lambda: _shared.close())
 os.register_at_fork(after_in_child=_forget)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -38,7 +37,7 @@ DIGITS = 400
 """Two constants that agree to this many digits, and that are not both rational, are the same."""
 MIN_ROUNDED_DIGITS = 6
 """Significant digits that a decimal needs to stand for an irrational number or a fraction without end."""
-SAMPLES = (Fraction(137, 100), Fraction(271, 83), Fraction(59, 97), Fraction(401, 53), Fraction(17, 41))
+SAMPLES = tuple(map(sympy.Rational, ("137/100", "271/83", "59/97", "401/53", "17/41")))
 """Values at which expressions are compared before they are simplified."""
 
 _LETTERS = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
@@ -103,13 +102,9 @@ def _same_value(gold: Any, pred: Any, *_: Any) -> bool:
 
 
 def _same_constant(gold: sympy.Expr, pred: sympy.Expr) -> bool:
-    if gold.is_Rational and pred.is_Rational:
-        return bool(gold == pred) or _rounded(gold, pred) or _rounded(pred, gold)
     if gold.is_infinite or pred.is_infinite:
         return bool(gold == pred)
-    if _is_zero(gold - pred):
-        return True
-    return _rounded(gold, pred) or _rounded(pred, gold)
+    return _is_zero(gold - pred) or _rounded(gold, pred) or _rounded(pred, gold)
 
 
 def _is_zero(difference: sympy.Expr) -> bool:
@@ -156,11 +151,8 @@ def _same_function(gold: Any, pred: Any) -> bool:
 def _points(symbols: list[Any], positive: bool) -> Iterator[dict[Any, Any]]:
     """Values for the symbols: all positive, or each symbol negative in turn."""
     for shift in range(3):
-        values = [SAMPLES[(at + shift) % len(SAMPLES)] + at // len(SAMPLES) for at in range(len(symbols))]
-        point = {
-            symbol: sympy.Rational(value.numerator, value.denominator)
-            for symbol, value in zip(symbols, values, strict=True)
-        }
+        count = len(SAMPLES)
+        point = {symbol: SAMPLES[(at + shift) % count] + at // count for at, symbol in enumerate(symbols)}
         if positive:
             yield point
         else:
@@ -179,16 +171,9 @@ def _differ_at(point: dict[Any, Any], *both: sympy.Expr) -> bool:
 
 def _is_defined(expression: sympy.Expr, point: dict[Any, Any]) -> bool:
     """Whether all roots, powers, logarithms and factorials of an expression have real values at a point."""
-    for node in sympy.preorder_traversal(expression):
-        if isinstance(node, sympy.Pow) and not node.exp.is_integer:
-            inside = node.base.subs(point)
-        elif isinstance(node, sympy.log | sympy.factorial):
-            inside = node.args[0].subs(point)
-        else:
-            continue
-        if not inside.is_positive:
-            return False
-    return True
+    roots = (node for node in expression.atoms(sympy.Pow) if not node.exp.is_integer)
+    nodes = (*roots, *expression.atoms(sympy.log, sympy.factorial))
+    return all(node.args[0].subs(point).is_positive for node in nodes)
 
 
 # ---- equations, sets and lists ---------------------------------------------------------------------------------------
@@ -313,11 +298,7 @@ def _cached(text: str, real: bool) -> tuple[Any, dict[Any, int]]:
 
 
 def same(truth: str, answer: str) -> bool:
-    """Whether two LaTeX expressions are the same.
-
-    Args:
-        truth: the right answer.
-        answer: the given answer. Both are in the form of `gcpo.rewards.readings`.
+    """Whether two LaTeX expressions, the right answer and the given one, are the same.
 
     Raises:
         Exception: an expression cannot be read, or sympy cannot handle it. The caller takes this for "not the same".
