@@ -121,9 +121,7 @@ def _popen(options: Sequence[str] = (), **settings: Any) -> Any:
     return subprocess.Popen(
         # Nothing but the standard library, and not -I, which would ignore the hash seed.
         [*command(), *options, "--", _interpreter(), "-P", "-s", "-S", "-B", "-c", _BOOT],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
         env=_environment(),
         cwd="/",
         start_new_session=True,
@@ -161,20 +159,16 @@ def _popen_as_root() -> Any:
 
 
 def run(data: bytes, seconds: float) -> tuple[str, str]:
-    """Run code in an interpreter of its own.
+    """The standard output and error of code that runs in an interpreter of its own.
 
     Args:
         data: 16 hexadecimal digits, marshalled code of that many bytes, and the input that the code reads.
         seconds: on the clock; then it is killed.
 
-    Returns:
-        Its standard output and its standard error.
-
     Raises:
         OSError: it cannot be started.
     """
-    process = _popen() if os.geteuid() else _popen_as_root()
-    with process:
+    with _popen() if os.geteuid() else _popen_as_root() as process:
         try:
             out, complaint = process.communicate(data, seconds)
         except subprocess.TimeoutExpired:

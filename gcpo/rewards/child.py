@@ -1,15 +1,15 @@
 """The child, in which a program runs.
 
-This file is sent to the sandbox as text, together with the others that ``judge.py`` names, so it uses the standard
-library only. It is written for Python 3.10 and later.
+It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
 """
 
+import builtins
 import os
 import sys
 
 if __name__ != "__main__":  # in the sandbox, these files stand above this one
     from gcpo.rewards.confinement import confine
-    from gcpo.rewards.messages import builtin_module, describe, pack, read_message, unpack, write_message
+    from gcpo.rewards.messages import describe, pack, read_message, unpack, write_message
 
 
 STARS = (
@@ -23,14 +23,14 @@ def star_imports(namespace):
     modules = {name: __import__(name) for name in STARS.split()}
     for module in modules.values():
         public = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
-        namespace.update({name: getattr(module, name) for name in public if not hasattr(builtin_module(), name)})
+        namespace.update({name: getattr(module, name) for name in public if not hasattr(builtins, name)})
     namespace.update(modules)
 
 
 def load(job, namespace):
     """Run the program's code in ``namespace``."""
     sys.setrecursionlimit(job["recursion"])
-    builtin_module().exit = builtin_module().quit = sys.exit  # as in an interpreter that was started without -S
+    builtins.exit = builtins.quit = sys.exit  # as in an interpreter that was started without -S
     if job["stars"]:
         star_imports(namespace)
     code = job["program"]

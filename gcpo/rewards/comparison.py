@@ -1,7 +1,6 @@
 """When two outputs of a program are the same.
 
-The judge compares what a program prints or returns with this file. Like ``judge.py``, it is sent to the sandbox as
-text, before that file, so it uses the standard library only and runs on Python 3.10 and later.
+It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
 
 An integer must be equal exactly, however it is written: ``3.0`` and ``3e0`` are 3, and ``1000009999.0`` is not
 1000000007. Only where the *expected* output is a decimal (``0.5``, ``1e-3``) may the other one differ, by

@@ -1,7 +1,6 @@
 """Limits of what the child, in which a program runs, can do.
 
-This file is sent to the sandbox as text, together with the others that ``judge.py`` names, so it uses the standard
-library only. It is written for Python 3.10 and later.
+It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
 """
 
 import ctypes

@@ -1,9 +1,9 @@
 """Messages between the judge and the child that runs a program, and the values in them.
 
-This file is sent to the sandbox as text, together with the others that ``judge.py`` names, so it uses the standard
-library only. It is written for Python 3.10 and later.
+It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
 """
 
+import builtins
 import collections
 import json
 import os
@@ -62,29 +62,20 @@ def _read_exactly(fd, size, wait):
     return b"".join(parts)
 
 
-def builtin_module():
-    import builtins
-
-    return builtins
-
-
 class Remote:
     """Something in the child: a name of the program, or an object that is no plain data. It equals only itself."""
 
     def __init__(self, server, name, handle=None):
-        object.__setattr__(self, "_server", server)
-        object.__setattr__(self, "_name", name)
-        object.__setattr__(self, "_handle", handle)
+        vars(self).update(_server=server, _name=name, _handle=handle)  # past __setattr__
 
     def _ask(self, **request):
-        get = object.__getattribute__
-        if get(self, "_handle") is not None:
-            request["on"] = get(self, "_handle")
+        if self._handle is not None:
+            request["on"] = self._handle
         elif request["do"] == "call":
-            request["name"] = get(self, "_name")
+            request["name"] = self._name
         else:
             raise AttributeError(request["name"])
-        return get(self, "_server").ask(**request)
+        return self._server.ask(**request)
 
     def __call__(self, *arguments, **keywords):
         """Call it in the child."""
@@ -130,7 +121,7 @@ def pack(value, handles=None, depth=0):
 
 
 def _pack_object(value, handles, packed):
-    if isinstance(value, type) and getattr(builtin_module(), value.__name__, None) is value:
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
         return {"type": value.__name__}
     if handles is None:
         raise TypeError("a " + type(value).__name__ + " can't be given to the program")
@@ -154,7 +145,7 @@ _PLAIN: "tuple" = (  # types without items, and how to pack them; bool comes bef
     (complex, lambda value: {"complex": [value.real, value.imag]}),
     ((bytes, bytearray), lambda value: {"bytes": bytes(value).hex()}),
     (range, lambda value: {"range": [_pack_int(n) for n in (value.start, value.stop, value.step)]}),
-    (Remote, lambda value: {"handle": object.__getattribute__(value, "_handle")}),
+    (Remote, lambda value: {"handle": vars(value)["_handle"]}),
 )
 _SEQUENCES = {  # their types, and what makes one of a list
     "list": (list, list),
@@ -177,7 +168,7 @@ _OBJECTS = {  # what makes a value of the others
 
 
 def _builtin_type(name):
-    type_ = getattr(builtin_module(), name)
+    type_ = getattr(builtins, name)
     if not isinstance(type_, type):
         raise ValueError(name)
     return type_

@@ -1,9 +1,9 @@
 """How the judge runs a program: a child for every test, or a child that answers calls, and its limits.
 
-This file is sent to the sandbox as text, together with the others that ``judge.py`` names, so it uses the standard
-library only. It is written for Python 3.10 and later.
+It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
 """
 
+import builtins
 import os
 import select
 import sys
@@ -16,13 +16,11 @@ if __name__ != "__main__":  # in the sandbox, these files stand above this one
         REASON_LIMIT,
         Gone,
         Remote,
-        builtin_module,
         describe,
         read_message,
         unpack,
         write_message,
     )
-
 
 FILES_SECONDS = 0.1
 """How often the files of a program are counted."""
@@ -192,27 +190,27 @@ class Server:
         try:
             write_message(self.send, request, lambda: self._wait([], [self.send]))
             reply = self._receive()
-            if "error" in reply:
-                name, text = reply["error"]
-                error = Exception(str(text)[:REASON_LIMIT])
-            else:
+            if "error" not in reply:
                 return unpack(reply["value"], lambda number: Remote(self, None, number))
+            name, text = reply["error"]
+            error = Exception(str(text)[:REASON_LIMIT])
         except (Gone, Failed) as gone:
-            self.broken = str(gone)
-            raise Gone(self.broken) from None
+            self._break(str(gone))
         except BrokenPipeError:
-            self.broken = "it ended before its tests did"
-            raise Gone(self.broken) from None
+            self._break("it ended before its tests did")
         except Exception:  # nothing that the judge itself would send
-            self.broken = "it sent something unreadable"
-            raise Gone(self.broken) from None
-        type_ = getattr(builtin_module(), str(name), None)
+            self._break("it sent something unreadable")
+        type_ = getattr(builtins, str(name), None)
         if isinstance(type_, type) and issubclass(type_, Exception):
             try:
                 error = type_(str(text).partition(": ")[2])
             except TypeError:  # UnicodeDecodeError and the like want more
                 pass
         raise error
+
+    def _break(self, how):
+        self.broken = how
+        raise Gone(how) from None
 
     def _wait(self, readable, writable):
         while not any(select.select(readable, writable, [], self.clock.left())):
