@@ -87,6 +87,7 @@ def default_hangup() -> Iterator[None]:
 
 SLOW = (
     "adapters/test_checkpoint",
+    "adapters/test_counts",
     "adapters/test_driver_memory",
     "adapters/test_gc2po",
     "adapters/test_objective",
@@ -95,11 +96,16 @@ SLOW = (
     "adapters/test_scoring",
     "adapters/test_stability",
     "cpu/test_patches",
+    "data_prep/test_broken_rows",
     "golden/test_golden",
     "rewards/test_math_limits",
     "rewards/test_sandbox",
+    "test_docs",
     "test_entry_points",
     "test_races",
+    "test_scripts",
+    "tools/test_launch",
+    "tools/test_launch_full_disk",
     "tools/test_launch_leftovers",
 )
 """Modules whose tests start ranks, sandboxes or interpreters of their own; single tests are marked where they stand."""
