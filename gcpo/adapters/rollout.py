@@ -23,6 +23,7 @@ from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
 from gcpo.adapters.schema import to_batch
 from gcpo.faults import RunStoppedError, ServerLostError
 from gcpo.methods.base import RowFields, SampledGroup, Sampling
+from gcpo.notices import notice
 from gcpo.rewards.scores import checked_info, number, score_problem
 from gcpo.seeding import seeded
 
@@ -204,7 +205,10 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             try:
                 return self.method.on_group_failed(group, error)
             except Exception as again:
-                raise hooks.hook_error(self.method, "on_group", again) from error
+                # verl goes on with a group that failed. Its rows lack the method's fields, which ends the step.
+                failed = hooks.hook_error(self.method, "on_group", again)
+                notice(logger, str(failed))
+                raise failed from error
         finally:
             await client.close()
 

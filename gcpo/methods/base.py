@@ -84,7 +84,10 @@ class Method:
         raise NotImplementedError
 
     def on_group_failed(self, group: SampledGroup, error: Exception) -> list[RowFields]:
-        """The fields of a group for which `on_group` raised; by default the run stops."""
+        """The fields of a group for which `on_group` raised.
+
+        By default the error is said, the rows have none, and the step that reads them stops the run.
+        """
         raise error
 
     def empty_fields(self, count: int) -> list[RowFields]:

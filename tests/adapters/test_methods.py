@@ -114,13 +114,21 @@ def test_a_hook_that_raises_names_itself(
 
 
 def test_an_error_on_a_group_stops_by_default(
-    make_config: Callable, queue: MemoryQueue, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable,
+    queue: MemoryQueue,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """verl marks the group as failed, so its rows are no part of a batch."""
+    """The launcher shows the sentence; verl goes on with the rows, and the step that needs their fields stops."""
     broken = failing("on_group")
     monkeypatch.setattr(hooks, "method_class", lambda name: broken)
-    roll_out(make_config("gcpo.preset=light"), Server())
+    config = make_config("gcpo.preset=light")
+    roll_out(config, Server())
     assert {tag["status"] for key, tag in queue.tags["train"].items() if "_" not in key} == {"failure"}
+    assert "gcpo notice: the method gcpo failed in its hook on_group (KeyError: 'no such token')" in caplog.text
+    with pytest.raises(RunStoppedError, match="the batch lacks collider draws"):
+        take_step(make_trainer(config, queue, tokenizer), queue, list(queue.fields["train"]))
 
 
 def test_an_error_that_stops_the_run_keeps_its_own_sentence() -> None:
