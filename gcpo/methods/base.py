@@ -81,7 +81,7 @@ class Method:
 
     async def on_group(self, group: SampledGroup, generate: Generate) -> list[RowFields]:
         """Called when a group of at least two responses is complete; the fields of every response."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has samples=True and no on_group")
 
     def on_group_failed(self, group: SampledGroup, error: Exception) -> list[RowFields]:
         """The fields of a group for which `on_group` raised.
@@ -109,7 +109,7 @@ class Method:
 
     def score(self, rows: Mapping[Field, Sequence[Tensor]], engine: Engine) -> Mapping[Field, Sequence[Tensor]]:
         """Called in the actor's workers with the rows of a rank; new fields, a value for each row."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has score_inputs and no score")
 
     # credit
 
