@@ -15,6 +15,7 @@ import re
 import secrets
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -131,7 +132,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Sandbox:
+class Sandbox(ABC):
     """A way to run programs that keeps them from everything else."""
 
     kind: str
@@ -161,13 +162,13 @@ class Sandbox:
         reason = verdict["reason"]
         return Verdict(reason is None, int(verdict["passed"]), reason or "", float(verdict["seconds"]))
 
+    @abstractmethod
     def _job(self) -> dict[str, Any]:
-        """What ``judge.py`` has to know of the place where it runs."""
-        raise NotImplementedError
+        """The facts about the place where ``judge.py`` runs."""
 
+    @abstractmethod
     def _exchange(self, data: bytes, limits: Limits) -> tuple[list[dict[str, Any]], str | None]:
-        """Start ``judge.py`` with ``data`` as its input; returns its messages, and what went wrong outside of it."""
-        raise NotImplementedError
+        """Start ``judge.py`` with ``data`` as its input; returns its messages, and a failure outside of it."""
 
 
 def _messages(text: str) -> list[dict[str, Any]]:

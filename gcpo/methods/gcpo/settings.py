@@ -66,7 +66,7 @@ class BlocksSettings(Settings):
     """Tokens of a response that a block holds; ``null``: ``rollout.response_length``, so that nothing is cut."""
     truncation: Literal["keep_end", "keep_start", "answer"] = "keep_end"
     """Which part of a longer response stays; the end is where the answer is. ``answer``: of every response, however
-    short, what stands from its last ``\\boxed{`` on (its end where it has none)."""
+    short, the text from its last ``\\boxed{`` on (its end where it has none)."""
     drop_think: Switch = True
     """Leave out ``<think>...</think>`` first when a response does not fit."""
     intro: str = "\n\nOther answers to this question:"
@@ -95,7 +95,7 @@ class FeaturesSettings(Settings):
     """What Z is: the state at the end of a regenerated response (the paper), or at the end of the prompt x_{i,l},
     which needs no regenerated response."""
     input: Literal["response", "prompt_response"] = "response"
-    """What is fed back to get a response's state: the response alone, or its prompt and the response."""
+    """The input that gives a response's state: only the response, or its prompt and the response."""
     token: Literal["last", "last_content"] = "last"
     """The final token (the end token if there is one), or the last token before it."""
     layer: int = -1
@@ -139,9 +139,9 @@ class ReferenceSettings(Settings):
     reduction: Literal["mean", "sum"] = "mean"
     """How the l contexts are reduced: Phi is an expectation, so a mean; the paper prints a sum."""
     collider_context: Literal["replace", "append"] = "replace"
-    """Whether y_{n,l} stands in the place of y_n in x_{i,l}, or after it."""
+    """Whether y_{n,l} replaces y_n in x_{i,l}, or follows it."""
     policy_condition: Literal["collider", "query"] = "collider"
-    """What pi_theta in the denominator of rho is conditioned on: x_i (Eq. 12) or the question alone."""
+    """The condition of pi_theta in the denominator of rho: x_i (Eq. 12), or only the question."""
     floor: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     """Smallest value of pi'_ref."""
     relative_floor: Annotated[float, Field(ge=0, lt=1)] = 0.01
@@ -189,7 +189,7 @@ class GCPOSettings(Settings):
     preset: Literal["paper", "balanced", "light"] = "balanced"
     """Values of the fields left ``null``, as the study in docs/estimators.md sets them. ``paper``: L = M = n shared
     draws. ``balanced``: L = L' = 1, states of the prompts, no regenerated response. ``light``: the mean of the group
-    as the target of Upsilon; L = L' = 1 for the kappa term alone."""
+    as the target of Upsilon; L = L' = 1, only for the kappa term."""
     alpha: NotNegative = 2.0
     """Scale of Upsilon."""
     kappa: NotNegative = 0.06
