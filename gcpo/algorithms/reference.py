@@ -34,7 +34,7 @@ def causal_reference(
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), Eq. 13,
     which prints a sum over l. Without ``log_p_marginal`` (shared draws) p_c is the draw l = 0 and the
     subtracted mean runs over the shared draws; with it (leave-one-out draws) p_c is the mean over the shared
-    draws and the subtracted mean runs over the marginal ones. Means and sums run over the valid draws alone.
+    draws and the subtracted mean runs over the leave-one-out ones. Means and sums run over the valid draws only.
 
     Args:
         log_p_collider: [n, L, T], log pi_old(y_ij | x_il, y_i<j); L may be 0.
