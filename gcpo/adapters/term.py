@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -225,8 +225,3 @@ def _beta_term(log_prob: Any, data: TensorDict, config: Any) -> torch.Tensor:
         global_batch_size=data["global_batch_size"],
         loss_scale_factor=config.loss_scale_factor,
     )
-
-
-def parts_of(term: Term | None, use_kl_loss: bool) -> Sequence[str]:
-    """The parts of the loss whose gradient norms can be measured."""
-    return ["policy", *["beta"] * use_kl_loss, *([term.name] if term is not None else [])]

@@ -34,7 +34,7 @@ from gcpo.adapters.schema import (
     to_columns,
 )
 from gcpo.adapters.stability import StableTrainer
-from gcpo.adapters.term import UPDATE, UpdateSettings, parts_of
+from gcpo.adapters.term import UPDATE, UpdateSettings
 from gcpo.adapters.worker import METHOD_CALL, MethodWorker
 from gcpo.adapters.zero_rewards import zero_reward_warning
 from gcpo.checks import check_any_run
@@ -42,6 +42,7 @@ from gcpo.checks.reading import OUR_REWARD
 from gcpo.faults import RunStoppedError
 from gcpo.methods.base import Credit
 from gcpo.methods.fields import EXTRA_FIELDS, INDEX, PROMPTS, RAW_PROMPT
+from gcpo.methods.stations import parts_of
 from gcpo.notices import notice
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,6 @@ class Run:
         temperature: of the rollout.
         norm_by_std: whether GRPO's advantage is divided by the standard deviation of the group.
         max_tokens: tokens of a micro-batch of the actor.
-        micro_batch_size: rows of a micro-batch; ``None``: as many as ``max_tokens`` allows.
         use_kl_loss: whether the loss has verl's KL term to the reference policy.
         dumps: whether rollouts are dumped.
         chat_template_kwargs: for ``apply_chat_template``.
@@ -43,7 +42,6 @@ class Run:
     temperature: float = 1.0
     norm_by_std: bool = True
     max_tokens: int = 16384
-    micro_batch_size: int | None = None
     use_kl_loss: bool = False
     dumps: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
@@ -59,7 +57,6 @@ class Run:
             temperature=rollout.temperature,
             norm_by_std=config.algorithm.get("norm_adv_by_std_in_grpo", True),
             max_tokens=actor.ppo_max_token_len_per_gpu,
-            micro_batch_size=None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
             use_kl_loss=actor.use_kl_loss,
             dumps=bool(config.trainer.get("rollout_data_dir")),
             chat_template_kwargs=dict(config.data.get("apply_chat_template_kwargs") or {}),
@@ -284,3 +281,8 @@ class Term(ABC):
             log_prob: [R, T] of the current policy, with gradient.
             columns: [R, T] or [R, 1].
         """
+
+
+def parts_of(term: Term | None, use_kl_loss: bool) -> Sequence[str]:
+    """The parts of the loss whose gradient norms can be measured."""
+    return ["policy", *["beta"] * use_kl_loss, *([term.name] if term is not None else [])]

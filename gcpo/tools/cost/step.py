@@ -22,6 +22,7 @@ from gcpo.methods.fields import PROMPTS, RESPONSES, REWARD_MODEL, Field
 from gcpo.methods.gc2po.pack import EpisodeRequest, pack_requests
 from gcpo.methods.gcpo.draws import KINDS
 from gcpo.methods.gcpo.fields import KL_MASK, KL_WEIGHT
+from gcpo.methods.stations import parts_of
 from gcpo.scoring import PrefixForest
 from gcpo.scoring.requests import Score, ScoreRequest
 from gcpo.scoring.tree import common_prefix
@@ -284,9 +285,8 @@ class Simulation:
     def _update(self, rows: Sequence[Mapping[Field, Any]], plain: int) -> None:
         """Count the passes with gradient; in step 0 all parts of the gradient are measured that ever are."""
         self.counts["trained/plain"] += plain
-        term, parts = self.method.term(), []
-        if self.method.measures_gradients(0):
-            parts = ["policy", *["beta"] * self.step.run.use_kl_loss, *([term.name] if term else [])]
+        term = self.method.term()
+        parts = parts_of(term, self.step.run.use_kl_loss) if self.method.measures_gradients(0) else []
         tokens = 0
         if term is not None and not term.on_plain_rows:
             sequences = list(kappa_rows(rows, term))
