@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gcpo.methods import method_names
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "data_prep", "docs", "examples", "gcpo", "recipe", "run_scripts")
 FILES = sorted(path.relative_to(ROOT).as_posix() for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
@@ -55,6 +57,19 @@ def test_only_adapters_import_verl() -> None:
     others = [name for name in FILES if not name.startswith(("gcpo/adapters/", "gcpo/plugin.py", "recipe/"))]
     found = {name: sorted(STACK & set(imported(tree_of(name)))) for name in others}
     assert {name: packages for name, packages in found.items() if packages} == {}
+
+
+def test_adapters_know_no_single_method() -> None:
+    """They call the hooks of `Method`, whichever method it is."""
+    methods = tuple(f"gcpo.methods.{name}" for name in method_names())
+    names = {
+        name: [node.module for node in ast.walk(tree_of(name)) if isinstance(node, ast.ImportFrom) and node.module]
+        for name in FILES
+        if name.startswith(("gcpo/adapters/", "gcpo/scoring/", "gcpo/plugin.py"))
+    }
+    assert {
+        name: found for name, modules in names.items() if (found := [m for m in modules if m.startswith(methods)])
+    } == {}
 
 
 def test_the_contracts_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

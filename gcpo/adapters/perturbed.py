@@ -13,8 +13,8 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import logprobs_from_logits
 
 from gcpo.adapters.scoring import packed_batch, with_fillers
-from gcpo.methods.gc2po.credit import answer_divergence
-from gcpo.methods.gc2po.pack import FUSED_TOKENS, EpisodePack, EpisodeRequest, pack_requests
+from gcpo.algorithms import answer_divergence
+from gcpo.scoring.branches import FUSED_TOKENS, EpisodePack, EpisodeRequest, pack_requests
 from gcpo.scoring.rows import PackedRow
 
 _AT_ONCE = 256
@@ -23,7 +23,7 @@ _AT_ONCE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbedRow(PackedRow):
-    """A pack in which some states are moved by g; see `gcpo.methods.gc2po.pack.EpisodePack` for the places.
+    """A pack in which some states are moved by g; see `gcpo.scoring.branches.EpisodePack` for the places.
 
     Attributes:
         perturbed: int64 [J].
@@ -113,7 +113,7 @@ class EpisodeScorer:
         intervention: ``gc2po.intervention``.
         relative: whether noise is relative to the state's norm.
         max_tokens: token budget of a row.
-        fused_tokens: see `gcpo.methods.gc2po.pack.FUSED_TOKENS`.
+        fused_tokens: see `gcpo.scoring.branches.FUSED_TOKENS`.
     """
 
     def __init__(

@@ -19,7 +19,6 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from gcpo.adapters.schema import extra_info
 from gcpo.faults import RunStoppedError
-from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.notices import TOTAL_STEPS
 from gcpo.stability import ENTROPY, SKIPPED_UPDATES, WEIGHT_CHANGE, StabilityConfig, StabilityMonitor, describe
 
@@ -148,9 +147,7 @@ class StableTrainer(PPOTrainerSync):
     @cached_property
     def stability(self) -> StabilityConfig:
         """``gcpo.stability``, which holds for every mode."""
-        rollout = self.config.actor_rollout_ref.rollout
-        config = GCPOConfig.from_config(self.config.get("gcpo"), n=rollout.n, response_length=rollout.response_length)
-        return config.stability
+        return StabilityConfig.parse((self.config.get("gcpo") or {}).get("stability") or {}, "gcpo.stability")
 
     @cached_property
     def stability_monitor(self) -> StabilityMonitor:

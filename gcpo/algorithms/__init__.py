@@ -1,7 +1,7 @@
 """The method's equations as pure functions on tensors, importable with torch alone."""
 
 from gcpo.algorithms.advantage import causal_advantage, group_relative_advantage
-from gcpo.algorithms.episodes import episode_reward, token_advantage
+from gcpo.algorithms.episodes import answer_divergence, episode_reward, token_advantage
 from gcpo.algorithms.reference import causal_kl, causal_reference
 from gcpo.algorithms.weighting import (
     causal_diagnostics,
@@ -12,6 +12,7 @@ from gcpo.algorithms.weighting import (
 )
 
 __all__ = [
+    "answer_divergence",
     "causal_advantage",
     "causal_diagnostics",
     "causal_kl",

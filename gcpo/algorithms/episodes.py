@@ -53,6 +53,24 @@ def episode_reward(
 
 
 @torch.no_grad()
+def answer_divergence(scores: Tensor) -> Tensor:
+    """Computes KL(q(.|h) || q(.|h + g_m)) over the answers, for every perturbation g_m.
+
+    See "Towards Generalizable Reasoning: Group Causal Counterfactual Policy Optimization for LLM Reasoning"
+    (arXiv 2602.06475).
+
+    Args:
+        scores: [..., 1 + M, A], length-normalised log-probabilities of the answers, unperturbed ones first.
+
+    Returns:
+        [..., M], at least 0, float64.
+    """
+    log_q = scores.double().log_softmax(-1)
+    base = log_q[..., :1, :]
+    return (base.exp() * (base - log_q[..., 1:, :])).sum(-1).clamp(min=0)
+
+
+@torch.no_grad()
 def token_advantage(
     episode_reward: Tensor,
     episode_index: Tensor,

@@ -25,8 +25,8 @@ from gcpo.methods.fields import flat, lengths
 from gcpo.methods.gc2po.credit import effectiveness
 from gcpo.methods.gc2po.episodes import TokenReader, split_response
 from gcpo.methods.gc2po.method import EpisodeCredit
-from gcpo.methods.gc2po.pack import EpisodeRequest
 from gcpo.methods.gc2po.settings import GC2POConfig
+from gcpo.scoring.branches import EpisodeRequest
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.ranks import pack, run_on_ranks
 from tests.adapters.test_pipeline import (

@@ -9,7 +9,7 @@ import torch
 
 from gcpo.adapters.perturbed import EpisodeScorer
 from gcpo.adapters.scoring import packed_batch
-from gcpo.methods.gc2po.pack import EpisodeRequest, pack_requests
+from gcpo.scoring.branches import EpisodeRequest, pack_requests
 from gcpo.scoring.rows import PackedRow
 from tests.adapters.ranks import build_engine, run_on_ranks
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from gcpo.methods.gc2po.pack import EpisodeRequest, pack_requests
 from gcpo.scoring import PrefixForest, TreePack, varlen
 from gcpo.scoring import attention as attention_module
 from gcpo.scoring.attention import tree_attention
+from gcpo.scoring.branches import EpisodeRequest, pack_requests
 from gcpo.scoring.kernels import GatheredAttention
 from gcpo.scoring.varlen import kernel_calls, kernel_for, varlen_attention
 from tests.scoring.test_attention import contexts, masked_pack, visible

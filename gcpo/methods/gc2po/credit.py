@@ -43,20 +43,6 @@ def group_noise(states: Tensor, others: Sequence[Tensor], eta: float) -> Tensor:
     return eta * (torch.stack(targets, dim=1) - states.unsqueeze(1))
 
 
-def answer_divergence(scores: Tensor) -> Tensor:
-    """KL(q(.|h) || q(.|h + g_m)) over the answers.
-
-    Args:
-        scores: [..., 1 + M, A], length-normalised log-probabilities of the answers, unperturbed ones first.
-
-    Returns:
-        [..., M], at least 0, float64.
-    """
-    log_q = scores.double().log_softmax(-1)
-    base = log_q[..., :1, :]
-    return (base.exp() * (base - log_q[..., 1:, :])).sum(-1).clamp(min=0)
-
-
 def effectiveness(states: Tensor) -> Tensor:
     """min(1, |h_k - h_{k-1}| / |h_{k-1}|).
 

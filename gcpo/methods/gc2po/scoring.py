@@ -22,8 +22,8 @@ from gcpo.methods.gc2po.fields import (
     PLACE,
     PROBE,
 )
-from gcpo.methods.gc2po.pack import EpisodeRequest
 from gcpo.methods.gc2po.settings import GC2POConfig
+from gcpo.scoring.branches import EpisodeRequest
 from gcpo.seeding import request_seed
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from gcpo.methods.base import Batch, Engine, Method, Run, SampledGroup, Sampling, Term
 from gcpo.methods.fields import PROMPTS, RESPONSES, REWARD_MODEL, Field
-from gcpo.methods.gc2po.pack import EpisodeRequest, pack_requests
 from gcpo.methods.gcpo.draws import KINDS
 from gcpo.methods.gcpo.fields import KL_MASK, KL_WEIGHT
 from gcpo.methods.stations import parts_of
 from gcpo.scoring import PrefixForest
+from gcpo.scoring.branches import EpisodeRequest, pack_requests
 from gcpo.scoring.requests import Score, ScoreRequest
 from gcpo.scoring.tree import common_prefix
 from gcpo.tools.cost.texts import (

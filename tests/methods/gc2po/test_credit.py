@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from gcpo.algorithms import answer_divergence
 from gcpo.methods.gc2po.credit import (
     GroupAnswers,
     GroupEpisodes,
-    answer_divergence,
     batch_metrics,
     effectiveness,
     empirical_terms,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcpo.scoring import BudgetError, TreePack
+from gcpo.scoring.tree import BudgetError, TreePack
 
 FUSED_TOKENS = 512
 """A response that takes at most so many tokens with its branches is one node of the attention, with a mask; a longer

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from gcpo.methods.gc2po.pack import EpisodePack, EpisodeRequest, pack_requests
 from gcpo.scoring import BudgetError
+from gcpo.scoring.branches import EpisodePack, EpisodeRequest, pack_requests
 
 
 def request(**changes: Any) -> EpisodeRequest:
