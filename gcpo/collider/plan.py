@@ -37,21 +37,6 @@ class LeaveOneOutPlan:
     permutation: tuple[int, ...]
     leaves: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        if sorted(self.permutation) != list(range(self.n)):
-            raise ValueError(f"permutation {self.permutation} is not one of the candidates 0 to {self.n - 1}.")
-        if self.leaves != tuple(k for k in self.permutation if k in self.leaves) or not self.leaves:
-            raise ValueError(f"leaves {self.leaves} are not some of the permutation {self.permutation} in its order.")
-        if len(self.orders) != self.n or any(len(o) != self.draws for o in self.orders):
-            raise ValueError(f"orders must hold {self.draws} contexts for each of {self.n} candidates.")
-        for i, contexts in enumerate(self.orders):
-            others = [("candidate", k) for k in range(self.n) if k != i]
-            for draw, blocks in enumerate(contexts):
-                if sorted(blocks) != [*others, ("collider", draw)]:
-                    raise ValueError(
-                        f"orders[{i}][{draw}] must hold each candidate but {i} and collider draw {draw} once."
-                    )
-
     def candidate_order(self, i: int) -> tuple[int, ...]:
         """The candidates of the contexts of i, in order: what a leave-one-out collider draw is made from."""
         return tuple(k for kind, k in self.orders[i][0] if kind == "candidate")
@@ -71,17 +56,9 @@ class LeaveOneOutPlan:
 
     def unique_blocks(self) -> int:
         """Number of nodes of the prefix tree over the leaves' orders, collider and scored blocks left out."""
-        return len(self._prefixes())
-
-    def unique_tokens(self, lengths: Sequence[float]) -> float:
-        """Summed length of the nodes that `unique_blocks` counts, for candidate blocks of these lengths."""
-        _check_lengths(lengths, self.n)
-        return sum(lengths[prefix[-1]] for prefix in self._prefixes())
-
-    def _prefixes(self) -> set[tuple[int, ...]]:
-        """Every prefix of every leaf's candidate order: the nodes of the tree, each named by the path to it."""
         paths = [self.candidate_order(i) for i in self.leaves]
-        return {path[:end] for path in paths for end in range(1, len(path) + 1)}
+        # Every prefix of a leaf's order is a node, named by the path to it.
+        return len({path[:end] for path in paths for end in range(1, len(path) + 1)})
 
 
 def leave_one_out_plan(
