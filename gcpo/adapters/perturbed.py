@@ -9,10 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import logprobs_from_logits
 
-from gcpo.adapters.scoring import packed_batch, with_fillers
+from gcpo.adapters.scoring import run_packs
 from gcpo.algorithms import answer_divergence
 from gcpo.scoring.branches import FUSED_TOKENS, EpisodePack, EpisodeRequest, pack_requests
 from gcpo.scoring.rows import PackedRow
@@ -141,14 +140,11 @@ class EpisodeScorer:
         self.path_tokens += sum(pack.path_tokens for pack in packs)
         self.branch_tokens += sum(len(pack.pack) - pack.path_tokens for pack in packs)
         self.unshared_tokens += sum(request.unshared for request in requests)
-        batch = packed_batch(with_fillers(self.engine, rows, is_tree=True))
-        tu.assign_non_tensor(batch, **self.settings, temperature=self.temperature, gcpo_layer=self.layer)
-        with self.engine.tree_attention():
-            output = self.engine.infer_batch(batch)["model_output"]
-
+        constants = {**self.settings, "temperature": self.temperature, "gcpo_layer": self.layer}
+        found = run_packs(self.engine, rows, is_tree=True, **constants)
         states: list[Tensor | None] = [None] * len(requests)
         divergence: list[list[Tensor]] = [[] for _ in requests]
-        for pack, values, hidden in zip(packs, output["log_probs"].unbind(), output["states"].unbind(), strict=False):
+        for pack, (values, hidden) in zip(packs, found, strict=True):
             values = values.double().cpu()
             hidden = hidden.cpu().view(len(pack.state_at), -1) if len(pack.state_at) else hidden
             for i, asked in pack.requests:
@@ -156,8 +152,8 @@ class EpisodeScorer:
                 count = len(asked) * (request.copies - 1)
                 if request.answers:
                     count = len(asked) * request.copies * sum(map(len, request.answers))
-                found, values = values[:count], values[count:]
-                divergence[i].append(self._divergence(request, asked, found))
+                own, values = values[:count], values[count:]
+                divergence[i].append(self._divergence(request, asked, own))
             for i, asked in pack.requests:
                 # Of a request in parts the last one has the states.
                 if requests[i].states and (not requests[i].asked or asked[-1] == requests[i].asked[-1]):

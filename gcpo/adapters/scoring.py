@@ -64,6 +64,25 @@ def can_share(engine: Any, packing: str) -> bool:
     return packing == "tree" and engine.tree_problem is None
 
 
+def run_packs(
+    engine: Any, rows: Sequence[PackedRow], *, is_tree: bool, **constants: Any
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The flat log-probabilities and states of every row, without gradient; all ranks must call it together.
+
+    Args:
+        engine: a ``GCPOFSDPEngine`` in eval mode.
+        rows: of this rank.
+        is_tree: whether the rows are trees.
+        constants: non-tensor entries of the batch.
+    """
+    batch = packed_batch(with_fillers(engine, rows, is_tree=is_tree))
+    tu.assign_non_tensor(batch, **constants)
+    with attention_for(engine, is_tree=is_tree):
+        output = engine.infer_batch(batch)["model_output"]
+    # Rows that fill up come last.
+    return list(zip(output["log_probs"].unbind(), output["states"].unbind(), strict=True))[: len(rows)]
+
+
 class PackScorer:
     """Scores sequences under the current weights, without gradient, in the order of the requests.
 
@@ -107,13 +126,9 @@ class PackScorer:
             min_shared=self.min_shared,
         )
         self.tokens += sum(len(row.pack) for row in rows)
-        batch = packed_batch(with_fillers(self.engine, rows, is_tree=self.is_tree))
-        tu.assign_non_tensor(batch, **self.constants)
-        with attention_for(self.engine, is_tree=self.is_tree):
-            output = self.engine.infer_batch(batch)["model_output"]
+        found = run_packs(self.engine, rows, is_tree=self.is_tree, **self.constants)
         scores: list[Score] = [Score()] * len(requests)
-        found = zip(rows, members(rows), output["log_probs"].unbind(), output["states"].unbind(), strict=False)
-        for row, sequences, flat, states in found:
+        for row, sequences, (flat, states) in zip(rows, members(rows), found, strict=True):
             flat, states = flat.float().cpu(), states.cpu().view(len(row.state_at), -1) if len(row.state_at) else states
             at = taken = 0
             for i in sequences:
