@@ -384,7 +384,7 @@ def test_settings_pass_the_checks_of_a_run(sandbox, recipe_config, tiny_model, m
 @pytest.mark.parametrize("name", MATHEMATICS)
 def test_gc2po_runs_are_accepted(sandbox, recipe_config, tiny_model, monkeypatch, name):
     """The same for GC2PO, whose own prompt and branches must fit."""
-    from gcpo.checks import check_gc2po_run, devices
+    from gcpo.checks import check_run, devices
 
     monkeypatch.setattr(devices, "count_gpus", lambda: 8)
     copy_model(tiny_model, sandbox.folder / "model", max_position_embeddings=131072, num_hidden_layers=3)
@@ -395,7 +395,7 @@ def test_gc2po_runs_are_accepted(sandbox, recipe_config, tiny_model, monkeypatch
     assert done.returncode == 0, done.stderr
     assert " -m recipe.gcpo.main_gcpo --config-name gc2po_trainer " in sandbox.calls[-1]
     config = recipe_config(*sandbox.overrides(), name="gc2po_trainer")
-    assert check_gc2po_run(config).intervention == "hidden_state" and config.data.episode_prompt
+    assert check_run(config).intervention == "hidden_state" and config.data.episode_prompt
 
 
 def test_dry_run_resolves_the_configuration(sandbox):

@@ -13,7 +13,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from gcpo.checks import check_gc2po_run, check_run
+from gcpo.checks import check_run
 from gcpo.settings import ConfigError
 from tests.run_inputs import config_of
 
@@ -236,7 +236,7 @@ def test_refused_in_one_sentence(run_inputs: Path, overrides: str, says: str) ->
 @pytest.mark.parametrize(("overrides", "says"), GC2PO_WRONG, ids=[o for o, _ in GC2PO_WRONG])
 def test_gc2po_refuses_in_one_sentence(run_inputs: Path, overrides: str, says: str) -> None:
     """The same for GC2PO; the model of these tests has three layers."""
-    said = refusal(check_gc2po_run, config_of(run_inputs, *overrides.split(), name="gc2po_quickstart"))
+    said = refusal(check_run, config_of(run_inputs, *overrides.split(), name="gc2po_quickstart"))
     assert says in said and "\n" not in said
 
 
@@ -280,10 +280,10 @@ def test_advice_can_be_followed(run_inputs: Path, entry: str, overrides: str, sa
 @pytest.mark.parametrize(("overrides", "says"), GC2PO_WRONG, ids=[o for o, _ in GC2PO_WRONG])
 def test_gc2po_advice_can_be_followed(run_inputs: Path, overrides: str, says: str) -> None:
     """The same for GC2PO."""
-    said = refusal(check_gc2po_run, config_of(run_inputs, *overrides.split(), name="gc2po_quickstart"))
+    said = refusal(check_run, config_of(run_inputs, *overrides.split(), name="gc2po_quickstart"))
     for assignments in advice_of(said):
         config = config_of(run_inputs, *overrides.split(), *assignments, name="gc2po_quickstart")
-        assert refusal(check_gc2po_run, config) != said
+        assert refusal(check_run, config) != said
 
 
 def test_the_advice_for_lora_ends_the_refusals(run_inputs: Path) -> None:

@@ -37,13 +37,13 @@ from gcpo.adapters.stability import StableTrainer
 from gcpo.adapters.term import UPDATE, UpdateSettings
 from gcpo.adapters.worker import METHOD_CALL, MethodWorker
 from gcpo.adapters.zero_rewards import zero_reward_warning
-from gcpo.checks import check_any_run
-from gcpo.checks.reading import OUR_REWARD
+from gcpo.checks import check_run
 from gcpo.faults import RunStoppedError
 from gcpo.methods.base import Credit
 from gcpo.methods.fields import EXTRA_FIELDS, INDEX, PROMPTS, RAW_PROMPT
 from gcpo.methods.stations import parts_of
 from gcpo.notices import notice
+from gcpo.reading import OUR_REWARD
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
     _rewards_seen = False
 
     def __init__(self, config: Any) -> None:
-        check_any_run(config)
+        check_run(config)
         self.method = hooks.make_method(config)
         super().__init__(config)
 

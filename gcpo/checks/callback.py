@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NoReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from gcpo.checks import check_any_run
+from gcpo.checks import check_run
 from gcpo.settings import ConfigError
 
 
@@ -28,7 +28,7 @@ class CheckBeforeRay(Callback):
         if not self.enabled:
             return
         try:
-            check_any_run(config)
+            check_run(config)
         except ConfigError as error:
             refuse(str(error))
 

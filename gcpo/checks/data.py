@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from gcpo.checks.model import KEY as MODEL_KEY
 from gcpo.checks.model import tokenizer_path
-from gcpo.checks.reading import MODEL, OUR_REWARD, files_of, first_line, get, group, plural
+from gcpo.reading import MODEL, OUR_REWARD, files_of, first_line, get, group, plural
 from gcpo.settings import ConfigError
 
 SUFFIXES = (".parquet", ".json", ".jsonl")

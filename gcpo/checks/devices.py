@@ -8,7 +8,7 @@ from math import prod
 
 from omegaconf import DictConfig
 
-from gcpo.checks.reading import ACTOR, ROLLOUT, get
+from gcpo.reading import ACTOR, ROLLOUT, get
 from gcpo.settings import ConfigError
 
 CPUS_PER_RANK = 3

@@ -6,9 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from gcpo.checks.reading import ACTOR, ROLLOUT, get
-from gcpo.methods.gc2po.settings import GC2POConfig
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.reading import ACTOR, ROLLOUT, get
 from gcpo.settings import ConfigError
 
 _PROMPT, _RESPONSE = "data.max_prompt_length", "data.max_response_length"
@@ -80,24 +79,3 @@ def _check_budgets(config: DictConfig, gcpo: GCPOConfig, row: int, longest_row: 
                 f"a prompt and its response can take {row} tokens ({_PROMPT} + {_RESPONSE}), and {key} is "
                 f"{get(config, key)}: set {key}={row} or more"
             )
-
-
-def check_branches(config: DictConfig, gc2po: GC2POConfig) -> None:
-    """A response with the branches of one episode must fit into a forward pass of GC2PO.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if not gc2po.counterfactual:
-        return
-    answers, copies = gc2po.answers, 1 + gc2po.perturbation.draws
-    branch = len(answers.prompt)
-    if gc2po.intervention == "hidden_state":
-        branch = copies * (1 + branch + answers.max_answers * answers.max_tokens)
-    need = get(config, _PROMPT) + get(config, _RESPONSE) + max(branch, copies)
-    budget = gc2po.max_token_len_per_gpu or get(config, f"{ACTOR}.ppo_max_token_len_per_gpu")
-    if need > budget:
-        raise ConfigError(
-            f"a response with the perturbations of one episode can take {need} tokens, a forward pass holds {budget}: "
-            "raise gc2po.max_token_len_per_gpu, or lower gc2po.perturbation.draws or gc2po.answers.max_tokens"
-        )

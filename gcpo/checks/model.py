@@ -6,11 +6,11 @@ import json
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig
 
-from gcpo.checks.reading import MODEL, first_line, get
+from gcpo.reading import MODEL, first_line, get
 from gcpo.settings import ConfigError
 
 KEY = f"{MODEL}.path"
@@ -182,23 +182,3 @@ def model_config(config: DictConfig) -> Any:
             else f"{KEY}: transformers cannot read the config.json in {path}: {reason}"
         ) from error
     return found.get_text_config()
-
-
-def check_perturbable(model: Any) -> None:
-    """States can be perturbed in packed rows of this model, as far as its class and configuration tell.
-
-    Raises:
-        ConfigError: the model's attention cannot be run on packed rows.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from gcpo.scoring.attention import tree_problem
-
-    if type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
-    problem = tree_problem(model, cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(model)]))
-    if problem is not None:
-        raise ConfigError(
-            f"{KEY}: GC2PO perturbs states in packed rows, which this model cannot have: {problem}; use another model, "
-            "or set ++gc2po.counterfactual=off"
-        )

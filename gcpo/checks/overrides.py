@@ -9,12 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from gcpo.checks.reading import first_line
 from gcpo.checks.supported import LEGACY
-from gcpo.methods.gc2po.settings import GC2POConfig
-from gcpo.methods.gcpo.settings import GCPOSettings
+from gcpo.methods import method_class, method_names
+from gcpo.reading import first_line
 
-_OURS = {"gcpo": GCPOSettings, "gc2po": GC2POConfig}
 _UNREAD = ("critic", *LEGACY)
 """Groups of verl's yaml that no run of ours reads; their keys are never suggested."""
 
@@ -43,7 +41,8 @@ def override_problem(error: Exception, compose: Callable[[], DictConfig]) -> str
 
 def _unknown_key(key: str, compose: Callable[[], DictConfig]) -> str:
     group, _, rest = key.partition(".")
-    if group in _OURS and (former := _OURS[group].former(group, rest)):
+    settings = method_class(group).settings_class if group in method_names() else None
+    if settings is not None and (former := settings.former(group, rest)):
         return former
     keys = list(dotted_keys(compose()))
     if key in keys:

@@ -7,7 +7,7 @@ import importlib.util
 
 from omegaconf import DictConfig
 
-from gcpo.checks.reading import ACTOR, first_line, get
+from gcpo.reading import ACTOR, first_line, get
 from gcpo.settings import ConfigError
 
 _PACKAGES = {

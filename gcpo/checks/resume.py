@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from gcpo.checks.reading import get
+from gcpo.reading import get
 from gcpo.settings import ConfigError
 
 PATH, MODE = "trainer.resume_from_path", "trainer.resume_mode"

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gcpo.checks.data import Table
-from gcpo.checks.reading import OUR_REWARD, first_line, get, group
+from gcpo.reading import OUR_REWARD, first_line, get, group
 from gcpo.settings import ConfigError
 
 logger = logging.getLogger(__name__)

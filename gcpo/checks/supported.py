@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from gcpo.checks.reading import ACTOR, MODEL, ROLLOUT, get
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.reading import ACTOR, MODEL, ROLLOUT, get
 from gcpo.settings import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from gcpo.checks.reading import ACTOR, MODEL, ROLLOUT, get
+from gcpo.reading import ACTOR, MODEL, ROLLOUT, get
 from gcpo.settings import ConfigError
 
 

@@ -31,7 +31,12 @@ def for_each_method(register: Callable[[str], None]) -> None:
 
 def method_names() -> list[str]:
     """The folders of this package, and the methods that are registered."""
-    return sorted({entry.name for entry in pkgutil.iter_modules(__path__) if entry.ispkg} | _registered.keys())
+    return sorted({*own_method_names(), *_registered})
+
+
+def own_method_names() -> list[str]:
+    """The folders of this package."""
+    return [entry.name for entry in pkgutil.iter_modules(__path__) if entry.ispkg]
 
 
 def method_class(name: str) -> type[Method]:

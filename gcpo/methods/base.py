@@ -69,6 +69,19 @@ class Method:
         """
         return cls.settings_class.from_config(settings, n=run.n, response_length=run.response_length)
 
+    @classmethod
+    def check(cls, config: Any, settings: Any, model: Any) -> None:
+        """Refuse settings of verl that the method cannot work with, before Ray starts; `gcpo.reading.get` reads them.
+
+        Args:
+            config: verl's whole configuration, which the checks of all methods have passed.
+            settings: the resolved settings of the method.
+            model: transformers' configuration of the model, or ``None`` where it is not known.
+
+        Raises:
+            ConfigError: one of them cannot work; the sentence says what to set.
+        """
+
     # sample
 
     @property

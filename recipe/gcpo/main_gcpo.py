@@ -20,10 +20,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 import gcpo.config
-from gcpo.checks import check_any_run
+from gcpo.checks import check_run
 from gcpo.checks.callback import CheckBeforeRay, refuse
 from gcpo.checks.overrides import override_problem
-from gcpo.checks.reading import first_line
+from gcpo.reading import first_line
 from gcpo.rewards.sandbox import Fusion
 from gcpo.settings import ConfigError
 
@@ -65,7 +65,7 @@ def train(config: DictConfig) -> None:
     """
     Fusion.client = staticmethod(_fusion)
     try:
-        check_any_run(config)
+        check_run(config)
     except ConfigError as error:
         refuse(str(error))
     from gcpo.adapters.registry import plugin_problem

@@ -13,6 +13,7 @@ from gcpo.faults import RunStoppedError
 from gcpo.methods.base import Batch, Credit, Engine, Method, Outcome, Run
 from gcpo.methods.fields import OLD_LOG_PROBS, PROMPTS, RESPONSES, REWARD_MODEL, Field, flat, lengths
 from gcpo.methods.gc2po import fields as own
+from gcpo.methods.gc2po.check import check
 from gcpo.methods.gc2po.credit import (
     GroupAnswers,
     GroupEpisodes,
@@ -75,6 +76,11 @@ class GC2PO(Method):
     def parse(cls, settings: Any, run: Run) -> GC2POConfig:
         """See `Method.parse`."""
         return GC2POConfig.from_config(settings, n=run.n)
+
+    @classmethod
+    def check(cls, config: Any, settings: GC2POConfig, model: Any) -> None:
+        """See `gcpo.methods.gc2po.check`."""
+        check(config, settings, model)
 
     # ---- score ------------------------------------------------------------------------------------------------------
 
