@@ -1,7 +1,7 @@
-"""The outcome rewards, the same code in training and in evaluation.
+"""Outcome rewards, shared by training and evaluation.
 
 ``compute_score`` has the signature of verl's custom reward functions (``reward.custom_reward_function``). Answers are
-graded by ``gcpo.rewards.math``, programs by ``gcpo.rewards.code``; `grader_of` tells which.
+graded by ``gcpo.rewards.math``, programs by ``gcpo.rewards.code``; `grader_of` chooses between them.
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ def compute_score(
     The options come from ``reward.custom_reward_function.reward_kwargs``.
 
     Args:
-        data_source: name of the data set; with the ground truth it says which grader is asked, see `grader_of`.
-        solution_str: the response; one that is no text scores 0.
-        ground_truth: the right answer, or a list of answers that are all right; for programs the tests.
-        extra_info: of the row; mathematics needs none.
+        data_source: name of the data set; with the ground truth it selects the grader, see `grader_of`.
+        solution_str: the response; a value that is not a string scores 0.
+        ground_truth: the right answer, or a list of accepted answers; for programs the tests.
+        extra_info: ``extra_info`` of the row; not used for mathematics.
         format_weight: share of the format in the score, from 0 to 1.
         require_think: whether the format asks for a thinking part before the answer, see `thinks`.
-        require_boxed: False: where there is no box, math-verify looks for an answer after words like "the answer is".
-        kwargs: options of `gcpo.rewards.code`, and what else verl passes.
+        require_boxed: if False, a response without a box may state its answer after words such as "the answer is".
+        kwargs: options of `gcpo.rewards.code`, and other keywords that verl passes.
 
     Returns:
         ``acc``: 1 if the response is right, else 0. ``format``: 1 if it has the required form, else 0: a boxed answer,
-        an answer after the mark that the data set asks for, or for programs a code block, behind the thinking part if
+        an answer after the mark that the data set asks for, or for programs a code block, after the thinking part if
         there is one. ``score``, the optimised reward: ``(1 - format_weight) * acc + format_weight * format``.
 
     Raises:
-        ValueError: an option that is out of range, tests that cannot be read, or a row that no grader understands.
-        GraderError: nothing can be graded, because the grader itself does not start.
+        ValueError: an option that is out of range, tests that cannot be read, or a row that no grader supports.
+        GraderError: the grader itself does not start.
     """
     from gcpo.rewards import code
 
@@ -96,7 +96,7 @@ def _check_options(format_weight: Any, require_think: Any, require_boxed: Any) -
 
 
 def extracted_answer(data_source: Any, solution_str: Any, ground_truth: Any = None) -> str | None:
-    """The part of a response that `compute_score` compares: an answer or a program; None where there is none."""
+    """Return the part of a response that `compute_score` compares(an answer or a program), or None."""
     from gcpo.rewards import code
 
     if not isinstance(solution_str, str):
@@ -109,7 +109,7 @@ def extracted_answer(data_source: Any, solution_str: Any, ground_truth: Any = No
 
 
 def thinks(response: str) -> bool:
-    """Whether a response begins with one closed thinking part that is not empty; the prompt may have opened it."""
+    """Return whether a response begins with one closed, non-empty thinking part; the prompt may have opened it."""
     thought, closed, rest = response.partition("</think>")
     before, _, thought = thought.rpartition("<think>")
     return bool(closed and thought.strip()) and not before.strip() and not re.search("</?think>", rest)
@@ -122,13 +122,13 @@ def grade_many(
     extra_infos: Sequence[Any] | None = None,
     **kwargs: Any,
 ) -> list[dict[str, float]]:
-    """`compute_score` for [N] responses with [N] right answers, on all cores.
+    """Apply `compute_score` to [N] responses and [N] right answers, on all cores.
 
     Args:
         responses: [N] responses.
         truths: [N] right answers.
-        data_sources: [N] names of data sets, or the one name of all.
-        extra_infos: [N], where the grader needs them.
+        data_sources: [N] names of data sets, or one name for all rows.
+        extra_infos: [N] ``extra_info`` entries, if the grader needs them.
         kwargs: options of `compute_score`.
 
     Raises:
@@ -138,7 +138,7 @@ def grade_many(
     extras = [None] * len(responses) if extra_infos is None else extra_infos
     rows = list(zip(sources, responses, truths, extras, strict=True))
     with ThreadPoolExecutor(size()) as threads:
-        # What is decided by text alone takes less time than to hand it to a thread.
+        # Text comparison alone is faster than handing the work to a thread.
         slow = {
             at: threads.submit(compute_score, *row, **kwargs)
             for at, row in enumerate(rows)
@@ -148,11 +148,11 @@ def grade_many(
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A reward function that can't stop the run.
+    """Wrap a reward function so that its errors cannot stop the run.
 
-    Where ``function`` raises, or returns something without a finite score, the response scores 0 and
+    If ``function`` raises an error or returns no finite score, the response scores 0 and
     ``reward_error`` is 1; otherwise ``reward_error`` is 0 and the result is that of ``function``. The mean of
-    ``reward_error`` is the share of the responses that this happened to. The first error is logged with its cause.
+    ``reward_error`` is the fraction of affected responses. The first error is logged with its cause.
     """
     known: dict[str, None] = {}
     logged: list[bool] = []
@@ -170,7 +170,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             logged.append(True)
             name = getattr(function, "__qualname__", repr(function))
             logger.warning("the reward function %s failed, its response scores 0: %r", name, error, exc_info=error)
-        # verl drops a metric that any response lacks: all the keys seen so far are there.
+        # verl drops a metric that any response lacks, so this result has all keys seen so far.
         return {**dict.fromkeys(known, 0.0), "score": 0.0, "reward_error": 1.0}
 
     if inspect.iscoroutinefunction(function):

@@ -1,4 +1,4 @@
-"""The answer that a response states: its boxes, or where no box is required a sentence or a line."""
+"""Extraction of the answer from a response: its boxes, or a sentence or line if no box is required."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _STATED = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?][*_$]*(?:\s|$)")
 MAX_STATED_CHARS = 300
-"""A longer sentence after "the answer is" is no answer."""
+"""A longer sentence after "the answer is" does not count as an answer."""
 
 
 def answer_of(response: str) -> str:
-    """The text after the thinking part; empty where that part is never closed."""
+    """Return the text after the thinking part, or "" if that part is never closed."""
     answer = response.rpartition("</think>")[2]
     return "" if "<think>" in answer else answer
 
 
 def boxed_answers(response: str) -> list[str] | None:
-    r"""The answer in the boxes that end a response, ``None`` where there is no box with balanced braces.
+    r"""Return the answer in the boxes that end a response, or ``None`` if no box has balanced braces.
 
-    That is the content of the last ``\boxed{...}`` that is not empty. Boxes that are parts of one answer, such as
-    ``\boxed{3} and \boxed{5}``, give one text each. A box in a box gives the inner one. Boxes in a thinking part,
+    The answer is the content of the last ``\boxed{...}`` that is not empty. Boxes that are parts of one answer, such as
+    ``\boxed{3} and \boxed{5}``, give one text each. Of nested boxes the inner one counts. Boxes in a thinking part,
     closed or not, do not count.
     """
     text = answer_of(response)
@@ -55,11 +55,11 @@ def boxed_answers(response: str) -> list[str] | None:
 
 
 def _closed_boxes(text: str) -> list[tuple[int, int]]:
-    """Begin and end of the content of every outermost box that is closed, in time linear in the length.
+    """Return start and end of the content of every closed outermost box, in linear time.
 
-    A box that is never closed is no box, and those in it count.
+    A box that is never closed is ignored; closed boxes inside it count.
     """
-    opened: list[int] = []  # where the content of an open box begins; -1 for any other brace
+    opened: list[int] = []  # start of the content of an open box; -1 for any other brace
     closed: list[tuple[int, int]] = []
     for token in _BRACES.finditer(text):
         if token[0] == "{":
@@ -76,7 +76,7 @@ def _closed_boxes(text: str) -> list[tuple[int, int]]:
 
 
 def _inner(content: str) -> str:
-    """The content of a box without the boxes in it: the only inner box where there is one, else all of the content."""
+    """Return the content of a box without nested boxes: the inner box if there is only one, else all of the content."""
     inner = [(start, end) for start, end in _closed_boxes(content) if not _EMPTY.fullmatch(content, start, end)]
     if len(inner) == 1:
         return _inner(content[slice(*inner[0])])
@@ -84,7 +84,7 @@ def _inner(content: str) -> str:
 
 
 def stated_answer(response: str) -> str | None:
-    """The answer after the last "the answer is", "answer:" or ``####`` behind the thinking part, up to its sentence."""
+    """Return the sentence after the last "the answer is", "answer:" or ``####`` that follows the thinking part."""
     text = answer_of(response)
     marks = [*_STATED.finditer(text)]
     if not marks:

@@ -1,7 +1,7 @@
-"""Fenced code blocks of a response, and the choice of the program among them.
+"""Fenced code blocks of a response, and the selection of the program among them.
 
-The fences follow CommonMark 0.31 (section 4.5), with three differences that make programs readable which models write
-and a strict reader loses:
+The fences follow CommonMark 0.31 (section 4.5), except for three rules, without which programs as models write them
+would be lost:
 
 * a block may be indented by any width. Its lines lose the indentation of its opening fence; a block whose first line
   has less indentation than the fence stays as it is;
@@ -23,7 +23,7 @@ __all__ = ["Block", "code_blocks", "program_blocks"]
 TAB = 4
 """Columns of a tab stop in CommonMark."""
 MAX_CLOSINGS = 32
-"""Closing fences inside the strings of one block that are looked past."""
+"""Largest number of closing fences inside the strings of one block that are skipped."""
 
 _QUOTES = re.compile(r"(?: {0,3}> ?)+")
 _ITEMS = re.compile(r"(?:[ \t]*(?:[-+*]|[0-9]{1,9}[.)])[ \t]+)*[ \t]*")
@@ -33,9 +33,9 @@ _STRINGS = re.compile(
     r"""#[^\n]*|\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}|\"{3}|'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'""",
     re.DOTALL,
 )
-"""Comments and strings of Python; a match of three quotes only is a string that is never closed."""
+"""Comments and strings of Python; a match that is only three quotes is an unclosed string."""
 _INDENTED = re.compile(r"\A(?:[ \t]*\n)*[ \t]+\S")
-"""The first line of the code is indented: it continues a function whose head stands in the question."""
+"""The first line of the code is indented: it continues a function whose signature is in the question."""
 _READS = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bfileinput\b|\bread\s*\(\s*0\b|/dev/stdin")
 _PRINTS = re.compile(r"\bprint\s*\(|\bstdout\b")
 
@@ -45,9 +45,9 @@ class Block:
     """A fenced code block.
 
     Attributes:
-        code: its lines, without the indentation of the fence.
-        python: True: its info string says Python. None: it has no info string. False: it is in another language.
-        closed: whether it has a closing fence; without one it goes on to the end of the text.
+        code: its lines without the indentation of the fence.
+        python: True if its info string says Python, None if it has no info string, False for another language.
+        closed: whether it has a closing fence; without one it extends to the end of the text.
     """
 
     code: str
@@ -68,7 +68,7 @@ class _Fence:
         return _PYTHON.match(info) is not None if info else None
 
     def content(self, line: str) -> str | None:
-        """The line without the marks of the block quote; None where the quote has ended."""
+        """Return the line without the marks of the block quote, or None if the quote has ended."""
         for _ in range(self.quotes):
             mark = re.match(r" {0,3}> ?", line)
             if mark is None:
@@ -83,7 +83,7 @@ class _Fence:
 
 
 def code_blocks(text: str) -> list[Block]:
-    """All fenced code blocks of a Markdown text, in order."""
+    """Return all fenced code blocks of a Markdown text, in order."""
     lines = re.split(r"\r\n|\n|\r", text)
     blocks, at = [], 0
     while at < len(lines):
@@ -96,18 +96,18 @@ def code_blocks(text: str) -> list[Block]:
 
 
 def program_blocks(blocks: Sequence[Block], names: Sequence[str] = (), *, reads: bool = False) -> list[str]:
-    """The blocks that may be the program, the most likely last, after those that it may need.
+    """Return the candidate blocks for the program in order of likelihood, the most likely last.
 
-    Only blocks marked as Python count where there is one, otherwise those without an info string. A block without a
-    closing fence counts where no other one is left. The program is then
+    Blocks marked as Python count if any exists, otherwise blocks without an info string. A block without a
+    closing fence counts only if there is no other. The program is then
 
-    * where the tests use ``names``: the last block that defines one of them, otherwise the last that is indented as
+    * if the tests use ``names``: the last block that defines one of them, otherwise the last that is indented as
       a whole, which continues the function of the question;
-    * where the tests give standard input (``reads``): the last block that reads it, otherwise the last that prints;
-    * where there is no such block: the last one that is not empty.
+    * if the tests give standard input (``reads``): the last block that reads it, otherwise the last that prints;
+    * if no block qualifies: the last one that is not empty.
 
     Returns:
-        The code of the program and of all blocks before it; empty where there is no block.
+        The code of the program and of all blocks before it; empty if there is no block.
     """
     usable = [block for block in blocks if block.closed or block.code.strip()]
     for closed, python in ((True, True), (True, None), (False, True), (False, None)):
@@ -127,7 +127,7 @@ def _choice(codes: Sequence[str], names: Sequence[str], reads: bool) -> int:
 
 
 def _definition(names: Sequence[str]) -> re.Pattern[str]:
-    """Finds the definition of one of the names: a function, a class or a variable."""
+    """Return a pattern for the definition of one of the names: a function, a class or a variable."""
     either = "|".join(map(re.escape, names))
     return re.compile(
         rf"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+(?:{either})\b|^(?:{either})[ \t]*(?::[^=\n]*)?=(?!=)",
@@ -148,7 +148,7 @@ def _opening(line: str) -> _Fence | None:
 
 
 def _read_block(fence: _Fence, lines: Sequence[str], start: int) -> tuple[Block, int]:
-    """The block whose first line is ``start``, and the number of the line after it."""
+    """Return the block whose first line is ``start``, and the index of the line after it."""
     content: list[str] = []
     closings: list[int] = []
     end = None
@@ -162,14 +162,14 @@ def _read_block(fence: _Fence, lines: Sequence[str], start: int) -> tuple[Block,
                 end = len(content)
         content.append(line)
     if closings:
-        end = closings[0] if end is None else end  # the string is never closed: the first fence was meant
+        end = closings[0] if end is None else end  # the string is never closed, so the first fence ends the block
         return Block(_dedented(content[:end], fence.column), fence.python, True), start + end + 1
     after = start + len(content)
     return Block(_dedented(content, fence.column), fence.python, after < len(lines)), after
 
 
 def _ends_in_string(lines: Sequence[str]) -> bool:
-    """Whether a triple-quoted string is open at the end of Python code."""
+    """Return whether a triple-quoted string is open at the end of Python code."""
     return any(one[0] in ('"""', "'''") for one in _STRINGS.finditer("\n".join(lines)))
 
 
@@ -181,7 +181,7 @@ def _dedented(lines: Sequence[str], width: int) -> str:
 
 
 def _without(line: str, width: int) -> str:
-    """A line without ``width`` columns of its indentation, or all of it where it has less."""
+    """Remove up to ``width`` columns of indentation from a line."""
     column = 0
     for place, character in enumerate(line):
         if column >= width or character not in " \t":

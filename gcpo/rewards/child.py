@@ -1,13 +1,13 @@
-"""The child, in which a program runs.
+"""The child process that runs a program.
 
-It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
+The file is sent to the sandbox as text (see ``judge.py``), so it uses only the standard library, from Python 3.10 on.
 """
 
 import builtins
 import os
 import sys
 
-if __name__ != "__main__":  # in the sandbox, these files stand above this one
+if __name__ != "__main__":  # in the sandbox, these files precede this one
     from gcpo.rewards.confinement import confine
     from gcpo.rewards.messages import describe, pack, read_message, unpack, write_message
 
@@ -19,7 +19,7 @@ STARS = (
 
 
 def star_imports(namespace):
-    """Names that the programs of competitive sets take for granted: of every module of `STARS`, and the modules."""
+    """Add the names that contest programs take for granted: the modules of `STARS` and all of their names."""
     modules = {name: __import__(name) for name in STARS.split()}
     for module in modules.values():
         public = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
@@ -41,10 +41,10 @@ def load(job, namespace):
 
 
 def assemble(prompt, code, entry):
-    """What to run of a prompt that ends with the head of the function ``entry``, and then what of the answer.
+    """Return the parts of the prompt and of the answer to run, for a prompt that ends with the head of ``entry``.
 
-    An answer that defines ``entry`` follows what stands above that function in the prompt; any other goes on where the
-    prompt ends.
+    An answer that defines ``entry`` follows the prompt's text above that function; any other answer continues at the
+    end of the prompt.
     """
     import ast
 
@@ -56,7 +56,7 @@ def assemble(prompt, code, entry):
         return "", prompt + code
     try:
         tree = ast.parse(prompt)
-    except SyntaxError:  # a head without a docstring below it is no whole function
+    except SyntaxError:  # a head without a docstring is not a complete function
         tree = ast.parse(prompt + "\n    pass\n")
     heads = [node.lineno for node in tree.body if getattr(node, "name", None) == entry]
     lines = prompt.splitlines(True)
@@ -64,7 +64,7 @@ def assemble(prompt, code, entry):
 
 
 def fresh_module(name):
-    """A new module under this name, in place of the judge's own."""
+    """Return a new module under this name, to replace the judge's own."""
     module = type(sys)(name)
     sys.modules[name] = module
     if name != "__main__":
@@ -73,7 +73,7 @@ def fresh_module(name):
 
 
 def be_child(job, fds):
-    """Turn this process, just forked, into the program's: only ``fds`` stay open, as 0, 1, 2, and so on."""
+    """Prepare this forked process for the program: only ``fds`` stay open, as 0, 1, 2, and so on."""
     null = os.open(os.devnull, os.O_RDWR)
     high = [os.dup(null if fd is None else fd) for fd in fds]
     for target, fd in enumerate(high):
@@ -84,7 +84,7 @@ def be_child(job, fds):
 
 
 def run_program(job):
-    """The whole life of a ``stdin`` child. It ends as interpreters end, with SystemExit, which nothing here catches."""
+    """Run a ``stdin`` child to its end. It ends with SystemExit, as interpreters do, which nothing here catches."""
     try:
         load(job, fresh_module("__main__"))
     except SystemExit:
@@ -96,13 +96,13 @@ def run_program(job):
 
 
 def serve_calls(job, receive, send):
-    """The whole life of a ``call`` or ``assert`` child: load the program, then do what the judge asks."""
+    """Run a ``call`` or ``assert`` child: load the program, then serve the judge's requests."""
     handles = []
 
     def attempt(action):
         try:
             return {"value": pack(action(), handles)}
-        except BaseException as error:  # SystemExit too: the program may not end the test
+        except BaseException as error:  # SystemExit too: the program must not end the test
             return {"error": [type(error).__name__, describe(error)]}
 
     namespace = fresh_module("solution")

@@ -1,9 +1,9 @@
-"""The reward of a program: does it pass all its tests.
+"""The reward of a program: whether it passes all its tests.
 
-``compute_score`` grades the rows that `gcpo.rewards.grader_of` calls code; `grade` also says why a program failed.
+``compute_score`` grades the rows that `gcpo.rewards.grader_of` calls code; `grade` also returns the reason of a failure.
 
 The program is a fenced code block of the answer, see `gcpo.rewards.blocks`. The tests are JSON in
-``reward_model.ground_truth``, in the forms that verl's own code reward reads, and two more:
+``reward_model.ground_truth``, in the forms of verl's code reward and two more:
 
 * ``{"inputs": [...], "outputs": [...]}``: a program that reads standard input and prints (verl's form; codecontests,
   taco, and most of apps and codeforces);
@@ -12,7 +12,7 @@ The program is a fenced code block of the answer, see `gcpo.rewards.blocks`. The
 * ``[{"input": ..., "output": ...}, ...]``: either of the two above, case by case; a function is named by ``"fn_name"``
   or by ``"metadata": {"func_name": ...}`` of every case (LiveCodeBench, PrimeIntellect, DeepCoder);
 * ``{"assert_case": [...]}``: test code that uses the program's functions (verl's form for SandboxFusion; MBPP). With
-  ``"names"``, only these names are taken from the program; without, all that are neither built in nor defined by the
+  ``"names"``, only these names are taken from the program; otherwise all that are neither built in nor defined by the
   tests or ``"setup"``;
 * ``{"prompt": ..., "test": ..., "entry_point": ...}``: HumanEval. ``test`` defines ``check(candidate)``.
 """
@@ -37,23 +37,23 @@ from gcpo.rewards.sources import is_code
 __all__ = ["Grade", "compute_score", "extract", "grade", "grade_many", "is_code", "load_tests", "program_of"]
 
 MAX_PROGRAM_CHARS = 100_000
-"""A longer program is wrong."""
+"""A longer program is graded as wrong."""
 RECURSION = 600_000
-"""Recursion limit of programs for the sets of programming contests, which recurse deeply."""
+"""Recursion limit of programs of contest data sets, which recurse deeply."""
 
 _SETTINGS = {"sandbox", "sandbox_fusion_url", "time_limit", "memory_limit_mb"}
 _STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n@", "\n```")
-"""Where a plain continuation ends (the stop words of HumanEval's authors, and the usual additions)."""
+"""Texts that end a plain continuation (the stop words of HumanEval's authors, and the usual additions)."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """How a response did.
+    """The result of grading a response.
 
     Attributes:
         passed: whether its program passes all tests.
-        format: whether it has a fenced code block, behind its thinking part if it has one.
-        reason: why it did not pass.
+        format: whether it has a fenced code block, after its thinking part if it has one.
+        reason: reason of a failure.
         seconds: processor time of the program.
     """
 
@@ -64,13 +64,13 @@ class Grade:
 
 
 def extract(response: str, names: Sequence[str] = (), *, reads: bool = False) -> str | None:
-    """The program of a response, without its thinking part: the last of `program_blocks`, or None."""
+    """Return the program of a response, without its thinking part: the last of `program_blocks`, or None."""
     blocks = program_blocks(code_blocks(answer_of(response)), names, reads=reads)
     return blocks[-1] if blocks else None
 
 
 def continuation(response: str) -> str | None:
-    """The code of an answer without a fenced block, for sets whose prompt is code to go on from; None where empty."""
+    """Return the code of an answer without a fenced block, for sets whose prompt is code to continue; None if empty."""
     answer = answer_of(response).rstrip()
     if answer.startswith((" ", "\t", "\n")):
         ends = [at for at in (answer.find(stop, 1) for stop in _STOPS) if at > 0]
@@ -79,10 +79,10 @@ def continuation(response: str) -> str | None:
 
 
 def load_tests(ground_truth: Any) -> dict[str, Any]:
-    """The tests of a row.
+    """Parse the tests of a row.
 
     Raises:
-        ValueError: they are not JSON in one of the known forms.
+        ValueError: the tests are not JSON in one of the known forms.
     """
     tests = ground_truth
     if isinstance(tests, str):
@@ -108,7 +108,7 @@ def load_tests(ground_truth: Any) -> dict[str, Any]:
 
 
 def _of_cases(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Tests that are listed case by case, in the form with ``inputs`` and ``outputs``."""
+    """Convert tests that are listed case by case to the form with ``inputs`` and ``outputs``."""
     names = set()
     for number, case in enumerate(cases):
         if "input" not in case or "output" not in case:
@@ -126,7 +126,7 @@ def _of_cases(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def program_of(code: str, tests: Mapping[str, Any]) -> Program:
-    """The program with its tests, as the sandbox takes them."""
+    """Return the program and its tests in the sandbox's format."""
     if "entry_point" in tests:
         entry = tests["entry_point"]
         case = f"{tests['test']}\n\ncheck({entry})\n"
@@ -143,7 +143,7 @@ def program_of(code: str, tests: Mapping[str, Any]) -> Program:
         return Program(code, "assert", [(case,) for case in cases], setup=setup, names=names)
     if tests.get("fn_name"):
         pairs = [(arguments(a), value(b)) for a, b in zip(tests["inputs"], tests["outputs"], strict=True)]
-        # Some sets put every expected result into a list of its own, as in verl's; others do not.
+        # Some sets wrap every expected result in a list, as verl's form does; others do not.
         unwrap = all(isinstance(expected, list) and len(expected) == 1 for _, expected in pairs)
         name = tests["fn_name"]
         return Program(code, "call", pairs, name, stars=True, recursion=RECURSION, unwrap=unwrap)
@@ -153,13 +153,13 @@ def program_of(code: str, tests: Mapping[str, Any]) -> Program:
 
 @functools.lru_cache(maxsize=4096)
 def check_python(source: str) -> None:
-    """Raise SyntaxError or ValueError where test code is not Python: no program could pass it."""
+    """Raise SyntaxError or ValueError if test code is not Python, since no program could pass it."""
     ast.parse(source)
 
 
 @functools.lru_cache(maxsize=4096)
 def whole_function(prompt: str) -> str:
-    """HumanEval's prompt as Python: a head without a docstring below it is given a body."""
+    """Return HumanEval's prompt as valid Python: a head without a docstring gets a body."""
     try:
         check_python(prompt)
     except SyntaxError:
@@ -169,23 +169,23 @@ def whole_function(prompt: str) -> str:
 
 
 def text(lines: Any) -> str:
-    """What is read or printed; verl's form allows a list of lines."""
+    """Return an input or output as text; verl's form allows a list of lines."""
     return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
 
 
 def arguments(given: Any) -> list[Any]:
-    """The arguments of a call: a list, or one JSON value per line."""
+    """Return the arguments of a call, given as a list, or one JSON value per line."""
     return [json.loads(line) for line in given.split("\n")] if isinstance(given, str) else list(given)
 
 
 def value(expected: Any) -> Any:
-    """What a call must return: JSON in a string, or the value itself."""
+    """Return the expected result of a call, given as JSON in a string or as the value itself."""
     return json.loads(expected) if isinstance(expected, str) else expected
 
 
 @functools.lru_cache(maxsize=4096)
 def free_names(sources: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that test code uses, and neither defines nor finds among the builtins: the program has to have them."""
+    """Return names that test code uses but neither defines nor finds in the builtins: the program must define them."""
     used: dict[str, None] = {}
     own: set[str] = set()
     for source in sources:
@@ -215,16 +215,16 @@ def grade(
     """Run the program of a response against its tests.
 
     Args:
-        response: what the model wrote.
-        ground_truth: the tests, see above.
+        response: the model's response.
+        ground_truth: the tests, see the module's description.
         sandbox: one of `gcpo.rewards.sandbox.KINDS`.
-        sandbox_fusion_url: of a SandboxFusion service's ``run_code``.
-        time_limit: seconds of processor time for one test case; three times as long on the clock, and five times as
-            long for all of them.
+        sandbox_fusion_url: address of a SandboxFusion service's ``run_code``.
+        time_limit: seconds of processor time per test case; the wall-clock limit is three times, the limit of all cases
+            five times as long.
         memory_limit_mb: MiB of address space.
 
     Raises:
-        ValueError: a setting or the tests can't be used.
+        ValueError: a setting or the tests cannot be used.
         SandboxError: no sandbox works here, or it failed.
     """
     limits = Limits(float(time_limit), int(memory_limit_mb))
@@ -245,14 +245,14 @@ def grade(
     seconds = verdict.seconds
     together = "\n\n".join(codes)
     if verdict.reason.startswith("NameError") and len(codes) > 1 and len(together) <= MAX_PROGRAM_CHARS:
-        # The program is spread over several blocks: the last one uses what those before it define.
+        # The program spans several blocks: the last block uses definitions of earlier ones.
         verdict = runner.run(replace(program, code=together), limits)
         seconds += verdict.seconds
     return Grade(verdict.passed, has_block, verdict.reason, seconds)
 
 
 def _programs(response: Any, program: Program) -> tuple[list[str], bool]:
-    """The code blocks of a response that may be needed, the program last, and whether one of its blocks is closed."""
+    """Return the code blocks that may be needed, the program last, and whether the response has a closed block."""
     if not isinstance(response, str):
         return [], False
     blocks = code_blocks(answer_of(response))
@@ -265,27 +265,27 @@ def _programs(response: Any, program: Program) -> tuple[list[str], bool]:
 
 
 def compute_score(solution_str: Any, ground_truth: Any, extra_info: Any = None, **settings: Any) -> dict[str, float]:
-    """`grade` as a reward function of verl.
+    """Grade a program as a reward function of verl.
 
     Args:
-        solution_str: the response; one of a wrong type scores 0.
-        ground_truth: the tests, see above.
+        solution_str: the response; a value of a wrong type scores 0.
+        ground_truth: the tests, see the module's description.
         extra_info: unused.
-        settings: of `grade`; others are unused, because verl passes more.
+        settings: options of `grade`; other keywords, which verl passes, are ignored.
 
     Returns:
         ``score`` and ``acc``: 1 if the program passes all its tests, else 0. ``format``: 1 if there is a fenced code
         block.
 
     Raises:
-        ValueError, SandboxError: as for `grade`.
+        ValueError, SandboxError: see `grade`.
     """
     result = grade(solution_str, ground_truth, **{name: settings[name] for name in _SETTINGS & settings.keys()})
     return {"score": float(result.passed), "acc": float(result.passed), "format": float(result.format)}
 
 
 def grade_many(responses: Sequence[Any], ground_truths: Sequence[Any], **settings: Any) -> list[Grade]:
-    """`grade` for [N] responses with [N] tests, on all cores: [N] grades, in order."""
+    """Apply `grade` to [N] responses and [N] tests on all cores; return [N] grades in order."""
     pairs = list(zip(responses, ground_truths, strict=True))
     with ThreadPoolExecutor(size()) as threads:
         return list(threads.map(lambda pair: grade(*pair, **settings), pairs))

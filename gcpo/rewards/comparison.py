@@ -1,10 +1,10 @@
-"""When two outputs of a program are the same.
+"""Equality of two outputs of a program.
 
-It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
+The file is sent to the sandbox as text (see ``judge.py``), so it uses only the standard library, from Python 3.10 on.
 
-An integer must be equal exactly, however it is written: ``3.0`` and ``3e0`` are 3, and ``1000009999.0`` is not
-1000000007. Only where the *expected* output is a decimal (``0.5``, ``1e-3``) may the other one differ, by
-`RELATIVE` of its value or by `ABSOLUTE`.
+Integers must be equal exactly, in any notation: ``3.0`` and ``3e0`` are 3, and ``1000009999.0`` is not
+1000000007. Only where the *expected* output is a decimal (``0.5``, ``1e-3``) may the printed value differ, by
+`RELATIVE` relatively or by `ABSOLUTE`.
 """
 
 import decimal
@@ -15,16 +15,16 @@ import sys
 RELATIVE = decimal.Decimal("1e-5")
 ABSOLUTE = decimal.Decimal("1e-8")
 LONGEST = 400
-"""Characters of a decimal that is compared as a number; a longer one must be the same text."""
+"""Largest length of a decimal that is compared as a number; longer ones must be the same text."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-# At most five digits of an exponent: more would be beyond what the decimal module holds.
+# An exponent has at most five digits, because the decimal module supports no more.
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,5})?")
 _CONTEXT = decimal.Context(prec=50, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[])
 
 
 def same_output(printed, expected):
-    """Whether two texts have the same words in the same lines; empty lines and the width of spaces do not count."""
+    """Return whether two texts have the same words in the same lines, regardless of empty lines and runs of spaces."""
     lines, right = ([line.split() for line in text.splitlines() if line.strip()] for text in (printed, expected))
     if lines == right:
         return True
@@ -35,7 +35,7 @@ def same_output(printed, expected):
 
 
 def same_word(printed, expected):
-    """Whether two different words are the same number; of two integers in digits only the text counts."""
+    """Return whether two different words are the same number; two integers in digits must be the same text."""
     if _INTEGER.fullmatch(expected):
         if _INTEGER.fullmatch(printed) or not _NUMBER.fullmatch(printed):
             return False
@@ -46,13 +46,13 @@ def same_word(printed, expected):
 
 
 def close(number, expected):
-    """Whether two finite decimals differ by rounding only."""
+    """Return whether two finite decimals differ by rounding only."""
     difference = _CONTEXT.abs(_CONTEXT.subtract(number, expected))
     return difference <= _CONTEXT.fma(RELATIVE, _CONTEXT.abs(expected), ABSOLUTE)
 
 
 def same_value(value, expected):
-    """Whether a result is equal to the expected one, where only an expected float may differ by rounding.
+    """Return whether a result is equal to the expected one, up to the rounding of an expected float.
 
     Lists and dictionaries are compared item by item.
     """

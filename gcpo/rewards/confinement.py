@@ -1,6 +1,6 @@
-"""Limits of what the child, in which a program runs, can do.
+"""Limits of the child process that runs a program.
 
-It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
+The file is sent to the sandbox as text (see ``judge.py``), so it uses only the standard library, from Python 3.10 on.
 """
 
 import ctypes
@@ -9,13 +9,13 @@ import resource
 
 
 def confine(limits, strict):
-    """Limit what this process, and every thread of it, can do. There is no way back.
+    """Limit this process and all its threads; the limits cannot be lifted.
 
     Raises:
-        OSError: the kernel refuses, and ``strict`` is set.
+        OSError: the kernel refuses a limit and ``strict`` is set.
     """
     memory, file_bytes = limits["memory"], limits["file"]
-    seconds = int(limits["cpu_total"]) + 2  # the judge stops it first, and knows fractions of a second
+    seconds = int(limits["cpu_total"]) + 2  # the judge stops it earlier, with a finer limit
     for name, value in (
         ("RLIMIT_AS", memory),
         ("RLIMIT_CORE", 0),
@@ -42,9 +42,9 @@ def confine(limits, strict):
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 EPERM, ENOSYS = 1, 38
 CLONE_THREAD = 0x00010000
-# What a program has no use for: another process or program, the network, other namespaces and mounts, other processes'
-# memory, signals to them, and memory that no limit of this process counts. Of clone and tgkill, which threads and abort
-# need, only what concerns other processes is refused.
+# System calls that a program does not need: they reach other processes or programs, the network, namespaces, mounts,
+# other processes' memory and signals, or memory that no limit counts. Threads and abort need clone and tgkill, so only
+# their use on other processes is refused.
 REFUSED = {
     "x86_64": (
         0xC000003E,
@@ -81,7 +81,7 @@ def refuse_system_calls():
     """Make the calls of `REFUSED` fail in this process from now on.
 
     Raises:
-        OSError: the kernel or the architecture doesn't know how.
+        OSError: the kernel or the architecture does not support this.
     """
     if os.uname().machine not in REFUSED:
         raise OSError("system calls can't be refused on " + os.uname().machine)
@@ -94,7 +94,7 @@ def refuse_system_calls():
         (load, 0, 0, 0),  # number of the call
         (above, 0, 1, 0x40000000),  # the x32 numbers
         (answer, 0, 0, ERRNO | EPERM),
-        (equal, 0, 1, partly["clone3"]),  # its flags are out of sight; libc then takes clone
+        (equal, 0, 1, partly["clone3"]),  # its flags cannot be read; libc falls back to clone
         (answer, 0, 0, ERRNO | ENOSYS),
     ]
     for number in names.split()[1::2]:
@@ -117,7 +117,7 @@ def refuse_system_calls():
 
 
 def prctl(option, *values):
-    """The system call; raises OSError."""
+    """Call prctl and raise OSError if it fails."""
     numbers = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
     if ctypes.CDLL(None, use_errno=True).prctl(option, *numbers):
         raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")

@@ -1,4 +1,4 @@
-"""The LaTeX expression that math-verify compares, for the value of an answer: a vector, a set, a region, a list."""
+"""LaTeX expressions for math-verify, built from the value of an answer: a vector, a set, a region, a list."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BUILDER = re.compile(r"\\\{([a-z])(?:\\in(?:\\mathbb\{R\}|\\R))?(?:\\mid|\\colo
 
 
 def unit_vectors(text: str) -> str:
-    r"""``2\mathbf{i}+3\mathbf{j}`` as ``(2,3)``; other plain text stays as it is."""
+    r"""Write ``2\mathbf{i}+3\mathbf{j}`` as ``(2,3)``; other plain text stays as it is."""
     if not _UNIT_VECTOR.search(text):
         return text
     components = {"i": "0", "j": "0"}
@@ -52,7 +52,7 @@ def unit_vectors(text: str) -> str:
 
 
 def column(text: str) -> str | None:
-    """A column vector as a tuple; ``None`` where a normalised text is none."""
+    """Return a column vector as a tuple, or ``None`` if the text is not a column vector."""
     match = _COLUMN.fullmatch(text)
     if not match or "&" in match[2] or r"\begin" in match[2]:
         return None
@@ -62,29 +62,29 @@ def column(text: str) -> str | None:
 
 
 def is_matrix(text: str) -> bool:
-    """Whether a normalised text has a matrix."""
+    """Return whether a normalised text contains a matrix."""
     return "matrix}" in text
 
 
 def is_set(text: str) -> bool:
-    """Whether a normalised text is a set in braces."""
+    """Return whether a normalised text is a set in braces."""
     return text.startswith(r"\{") and text.endswith(r"\}")
 
 
 def is_ordered(text: str) -> bool:
-    """Whether a normalised text is a tuple or an interval in parentheses or brackets."""
+    """Return whether a normalised text is a tuple or an interval in parentheses or brackets."""
     return bool(re.fullmatch(r"[(\[].*,.*[)\]]", text, re.DOTALL)) and len(split_list(text)) == 1
 
 
 def special(text: str) -> str | None:
-    """The empty set or the set of the real numbers, where a normalised text stands for it."""
+    """Return the empty set or the set of the real numbers, if a normalised text means one of them, else ``None``."""
     if _NOTHING.fullmatch(text):
         return r"\emptyset"
     return r"\mathbb{R}" if _ALL_REALS.fullmatch(text) else None
 
 
 def expression(text: str) -> str:
-    """The expression that a normalised value is, in LaTeX that math-verify reads."""
+    """Return a normalised value as a LaTeX expression that math-verify can read."""
     if found := special(text):
         return found
     for pattern, new in _RELATIONS:
@@ -103,7 +103,7 @@ def expression(text: str) -> str:
 
 
 def cases(text: str) -> str:
-    r"""The lines of a system, ``\begin{cases} x=1 \\ y=2 \end{cases}``, as a list; other text stays as it is."""
+    r"""Return the lines of a system, ``\begin{cases} x=1 \\ y=2 \end{cases}``, as a list; other text stays as it is."""
     match = _CASES.fullmatch(text)
     if not match or "&=" not in match[2].replace(" ", "") and "&" in match[2]:
         return text
@@ -112,7 +112,7 @@ def cases(text: str) -> str:
 
 
 def _both_signs(text: str) -> Iterator[str]:
-    r"""The elements of a list, those with ``\pm`` once as plus and once as minus; its signs go together."""
+    r"""Yield the elements of a list, with ``\pm`` expanded to all plus and to all minus signs."""
     for element in split_list(text):
         for plus in ("pm", "mp") if _PLUS_MINUS.search(element) else ("pm",):
             signed = _PLUS_MINUS.sub(lambda m: "+" if m[1] == plus else "-", element)  # noqa: B023 (called at once)

@@ -1,25 +1,25 @@
-"""The judge, which runs inside the sandbox and grades a program there.
+"""The judge, which grades a program inside the sandbox.
 
 This file is sent to the sandbox as text, after ``comparison.py``, ``messages.py``, ``confinement.py``, ``child.py`` and
-``runs.py``. All of them use the standard library only and are written for Python 3.10 and later, because a
-SandboxFusion service has an interpreter of its own.
+``runs.py``. All of them use only the standard library and Python 3.10 features, because a
+SandboxFusion service has its own interpreter.
 
 The judge reads a job (the program and its limits) and starts the child *before* it reads the tests: the child's memory
-and its open files never hold an expected result, the tests, or the way back to whoever asked. What the child may do
-besides computing is cut down before the program's first line runs (see `confine`). Then
+and its open files never hold an expected result, the tests, or the channel to the caller. The child's rights
+are restricted before the program's first line runs (see `confine`). The modes are
 
-* ``stdin``: a child for every test case; what it prints is compared with what it should print;
-* ``call``: one child, whose function is called with the arguments of every case; what it returns is compared;
-* ``assert``: one child; the test's code runs in the judge, where the program's functions are `Remote`: a call sends the
-  arguments to the child and brings the result back as plain data, so that ``==`` is Python's own.
+* ``stdin``: a child for every test case; the judge compares the printed with the expected output;
+* ``call``: one child, whose function gets the arguments of every case; the judge compares the returned values;
+* ``assert``: one child; the test's code runs in the judge with the program's functions as `Remote`: a call sends the
+  arguments to the child and returns the result as plain data, so that ``==`` is Python's own.
 
-The verdict is the judge's: a program can end it early or keep it waiting, and then it has failed.
+Only the judge writes the verdict: a program that ends early or keeps the judge waiting has failed.
 """
 
 import os
 import resource
 
-if __name__ != "__main__":  # in the sandbox, these files stand above this one
+if __name__ != "__main__":  # in the sandbox, these files precede this one
     from gcpo.rewards.comparison import same_output, same_value
     from gcpo.rewards.confinement import prctl
     from gcpo.rewards.messages import Gone, Remote, describe, pack, read_message, unpack, write_message
@@ -27,7 +27,7 @@ if __name__ != "__main__":  # in the sandbox, these files stand above this one
 
 
 def judge_stdin(job, read, clock):
-    """One test of a program that reads and prints. Raises Failed."""
+    """Run one test of a program that reads and prints; raise Failed if it fails."""
     clock.next_case()
     printed = run_once(job, read(), clock)
     if not same_output(printed, read()):
@@ -35,15 +35,15 @@ def judge_stdin(job, read, clock):
 
 
 def shown(value):
-    """A value in a few words."""
+    """Return a short text for a value."""
     try:
         return repr(value)[:200]
-    except ValueError:  # an integer of more digits than Python likes to write
+    except ValueError:  # an integer of more digits than Python converts
         return "a " + type(value).__name__
 
 
 def judge_call(server, entry, unwrap, read, clock):
-    """One test of a function; ``unwrap``: the expected result may stand in a list of its own. Raises Failed."""
+    """Run one test of a function; with ``unwrap`` the expected result may be wrapped in a list. Raises Failed."""
     clock.next_case()
     try:
         value = server.ask(do="call", name=entry, arguments=[plain(one) for one in read()], keywords={})
@@ -57,7 +57,7 @@ def judge_call(server, entry, unwrap, read, clock):
 
 
 def plain(value):
-    """A JSON value as a packed one: objects are dictionaries, whose keys are integers where all look like it."""
+    """Convert a JSON value: objects become dictionaries, with integer keys if all keys are integers in digits."""
     if isinstance(value, list):
         return [plain(item) for item in value]
     if not isinstance(value, dict):
@@ -67,7 +67,7 @@ def plain(value):
 
 
 def without_tuples(value):
-    """JSON has no tuples, so they count as lists."""
+    """Return a value whose tuples are lists, since JSON has no tuples."""
     if isinstance(value, (list, tuple)):
         return [without_tuples(item) for item in value]
     if isinstance(value, dict):
@@ -87,12 +87,12 @@ def judge_assert(server, namespace, read, clock):
 
 
 def judge(job, read, clock):
-    """Read the tests one after the other and run them; returns how many passed, and why no more did, or None."""
+    """Read and run the tests in turn; return the number that passed, and the reason of the first failure or None."""
     mode, passed, server = job["mode"], 0, None
     limit = job["limits"]["memory"] + 2**28
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     if mode != "stdin":
-        server = Server(job, clock)  # before anything of the tests is read
+        server = Server(job, clock)  # before the tests are read
     try:
         if server:
             server.loaded()
@@ -101,7 +101,7 @@ def judge(job, read, clock):
         if mode == "assert":
             import random
 
-            random.seed(0)  # the same verdict every time
+            random.seed(0)  # makes the verdict reproducible
             try:
                 exec(compile(tests["setup"], "<setup>", "exec"), namespace)
             except Exception as error:  # the data set is wrong, and no program can pass
@@ -123,7 +123,7 @@ def judge(job, read, clock):
 
 
 def reachable():
-    """Whether there is a route to another machine; nothing is sent."""
+    """Return whether there is a route to another machine; nothing is sent."""
     import _socket
 
     end = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
@@ -137,20 +137,20 @@ def reachable():
 def main():
     """Read a job, its tests and a secret from standard input; write the verdict to standard output."""
     source, sink, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1):  # what a test prints is no verdict
+    for fd in (0, 1):  # output of a test must not look like a verdict
         os.dup2(null, fd)
     verdict = {"passed": 0, "reason": None, "trouble": None, "seconds": 0.0, "secret": None}
     try:
         job = read_message(source)
         write_message(sink, {"started": True})
         os.chdir(job["folder"] or ".")
-        prctl(4, 0)  # PR_SET_DUMPABLE: nobody looks into this process
+        prctl(4, 0)  # PR_SET_DUMPABLE: other processes cannot inspect this one
         if job["probe"] and reachable():
             raise OSError("the network can be reached")
         clock = Clock(job["limits"], job["folder"])
         verdict["passed"], verdict["reason"] = judge(job, lambda: read_message(source), clock)
         verdict["seconds"] = clock.used()
-        # The secret comes last: nothing that was forked from here has seen it.
+        # The secret comes last: no process forked earlier has seen it.
         message = None
         while not (isinstance(message, dict) and "secret" in message):
             message = read_message(source)

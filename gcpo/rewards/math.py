@@ -1,4 +1,4 @@
-"""Grading of mathematics: the answer of a response, compared as text, as numbers and by math-verify."""
+"""Grading of mathematics: answers are compared as text, as numbers and by math-verify."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gcpo.rewards.units import conflicting_units, without_unit
 __all__ = ["boxed_answer", "grade", "is_decided", "normalize", "same_answer"]
 
 MAX_ANSWER_CHARS = 1000
-"""A longer answer is wrong: none of the supported data sets comes near."""
+"""A longer answer is graded as wrong; the answers of the supported data sets are much shorter."""
 
 Questions = list[tuple[str, str]]
-"""Pairs of a truth and an answer that math-verify compares; all of them have to be the same."""
+"""Pairs of a truth and an answer for math-verify; all of them have to be equal."""
 
 _ALTERNATIVES = re.compile(r"(\d+(?: or \d+)+) \(.*\)", re.ASCII)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ]{3,}|[A-Z][a-z]+")
@@ -35,13 +35,13 @@ _ELLIPSIS = re.compile(r"\\(?:l|c)?dots(?![A-Za-z])|\.\.\.")
 
 
 def boxed_answer(response: str) -> str | None:
-    """The answer in the boxes that end a response, see `boxed_answers`; several give a list (``3, 5``)."""
+    """Return the answer in the boxes that end a response, see `boxed_answers`; several boxes give a list (``3, 5``)."""
     answers = _distinct_answers(response)
     return ", ".join(answers) if answers is not None else None
 
 
 def _distinct_answers(response: str) -> list[str] | None:
-    """`boxed_answers`, where of the same number twice only the last form is left."""
+    """Return `boxed_answers` without earlier forms of the same number."""
     answers = boxed_answers(response)
     if answers is None or len(answers) == 1:
         return answers
@@ -49,17 +49,17 @@ def _distinct_answers(response: str) -> list[str] | None:
 
 
 def same_answer(answer: str, truth: Any) -> bool:
-    """Whether an answer is the right one, or one of several right ones.
+    """Return whether an answer is right, or equals one of several right answers.
 
-    Both are normalised and compared as text, then, where both are rational numbers, exactly, and otherwise by
+    Both are normalised and compared as text, then exactly if both are rational numbers, and otherwise by
     math-verify within limits of time and memory.
 
     Args:
         answer: the given answer.
-        truth: a text or a number, or a list of these that are all right. Anything else equals no answer.
+        truth: a text or a number, or a list of accepted ones. A value of another type equals no answer.
 
     Raises:
-        GraderError: math-verify cannot be run at all.
+        GraderError: math-verify cannot be started.
     """
     verdict = _by_text_and_number(answer, truth)
     if isinstance(verdict, bool):
@@ -68,13 +68,13 @@ def same_answer(answer: str, truth: Any) -> bool:
 
 
 def is_decided(solution_str: Any, ground_truth: Any) -> bool:
-    """Whether `grade` needs no math-verify for a response, and so next to no time."""
+    """Return whether `grade` decides a response without math-verify, which is fast."""
     answers = _distinct_answers(solution_str) if isinstance(solution_str, str) else None
     return answers is not None and len(answers) == 1 and isinstance(_by_text_and_number(answers[0], ground_truth), bool)
 
 
 def _by_text_and_number(answer: str, truth: Any) -> bool | list[Questions]:
-    """Whether an answer is right, or the questions for math-verify: one list for every right answer that is left."""
+    """Return whether an answer is right, or the questions for math-verify, a list for every undecided right answer."""
     if len(answer) > MAX_ANSWER_CHARS or not normalize(answer):
         return False
     undecided = []
@@ -88,7 +88,7 @@ def _by_text_and_number(answer: str, truth: Any) -> bool | list[Questions]:
 
 
 def _truths(truth: Any) -> Iterator[str]:
-    """The texts of all right answers."""
+    """Yield the texts of all right answers."""
     truth = without_array(truth)
     if isinstance(truth, list | tuple):
         for one in truth:
@@ -100,9 +100,9 @@ def _truths(truth: Any) -> Iterator[str]:
 
 
 def _alternatives(text: str) -> list[str]:
-    """The right answers that a text holds.
+    """Return the right answers in a text.
 
-    Usually that is one; it is several for ``["1", "2"]``, as data preparation writes them, and for AIME's
+    A text usually holds one; it holds several for ``["1", "2"]``, as data preparation writes them, and for AIME's
     ``1 or 2 (both were accepted)``.
     """
     if text.startswith('["'):
@@ -120,7 +120,7 @@ def _alternatives(text: str) -> list[str]:
 
 
 def _same(answer: str, truth: str) -> bool | Questions:
-    """Whether two answers are the same, or the questions for math-verify that decide it."""
+    """Return whether two answers are the same, or the questions for math-verify that would decide it."""
     given, right = (expressions.special(one) or one for one in (normalize(answer), normalize(truth)))
     if not given or not right:
         return False
@@ -141,7 +141,7 @@ def _same(answer: str, truth: str) -> bool | Questions:
 
 
 def _key(text: str) -> str:
-    """The common form of two normalised answers that are the same as text."""
+    """Return a form in which normalised answers that are the same as text are equal."""
     text = re.sub(r"(?<!\d) | (?!\d)", "", text)
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     if _WORDS.fullmatch(text):
@@ -150,7 +150,7 @@ def _key(text: str) -> str:
 
 
 def _same_choice(texts: tuple[str, str], chosen: list[readings.Choice | None]) -> bool | Questions:
-    """The comparison where an answer has a letter of multiple choice and its value."""
+    """Compare answers of which one has a letter of multiple choice and its value."""
     given, right = chosen
     if given and right:
         if given.letter != right.letter or not (given.text and right.text):
@@ -161,7 +161,7 @@ def _same_choice(texts: tuple[str, str], chosen: list[readings.Choice | None]) -
 
 
 def _lists_of_three_digits(answer: str, truth: str, given: str, right: str) -> tuple[str, str] | None:
-    """The truth and the answer where one is a list and the other could be one: ``100, 200`` and ``100,200``."""
+    """Return the truth and the answer if one is a list and the other could be one: ``100, 200`` and ``100,200``."""
     ambiguous = [_GROUPS_OF_THREE.fullmatch(text.strip()) for text in (answer, truth)]
     if ambiguous[0] and not ambiguous[1] and len(split_list(right)) > 1:
         return right, ambiguous[0][1].replace(",", ", ")
@@ -171,20 +171,20 @@ def _lists_of_three_digits(answer: str, truth: str, given: str, right: str) -> t
 
 
 def _same_normal(given: str, right: str) -> bool | Questions:
-    """`_same` for two normalised answers that are different texts."""
+    """Compare two normalised answers that are different texts."""
     both = given, right
     if any(map(TIME.fullmatch, both)) or all(map(_WORDS.fullmatch, both)) or all(map(_BASED.fullmatch, both)):
         return False
     if any(map(_ELLIPSIS.search, both)) and not any(map(same_rational, both, both)):
-        return False  # math-verify leaves the dots out
+        return False  # math-verify ignores the dots
     if _PRIMES.findall(given) != _PRIMES.findall(right):
-        return False  # math-verify leaves the primes out
+        return False  # math-verify ignores the primes
     number = same_rational(given, right)
     return _same_statement(given, right) if number is None else number
 
 
 def _same_statement(given: str, right: str) -> bool | Questions:
-    """The comparison of answers that may give a name to their value."""
+    """Compare answers that may name their value."""
     moduli = readings.modulus(given), readings.modulus(right)
     if moduli[1] and moduli[0] != moduli[1]:
         return False
@@ -206,7 +206,7 @@ def _same_statement(given: str, right: str) -> bool | Questions:
 
 
 def _same_value(given: str, right: str) -> bool | Questions:
-    """The comparison of two values: as text, as numbers, or by math-verify."""
+    """Compare two values as text, as numbers, or by math-verify."""
     if _key(given) == _key(right):
         return True
     number = same_rational(given, right)
@@ -236,15 +236,15 @@ def grade(solution_str: Any, ground_truth: Any, *, require_boxed: bool = True) -
     """Grade a response.
 
     Args:
-        solution_str: the response; one that is no text is wrong.
+        solution_str: the response; a value that is not a string is wrong.
         ground_truth: see `same_answer`.
-        require_boxed: False: where there is no box, the answer may follow words like "the answer is" or ``####``.
+        require_boxed: if False, the answer of a response without a box may follow "the answer is" or ``####``.
 
     Returns:
         Whether its answer is right, and whether it has a boxed answer.
 
     Raises:
-        GraderError: math-verify cannot be run at all.
+        GraderError: math-verify cannot be started.
     """
     response = solution_str if isinstance(solution_str, str) else ""
     answers = _distinct_answers(response)

@@ -1,11 +1,11 @@
-"""Processes that compare answers with math-verify, so that no answer can hang, swamp or end the caller.
+"""Processes that compare answers with math-verify, so that no answer can block, overload or end the caller.
 
-sympy evaluates what it is given, and some of that takes for ever inside one C function, where neither a signal handler
-nor an exception gets through. A worker is therefore ended by the system once a comparison has used its processor time,
-and another one takes its place. The limits hold in any thread; verl grades off the main thread.
+sympy may compute without end inside one C function, where neither a signal handler nor an exception can interrupt it.
+The system therefore ends a worker once a comparison has used its processor time,
+and a new worker replaces it. The limits hold in any thread; verl does not grade in the main thread.
 
 The workers are plain programs with pipes, because processes of ``multiprocessing`` import the caller's main module
-again, which in a Ray worker is all of Ray, and in a script without a guard is the script.
+again: in a Ray worker all of Ray, and in a script without a main guard the script itself.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ MAX_SECONDS = 5.0
 MAX_MEMORY = 2**30
 """Address space of a worker in bytes; with sympy it starts at about 60 MiB."""
 MAX_WALL_SECONDS = 60.0
-"""A worker that has not replied by then is ended too, whatever it waits for."""
+"""Seconds after which a worker that has not replied is ended."""
 START_SECONDS = 120.0
 """A worker starts in half a second; on a busy machine it may take longer."""
 MAX_WORKERS = 8
-"""Most workers of a process; verl has several processes that grade."""
+"""Largest number of workers of a process; verl has several processes that grade."""
 
 _PROGRAM = Path(__file__).with_name("math_verify_worker.py")
 _PACKAGE_ROOT = Path(__file__).parents[2]
 
 
 class GraderError(RuntimeError):
-    """Nothing can be graded: the workers do not start."""
+    """The workers do not start, so nothing can be graded."""
 
 
 def size() -> int:
-    """Workers that a process has at most: its cores, up to `MAX_WORKERS`."""
+    """Return the largest number of workers of a process: its cores, up to `MAX_WORKERS`."""
     return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
 class _Worker:
-    """One process, and the pipes to it."""
+    """One worker process with its pipes."""
 
     def __init__(self, seconds: float, memory: int) -> None:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(_PACKAGE_ROOT)]),
-            "PYTHONHASHSEED": "0",  # sympy's order of terms, and with it what it can simplify, depends on it
+            "PYTHONHASHSEED": "0",  # sympy's order of terms and its simplifications depend on it
         }
         try:
-            # -P: the folder of the program, with its math.py, stays off the path.
+            # -P: the folder of the program, with its math.py, must not be on the path.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_PROGRAM), str(seconds), str(memory)],
                 stdin=subprocess.PIPE,
@@ -81,18 +81,18 @@ class _Worker:
             )
 
     def _reply(self, seconds: float) -> bytes:
-        """One byte, or none where the process ended or did not reply in time."""
+        """Return one byte, or no byte if the process ended or did not reply in time."""
         return self._replies.read(1) if self._poll.poll(1000 * seconds) else b""
 
     def same(self, truth: str, answer: str) -> bool | None:
-        """Its verdict; ``None`` where it ended or did not reply in time, and is of no more use."""
+        """Return the verdict, or ``None`` if the process ended or did not reply in time and must be replaced."""
         self._requests.write(json.dumps([truth, answer]).encode() + b"\n")
         reply = self._reply(MAX_WALL_SECONDS)
         return reply == b"1" if reply else None
 
     @property
     def alive(self) -> bool:
-        """Whether the process is still there."""
+        """Whether the process still runs."""
         return self._process.poll() is None
 
     def end(self) -> None:
@@ -104,18 +104,18 @@ class _Worker:
 
 
 class Pool:
-    """Up to ``workers`` processes, each started when it is first needed. Any thread may call it; one too many waits."""
+    """Up to ``workers`` processes, started at their first use. Any thread may call it and waits for a free worker."""
 
     def __init__(self, workers: int, seconds: float = MAX_SECONDS, memory: int = MAX_MEMORY) -> None:
         self._limits = seconds, memory
         self._warned = threading.Event()
-        # The last one that was used comes first: where there is one comparison at a time, one worker does them all.
+        # The worker used last comes first, so that sequential comparisons need only one worker.
         self._places: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(workers):
             self._places.put(None)
 
     def same(self, truth: str, answer: str) -> bool:
-        """Whether math-verify takes ``answer`` for ``truth``; False where it exceeds a limit or breaks.
+        """Return whether math-verify finds ``answer`` equal to ``truth``; False if it exceeds a limit or fails.
 
         Raises:
             GraderError: the worker cannot be started.
@@ -123,12 +123,12 @@ class Pool:
         worker = self._places.get()
         verdict = None
         try:
-            if worker is not None and not worker.alive:  # ended while it was idle, by the system or a person
+            if worker is not None and not worker.alive:  # ended from outside while it was idle
                 worker.end()
                 worker = None
             worker = worker or _Worker(*self._limits)
             verdict = worker.same(truth, answer)
-        finally:  # also after an interrupt, when a reply may still be under way
+        finally:  # also after an interrupt, when a reply may still arrive
             if worker is not None and verdict is None:
                 worker.end()
                 worker = None
@@ -141,7 +141,7 @@ class Pool:
         return bool(verdict)
 
     def close(self) -> None:
-        """End the workers that are idle; those at work end with their comparison."""
+        """End the workers that are idle; busy workers end after their comparison."""
         taken = [self._places.get() for _ in range(self._places.qsize())]
         for worker in taken:
             if worker is not None:
@@ -153,12 +153,12 @@ _shared = Pool(size())
 
 
 def shared() -> Pool:
-    """The pool of this process."""
+    """Return the pool of this process."""
     return _shared
 
 
 def _forget() -> None:
-    """Leave the workers to the process that this one was forked from."""
+    """Drop the workers after a fork: they belong to the parent process."""
     global _shared
     _shared = Pool(size())
 

@@ -1,13 +1,13 @@
 """Exact comparison of two LaTeX expressions with math-verify.
 
 math-verify reads the expressions and decides how sets, intervals, matrices, relations and numbers compare. Some of its
-rules accept wrong answers. This module replaces them:
+rules accept wrong answers. This module replaces those rules:
 
 * Decimals are read as exact fractions, and numbers compare exactly (math-verify rounds to 6 and to 15 decimals).
 * Only a fraction directly behind an integer makes a mixed number (math-verify reads ``5(5)`` as 10).
 * Expressions are the same if they are equal wherever both have a real value, so ``sqrt(ab)`` is ``sqrt(a)sqrt(b)``.
-* An equation is not its right side, a list with a repeated element is not the list without it, and two equations
-  without solutions are not the same for that reason.
+* An equation differs from its right side, a list with a repeated element from the list without it, and two equations
+  are not the same only because both have no solution.
 
 Only the worker processes import this module, because it loads sympy.
 """
@@ -34,9 +34,9 @@ CONFIG = NormalizationConfig(
 )
 """math-verify's own configuration without its units, which drop variables such as m and t."""
 DIGITS = 400
-"""Two constants that agree to this many digits, and that are not both rational, are the same."""
+"""Two constants that are not both rational are the same if they agree to this many digits."""
 MIN_ROUNDED_DIGITS = 6
-"""Significant digits that a decimal needs to stand for an irrational number or a fraction without end."""
+"""Significant digits that a decimal needs to count as an irrational number or a repeating fraction."""
 SAMPLES = tuple(map(sympy.Rational, ("137/100", "271/83", "59/97", "401/53", "17/41")))
 """Values at which expressions are compared before they are simplified."""
 
@@ -48,14 +48,14 @@ _NOT_SAMPLED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Der
 _IMAGINARY = {sympy.Symbol("i", real=real): sympy.I for real in (True, False, None)}
 
 _decimals: dict[Any, int] = {}
-"""Decimals of the comparison that have many digits: their exact values and the number of digits behind the point."""
+"""The long decimals of the comparison: their exact values and the number of digits after the point."""
 
 
 class _Exact(_Latex2Sympy):
-    """math-verify's reader with exact decimals and without mixed numbers that nobody wrote."""
+    """math-verify's reader with exact decimals, and without mixed numbers that are not written as such."""
 
     def parse_number(self, text: str) -> Any:
-        """A number; a decimal becomes an exact fraction."""
+        """Return a number; a decimal becomes an exact fraction."""
         number = super().parse_number(text)
         if not isinstance(number, sympy.Float):
             return number
@@ -67,7 +67,7 @@ class _Exact(_Latex2Sympy):
         return exact
 
     def convert_postfix_list(self, arr: Any, i: int = 0) -> Any:
-        """Factors side by side: a product, except for an integer before a fraction."""
+        """Read adjacent factors as a product, except for an integer before a fraction."""
         if i + 1 < len(arr):
             here, following = arr[i].getText(), arr[i + 1].getText()
             if here[-1:].isdigit() and following[:1] in "0123456789.":
@@ -85,7 +85,7 @@ class _Exact(_Latex2Sympy):
 
 
 def _same_value(gold: Any, pred: Any, *_: Any) -> bool:
-    """Whether two expressions or matrices are equal; replaces math-verify's numeric and symbolic comparison."""
+    """Return whether two expressions or matrices are equal; replaces math-verify's numeric and symbolic comparison."""
     gold, pred = grader.safe_sympy_doit(gold), grader.safe_sympy_doit(pred)
     matrices = [isinstance(one, sympy.MatrixBase) for one in (gold, pred)]
     if any(matrices):
@@ -108,7 +108,7 @@ def _same_constant(gold: sympy.Expr, pred: sympy.Expr) -> bool:
 
 
 def _is_zero(difference: sympy.Expr) -> bool:
-    """Whether a constant is zero: exactly, or to `DIGITS` digits where it is irrational."""
+    """Return whether a constant is zero: exactly, or to `DIGITS` digits where it is irrational."""
     if difference.is_Rational:
         return bool(difference.is_zero)
     value = difference.evalf(15, maxn=DIGITS)
@@ -117,12 +117,12 @@ def _is_zero(difference: sympy.Expr) -> bool:
     parts = value.as_real_imag()
     if not all(isinstance(part, sympy.Float | sympy.Rational) for part in parts):
         return bool(sympy.simplify(difference).is_zero)
-    # Digits that cannot be computed to any precision are marked with a precision of 1: they are those of a zero.
+    # sympy marks digits that it cannot compute to any precision with a precision of 1: the value is zero.
     return all(part == 0 or getattr(part, "_prec", 2) == 1 for part in parts)
 
 
 def _rounded(decimal: Any, number: Any) -> bool:
-    """Whether a written decimal is the correct rounding of a number that has no end as a decimal."""
+    """Return whether a written decimal is the correct rounding of a number without a finite decimal form."""
     digits = _decimals.get(abs(decimal)) if decimal.is_Rational else None
     if not digits or not number.is_real:
         return False
@@ -132,7 +132,7 @@ def _rounded(decimal: Any, number: Any) -> bool:
 
 
 def _same_function(gold: Any, pred: Any) -> bool:
-    """Whether two expressions with variables are equal wherever both have a real value."""
+    """Return whether two expressions with variables are equal wherever both have a real value."""
     symbols = sorted(gold.free_symbols | pred.free_symbols, key=str)
     sampled = not gold.has(*_NOT_SAMPLED) and not pred.has(*_NOT_SAMPLED)
     if sampled and any(_differ_at(point, gold, pred) for point in _points(symbols, positive=True)):
@@ -149,7 +149,7 @@ def _same_function(gold: Any, pred: Any) -> bool:
 
 
 def _points(symbols: list[Any], positive: bool) -> Iterator[dict[Any, Any]]:
-    """Values for the symbols: all positive, or each symbol negative in turn."""
+    """Yield values for the symbols: all positive, or one symbol negative in turn."""
     for shift in range(3):
         count = len(SAMPLES)
         point = {symbol: SAMPLES[(at + shift) % count] + at // count for at, symbol in enumerate(symbols)}
@@ -160,7 +160,7 @@ def _points(symbols: list[Any], positive: bool) -> Iterator[dict[Any, Any]]:
 
 
 def _differ_at(point: dict[Any, Any], *both: sympy.Expr) -> bool:
-    """Whether both expressions have real values at a point, and different ones."""
+    """Return whether both expressions have real values at a point, and different ones."""
     if not all(_is_defined(one, point) for one in both):
         return False
     first, second = (one.subs(point).evalf(30) for one in both)
@@ -170,7 +170,7 @@ def _differ_at(point: dict[Any, Any], *both: sympy.Expr) -> bool:
 
 
 def _is_defined(expression: sympy.Expr, point: dict[Any, Any]) -> bool:
-    """Whether all roots, powers, logarithms and factorials of an expression have real values at a point."""
+    """Return whether all roots, powers, logarithms and factorials of an expression have real values at a point."""
     roots = (node for node in expression.atoms(sympy.Pow) if not node.exp.is_integer)
     nodes = (*roots, *expression.atoms(sympy.log, sympy.factorial))
     return all(node.args[0].subs(point).is_positive for node in nodes)
@@ -184,7 +184,7 @@ _solve_and_compare = grader.sympy_solve_and_compare
 
 
 def _same_expression(gold: Any, pred: Any, *args: Any, **kwargs: Any) -> bool:
-    """math-verify's comparison, except that an equation is not its right side and repeated elements count."""
+    """Compare as math-verify does, except that an equation is not its right side and repeated elements count."""
     for one, other in ((gold, pred), (pred, gold)):
         if grader.is_equation(one) and not grader.is_equation(other) and not _is_assignment(one):
             return False
@@ -192,7 +192,7 @@ def _same_expression(gold: Any, pred: Any, *args: Any, **kwargs: Any) -> bool:
     if None not in counts and counts[0] != counts[1]:
         return False
     if isinstance(gold, sympy.FiniteSet) and isinstance(pred, sympy.FiniteSet) and counts[0] != len(gold):
-        return _same_elements(gold, pred, *args)  # sets leave repeated elements out, lists do not
+        return _same_elements(gold, pred, *args)  # sets drop repeated elements, lists do not
     if grader.is_relation(gold) and grader.is_relation(pred) and not grader.is_equation(gold):
         same_regions = _same_regions(gold, pred)
         if same_regions is not None:
@@ -205,7 +205,7 @@ def _is_assignment(equation: Any) -> bool:
 
 
 def _count(expression: Any) -> int | None:
-    """The elements that a list has as it was written; 1 for an expression, ``None`` for all other sets."""
+    """Return the number of elements of a list as written; 1 for an expression, ``None`` for other sets."""
     if isinstance(expression, sympy.FiniteSet):
         return len(getattr(expression, "_unsorted_args", expression.args))
     if isinstance(expression, sympy.Tuple):
@@ -216,7 +216,7 @@ def _count(expression: Any) -> int | None:
 
 
 def _same_regions(gold: Any, pred: Any) -> bool | None:
-    """Whether two inequalities in one variable have the same solutions; ``None`` where this cannot be told."""
+    """Return whether two inequalities in one variable have the same solutions, or ``None`` if this cannot be decided."""
     if gold.free_symbols != pred.free_symbols or len(gold.free_symbols) != 1:
         return None
     try:
@@ -227,7 +227,7 @@ def _same_regions(gold: Any, pred: Any) -> bool | None:
 
 
 def _same_elements(gold: Any, pred: Any, *args: Any) -> bool:
-    """Whether two lists or tuples have the same elements, in order where the right answer has an order."""
+    """Return whether two lists or tuples have the same elements, in order if the right answer is ordered."""
     golds, preds = ([*getattr(one, "_unsorted_args", one.args)] for one in (gold, pred))
     if len(golds) != len(preds):
         return False
@@ -242,12 +242,12 @@ def _same_elements(gold: Any, pred: Any, *args: Any) -> bool:
 
 
 def _same_names(gold: Any, pred: Any) -> bool:
-    """math-verify's comparison of a variable with an expression, which looks at their names only."""
+    """Replace math-verify's comparison of a variable with an expression, which compares only their names."""
     return bool(_compare_names(gold, pred)) or _same_value(gold, pred)
 
 
 def _same_solutions(gold: Any, pred: Any, *args: Any) -> bool:
-    """math-verify's comparison of solutions, which takes two equations without any for the same."""
+    """Replace math-verify's comparison of solutions, which accepts any two equations without solutions."""
     return bool(sympy.solve(gold, gold.free_symbols)) and _solve_and_compare(gold, pred, *args)
 
 
@@ -263,9 +263,9 @@ grader.sympy_solve_and_compare = _same_solutions
 
 
 def _tell_apart(truth: str, answer: str) -> tuple[str, str]:
-    """Both with other symbols for the capitals that one of them also has as a small letter.
+    """Return both texts with other symbols for the capitals that also occur as small letters.
 
-    math-verify takes all letters for small ones, and so R - r for 0.
+    math-verify lowers all letters, and so takes R - r for 0.
     """
     found = [set(_LETTERS.findall(text)) for text in (truth, answer)]
     clashing = sorted({one for symbols in found for one in symbols if one.isupper() and one.lower() in symbols})
@@ -278,7 +278,7 @@ def _tell_apart(truth: str, answer: str) -> tuple[str, str]:
 
 
 def _region(expression: Any) -> Any:
-    """The set of numbers that an inequality or a set describes."""
+    """Return the set of numbers that an inequality or a set describes."""
     return expression.as_set() if grader.is_relation(expression) else expression
 
 
@@ -292,16 +292,16 @@ def _parsed(text: str, real: bool) -> Any:
 
 @functools.lru_cache(maxsize=512)
 def _cached(text: str, real: bool) -> tuple[Any, dict[Any, int]]:
-    """What math-verify reads in a text, and the long decimals in it."""
+    """Return math-verify's expression for a text, and the long decimals in the text."""
     _decimals.clear()
     return _parsed(text, real), dict(_decimals)
 
 
 def same(truth: str, answer: str) -> bool:
-    """Whether two LaTeX expressions, the right answer and the given one, are the same.
+    """Return whether two LaTeX expressions, the right answer and the given one, are the same.
 
     Raises:
-        Exception: an expression cannot be read, or sympy cannot handle it. The caller takes this for "not the same".
+        Exception: an expression cannot be read, or sympy cannot handle it. The caller counts this as "not the same".
     """
     truth, answer = _tell_apart(truth, answer)
     real = not any(map(grader.should_treat_as_complex, (truth, answer)))

@@ -1,6 +1,6 @@
 """Messages between the judge and the child that runs a program, and the values in them.
 
-It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
+The file is sent to the sandbox as text (see ``judge.py``), so it uses only the standard library, from Python 3.10 on.
 """
 
 import builtins
@@ -9,18 +9,18 @@ import json
 import os
 
 MESSAGE_LIMIT = 8 * 2**20
-"""Bytes that the child may send at once."""
+"""Largest message of the child in bytes."""
 DEPTH_LIMIT = 200
-"""Nesting of a value that is sent."""
+"""Deepest nesting of a value in a message."""
 REASON_LIMIT = 300
 
 
 class Gone(BaseException):
-    """The child ended, hung, or sent what can't be read. No Exception: a test's own ``except`` must not swallow it."""
+    """The child ended, hung or sent an unreadable message. Not an Exception, so that a test's ``except`` ignores it."""
 
 
 def frame(message):
-    """An object as JSON, after 16 hexadecimal digits that say how long it is."""
+    """Return an object as JSON after its length in 16 hexadecimal digits."""
     data = json.dumps(message).encode()
     return b"%016x" % len(data) + data
 
@@ -35,7 +35,7 @@ def write_message(fd, message, wait=None):
 
 
 def read_message(fd, limit=None, wait=None):
-    """Receive an object; ``wait`` is called before every read. Raises Gone at the end or where it can't be read."""
+    """Receive an object; ``wait`` is called before every read. Raises Gone at the end or if it cannot be read."""
     header = _read_exactly(fd, 16, wait)
     try:
         size = int(header, 16)
@@ -63,10 +63,10 @@ def _read_exactly(fd, size, wait):
 
 
 class Remote:
-    """Something in the child: a name of the program, or an object that is no plain data. It equals only itself."""
+    """A name or an object in the child that is not plain data. It equals only itself."""
 
     def __init__(self, server, name, handle=None):
-        vars(self).update(_server=server, _name=name, _handle=handle)  # past __setattr__
+        vars(self).update(_server=server, _name=name, _handle=handle)  # bypasses __setattr__
 
     def _ask(self, **request):
         if self._handle is not None:
@@ -78,12 +78,12 @@ class Remote:
         return self._server.ask(**request)
 
     def __call__(self, *arguments, **keywords):
-        """Call it in the child."""
+        """Call the object in the child."""
         packed = [pack(value) for value in arguments]
         return self._ask(do="call", arguments=packed, keywords={k: pack(v) for k, v in keywords.items()})
 
     def __getattr__(self, name):
-        """Look the attribute up in the child."""
+        """Read the attribute in the child."""
         if name.startswith("__"):
             raise AttributeError(name)
         return self._ask(do="get", name=name)
@@ -95,12 +95,12 @@ class Remote:
 
 # ---- values ----------------------------------------------------------------------------------------------------------
 #
-# Lists, strings, floats and small integers stand for themselves; everything else is an object with one key. Nothing is
-# pickled: a program could then choose what runs in the judge.
+# Lists, strings, floats and small integers are sent as they are; all other values are objects with one key. Nothing is
+# pickled, because a program could then run code in the judge.
 
 
 def pack(value, handles=None, depth=0):
-    """A value as JSON. Subclasses become their plain type; what is no data becomes a handle, or a TypeError."""
+    """Return a value as JSON. Subclasses become their plain type; other objects become a handle or raise TypeError."""
     if depth > DEPTH_LIMIT:
         raise ValueError("a value is nested too deeply")
 
@@ -125,7 +125,7 @@ def _pack_object(value, handles, packed):
         return {"type": value.__name__}
     if handles is None:
         raise TypeError("a " + type(value).__name__ + " can't be given to the program")
-    if hasattr(type(value), "__next__"):  # iterators and generators: the test can go through them once, as it expects
+    if hasattr(type(value), "__next__"):  # iterators and generators: the test can iterate over them once, as it expects
         return {"iterator": packed(value)}
     handles.append(value)
     return {"handle": len(handles) - 1}
@@ -133,11 +133,11 @@ def _pack_object(value, handles, packed):
 
 def _pack_int(value):
     number = int(value)
-    # Python refuses to write very long integers in decimal digits; hexadecimal ones it always writes.
+    # Python limits the length of integers in decimal digits, but not in hexadecimal digits.
     return number if -(2**63) < number < 2**63 else {"int": hex(number)}
 
 
-_PLAIN: "tuple" = (  # types without items, and how to pack them; bool comes before int, which it is a subclass of
+_PLAIN: "tuple" = (  # types without items and their packing functions; bool precedes its base class int
     ((type(None), bool), lambda value: value),
     (float, float),
     (int, _pack_int),
@@ -147,7 +147,7 @@ _PLAIN: "tuple" = (  # types without items, and how to pack them; bool comes bef
     (range, lambda value: {"range": [_pack_int(n) for n in (value.start, value.stop, value.step)]}),
     (Remote, lambda value: {"handle": vars(value)["_handle"]}),
 )
-_SEQUENCES = {  # their types, and what makes one of a list
+_SEQUENCES = {  # their types, and the constructor from a list
     "list": (list, list),
     "tuple": (tuple, tuple),
     "set": (set, set),
@@ -158,7 +158,7 @@ _SEQUENCES = {  # their types, and what makes one of a list
     "dict_items": (type({}.items()), lambda items: dict(items).items()),
     "iterator": ((), iter),
 }
-_OBJECTS = {  # what makes a value of the others
+_OBJECTS = {  # constructors of the other types
     "int": lambda digits: int(digits, 16),
     "complex": lambda parts: complex(*parts),
     "bytes": bytes.fromhex,
@@ -175,7 +175,7 @@ def _builtin_type(name):
 
 
 def unpack(data, handle):
-    """The value that was packed; ``handle`` makes something of a handle's number. Raises where it was not packed."""
+    """Return the value of packed data; ``handle`` maps a handle's number to an object. Raises for unpacked data."""
     if isinstance(data, list):
         return [unpack(item, handle) for item in data]
     if not isinstance(data, dict):
@@ -191,7 +191,7 @@ def unpack(data, handle):
 
 
 def describe(error):
-    """An exception in one line."""
+    """Return one line about an exception."""
     try:
         text = "".join(str(error).split("\n")[:1])
     except BaseException:

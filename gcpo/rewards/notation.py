@@ -1,4 +1,4 @@
-"""The normal form of an answer: one way to write what can be written in many ways."""
+"""The normal form of an answer: one notation for answers that can be written in several ways."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_UNIT = re.compile(
     r"|times|plus|minus|over|squared|cubed|factorial|half|halves|thirds?|quarters?|fourths?|tenths?|hundredths?"
     r"|base|mod|pi|is|are|was|isn|wrong|false|incorrect)\b)|\b[a-fi-kn-ru-zBDEG-IO-UX-Z]\b"
 )
-"""Text behind a number that is no unit: words that change the value, and letters that are variables or constants."""
+"""Text after a number that is not a unit: words that change the value, and letters that are variables or constants."""
 
 # ---- characters ------------------------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ _SCALED_COUNTER = re.compile("[\u5341\u767e\u5343\u4e07\u4ebf\u5146\u534a\u6210\
 
 
 def closing(text: str, start: int) -> int:
-    """Where the bracket that opens at ``start`` is closed, -1 where it is not; escaped brackets do not count."""
+    """Return the index of the bracket that closes the one at ``start``, or -1; escaped brackets do not count."""
     opening, depth, at = text[start], 0, start
     while at < len(text):
         if text[at] == "\\":
@@ -83,7 +83,7 @@ def closing(text: str, start: int) -> int:
 
 
 def _latex_characters(text: str) -> str:
-    """Full-width characters, superscripts, fractions and other symbols of Unicode as ASCII and LaTeX."""
+    """Convert full-width characters, superscripts, fractions and other Unicode symbols to ASCII and LaTeX."""
     if text.isascii():
         return text
     text = _WIDE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
@@ -108,7 +108,7 @@ def _run(match: re.Match[str]) -> str:
 
 
 def _with_roots(text: str) -> str:
-    """The root signs as LaTeX; a sign spans the whole number, bracket, letter or command that follows it."""
+    """Convert root signs to LaTeX; a sign spans the whole number, bracket, letter or command that follows it."""
     while signs := list(_ROOT.finditer(text)):
         sign = signs[-1]
         start = sign.end()
@@ -165,11 +165,11 @@ _WRAPPERS = _rules(
 
 
 _GROUP = re.compile(rf"(?:(?:{_FONT})?\{{)?")
-"""The opening of a group; it matches nothing where a text does not begin with one."""
+"""The opening of a group; it matches the empty text if there is none."""
 
 
 def _undecorated(text: str) -> str:
-    """An answer without emphasis, colour, sizes, delimiters and words like "the answer is" around it."""
+    """Remove emphasis, colour, sizes, delimiters and words such as "the answer is" around an answer."""
     while True:
         before = text
         for pattern, new in _WRAPPERS:
@@ -185,7 +185,7 @@ def _undecorated(text: str) -> str:
 
 @functools.lru_cache(maxsize=10_000)
 def plain(answer: str) -> str:
-    """An answer in ASCII LaTeX without decoration; units, fonts and choices are still there."""
+    """Return an answer in ASCII LaTeX without decoration, but with units, fonts and choices."""
     answer = _latex_characters(answer).translate(_SYMBOLS).strip()
     if answer.startswith(("\\boxed", "\\fbox")):
         answer = ", ".join(boxed_answers(answer) or []) or answer
@@ -216,21 +216,21 @@ _SHORTEN = _rules(
     (r"\\frac\s*(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}"),
     (r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\d+|[A-Za-z])", r"\\sqrt\1{\2}"),
     (r" +", " "),
-    (r"(?<![\w,]) | (?!\w)", ""),  # the others part words, numbers, a command from what follows, or a list
+    (r"(?<![\w,]) | (?!\w)", ""),  # other spaces separate words, numbers, list items, or a command from its argument
 )
 
 
 def without_fonts(text: str) -> str:
-    """A plain answer whose text and font commands are replaced by their contents."""
+    """Return a plain answer whose text and font commands are replaced by their contents."""
     return _apply(_NO_FONT, text)
 
 
 @functools.lru_cache(maxsize=10_000)
 def normalize(answer: str) -> str:
-    """An answer without the parts that do not change its value.
+    """Remove the parts of an answer that do not change its value.
 
-    These are boxes, decoration, dollar signs, fonts, spaces, units, degree signs, thousands separators, leading zeros
-    and decimals that are zero. Characters of Unicode become LaTeX. LaTeX stays LaTeX, and normalising it again changes
+    Removed are boxes, decoration, dollar signs, fonts, spaces, units, degree signs, thousands separators, leading zeros
+    and decimals that are zero. Unicode characters become LaTeX. Normalising a result again changes
     nothing. Percent signs and words like "million" stay.
     """
     answer = plain(answer)
@@ -248,7 +248,7 @@ def normalize(answer: str) -> str:
 
 
 def plain_number(text: str) -> str:
-    """``1027`` for ``01,027.0``; other text stays as it is."""
+    """Return ``1027`` for ``01,027.0``; other text stays as it is."""
     ungrouped = re.sub("[, _]", "", text) if _GROUPED.fullmatch(text) else text
     if not NUMBER.fullmatch(ungrouped):
         return text
@@ -267,7 +267,7 @@ _CLOSING = {")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil"}
 
 
 def split(text: str, separators: set[str]) -> list[tuple[str, str]]:
-    """The parts of a text between separators that stand outside of all brackets, each with the separator before it."""
+    """Split a text at separators outside all brackets; return every part with the separator before it."""
     parts, depth, start, before = [], 0, 0, ""
     for token in _TOKENS.finditer(text):
         if token[0] in _OPENING or token[0].startswith(r"\begin"):
@@ -281,5 +281,5 @@ def split(text: str, separators: set[str]) -> list[tuple[str, str]]:
 
 
 def split_list(text: str) -> list[str]:
-    """The elements of a list without brackets; one where it is no list."""
+    """Return the elements of a list without brackets, or the whole text as one element."""
     return [part for _, part in split(text, {",", ";"})]

@@ -1,4 +1,4 @@
-"""The program that tries a sandbox out: it prints what it should not have been able to do, or ``nothing``."""
+"""A program that tests a sandbox: it prints an action that the sandbox should have prevented, or ``nothing``."""
 
 import _thread
 import json
@@ -11,7 +11,7 @@ leaks = []
 
 
 def look(folder):
-    """Note every file in sight that is neither allowed nor on the way to one that is."""
+    """Record every visible file that is neither allowed nor a parent of an allowed one."""
     for name in os.listdir(folder):
         place = os.path.join(folder, name)
         if place not in asked["visible"]:
@@ -54,4 +54,4 @@ except RuntimeError:
     pass
 print("; ".join(leaks) or "nothing")
 sys.stdout.flush()
-os._exit(0)  # the threads would never end
+os._exit(0)  # the threads never end

@@ -1,4 +1,4 @@
-"""Answers that are rational numbers, compared exactly and without math-verify."""
+"""Exact comparison of answers that are rational numbers, without math-verify."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _INNER_SCIENTIFIC = re.compile(rf"(?<![\w.])({DECIMAL})[eE]([+-]?\d{{1,3}})(?!\w
 
 
 def value(text: str) -> Fraction | None:
-    """The rational number that a normalised answer is; ``None`` where it is none.
+    """Return a normalised answer as a rational number, or ``None`` if it is not one.
 
-    Decimals, repeating decimals, fractions, mixed numbers and scientific notation are read.
+    Decimals, repeating decimals, fractions, mixed numbers and scientific notation are supported.
     """
     if match := _SCIENTIFIC.fullmatch(text):
         return Fraction(Decimal(match[1])) * Fraction(10) ** int(match[2] or match[3] or match[4] or 0)
@@ -45,10 +45,10 @@ def value(text: str) -> Fraction | None:
 
 
 def _ratio(text: str) -> Fraction | None:
-    """The value of a fraction or a mixed number."""
+    """Return the value of a fraction or a mixed number."""
     if match := _FRACTION.fullmatch(text):
         sign, whole, above, below = match.groups()
-        if whole and not (above + below).isdecimal():  # 2 times a fraction, or a mixed number?
+        if whole and not (above + below).isdecimal():  # ambiguous: 2 times a fraction, or a mixed number
             return None
     elif match := _MIXED.fullmatch(text):
         sign, whole, above, below = match.groups()
@@ -65,7 +65,7 @@ def _ratio(text: str) -> Fraction | None:
 
 
 def _repeating(match: re.Match[str]) -> Fraction:
-    r"""The value of ``0.1\overline{6}``, ``0.1\dot{6}`` or ``0.1(6)``."""
+    r"""Return the value of ``0.1\overline{6}``, ``0.1\dot{6}`` or ``0.1(6)``."""
     whole, fixed, *periods = match.groups()
     return _with_period(whole, fixed, "".join(re.findall(r"\d", next(filter(None, periods)), re.ASCII)))
 
@@ -76,7 +76,7 @@ def _with_period(whole: str, fixed: str, period: str) -> Fraction:
 
 
 def exact_fractions(text: str) -> str:
-    """A normalised answer whose repeating decimals and mixed numbers are LaTeX fractions, for math-verify."""
+    """Convert repeating decimals and mixed numbers of a normalised answer to LaTeX fractions, for math-verify."""
     text = _REPEATING.sub(lambda m: _latex(_repeating(m)), text)
     text = _INNER_MIXED.sub(lambda m: rf"{m[1]}\frac{{{m[2]}}}{{{m[3]}}}" if int(m[2]) < int(m[3]) else m[0], text)
     return _INNER_SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
@@ -87,9 +87,9 @@ def _latex(number: Fraction) -> str:
 
 
 def same_rational(answer: str, truth: str) -> bool | None:
-    """Whether two normalised answers are the same number; ``None`` where one of them is no rational number.
+    """Return whether two normalised answers are the same number, or ``None`` if one of them is not a rational number.
 
-    The unit of the question may be per cent, or millions: then 25 % is 25.
+    The question may ask for per cent or millions, so 25 % equals 25.
     """
     answer, answer_scale = unscaled(answer)
     truth, truth_scale = unscaled(truth)
@@ -104,18 +104,18 @@ def same_rational(answer: str, truth: str) -> bool | None:
 
 
 def unscaled(text: str) -> tuple[str, int]:
-    """A normalised answer without its percent sign or its "million", and the power of ten that this stands for."""
+    """Return a normalised answer without its percent sign or its "million", and the power of ten of that scale."""
     scaled = SCALED.fullmatch(text)
     return (scaled[1], SCALES[scaled[2]]) if scaled else (text, 0)
 
 
 def scales_agree(one: int, other: int) -> bool:
-    """Whether two numbers may be compared without their scales: these are the same, or one has none."""
+    """Return whether two numbers have the same scale, or one of them has none."""
     return one == other or 0 in (one, other)
 
 
 def _rounds_to(number: Fraction, decimal: str) -> bool:
-    """Whether a decimal with six significant digits or more is a number that has no end as a decimal, rounded."""
+    """Return whether a decimal with at least six significant digits is the rounding of a number without finite form."""
     digits = decimal.partition(".")[2]
     if not NUMBER.fullmatch(decimal) or len(decimal.lstrip("+-0.").replace(".", "")) < 6 or not digits:
         return False
@@ -123,5 +123,5 @@ def _rounds_to(number: Fraction, decimal: str) -> bool:
 
 
 def endless(denominator: int) -> bool:
-    """Whether a number with this denominator, in lowest terms, has no end as a decimal: it divides no power of ten."""
+    """Return whether a number with this denominator, in lowest terms, has no finite decimal form."""
     return pow(10, denominator.bit_length(), denominator) != 0

@@ -26,7 +26,7 @@ _OPERATOR = re.compile(
 
 
 def choice(text: str) -> Choice | None:
-    """The choice that a plain answer makes: ``(B)``, ``(B) 25``, ``B. 25``, ``B: 25``; ``None`` where it makes none."""
+    """Return the choice of a plain answer, such as ``(B)``, ``(B) 25``, ``B. 25`` or ``B: 25``, or ``None``."""
     text = without_fonts(text).rstrip(". ")
     if re.fullmatch("[A-J]", text):
         return Choice(text, "")
@@ -71,13 +71,13 @@ _MODULUS = re.compile(r"\\?\(?\s*\\(?:pmod|bmod|mod)\s*\{?([^{}]*?)\}?\s*\)?$|\(
 
 
 class Statement(NamedTuple):
-    """What an answer says of a name.
+    """The value that an answer gives to a name.
 
     Attributes:
-        name: the name, or "" where the answer is a value only.
+        name: the name, or "" if the answer is only a value.
         value: the value.
         links: texts of numbers that must equal the value, for the answer to be consistent.
-        equation: the whole text where it is an equation but not a value, else "".
+        equation: the whole text if it is an equation without a value, else "".
     """
 
     name: str
@@ -95,12 +95,12 @@ def _is_name(text: str) -> bool:
 
 
 def is_number(text: str) -> bool:
-    """Whether a normalised text has no variables."""
+    """Return whether a normalised text has no variables."""
     return not _HAS_VARIABLE.search(re.sub(r"\\[A-Za-z]+", lambda m: m[0] if re.match(_GREEK, m[0]) else " ", text))
 
 
 def statement(text: str) -> Statement:
-    """The value that a normalised answer states.
+    """Return the value that a normalised answer states.
 
     ``x = 2 + 3 = 5`` states 5 for x, and ``2 + 3 = 5`` states 5. ``x + y = 5`` is an equation and states no value.
     """
@@ -114,7 +114,7 @@ def statement(text: str) -> Statement:
     if not all(texts):
         return Statement("", text, equation=text)
     named = _is_name(texts[0])
-    # Of "x = exact value \approx decimal" the exact value counts.
+    # In "x = exact value \approx decimal" the exact value counts.
     end = next((at for at, (sign, _) in enumerate(parts) if sign in _APPROXIMATELY and at > named), len(parts))
     value, chain = texts[end - 1], texts[named : end - 1]
     if named:
@@ -126,7 +126,7 @@ def statement(text: str) -> Statement:
 
 
 def stated(text: str) -> Statement:
-    """The value that a normalised answer or a list of them states.
+    """Return the value that a normalised answer or a list of them states.
 
     ``x=3, y=5`` is the tuple (3,5), and ``x=3 or x=5`` the list 3,5.
     """
@@ -150,7 +150,7 @@ def _listed(text: str) -> Statement | None:
 
 
 def by_name(found: Statement) -> Statement:
-    """A tuple of values of several names, in the order of the names; other statements stay as they are."""
+    """Sort the values of several names by the names; other statements stay as they are."""
     names, values = found.name.split(","), split_list(found.value[1:-1])
     if len(names) < 2 or len(names) != len(values):
         return found
@@ -159,7 +159,7 @@ def by_name(found: Statement) -> Statement:
 
 
 def modulus(text: str) -> str:
-    r"""The modulus that ends a text, as ``7`` for ``x \equiv 3 \pmod 7``; "" where there is none."""
+    r"""Return the modulus that ends a text, as ``7`` for ``x \equiv 3 \pmod 7``, or "" without one."""
     match = _MODULUS.search(text)
     if match and r"\bmod" in match[0] and r"\equiv" not in text:
         return ""  # an operation: 7 \bmod 3 is 1
@@ -167,5 +167,5 @@ def modulus(text: str) -> str:
 
 
 def without_modulus(text: str) -> str:
-    """A text without the modulus that ends it."""
+    """Remove the modulus at the end of a text."""
     return _MODULUS.sub("", text).strip()

@@ -1,6 +1,6 @@
-"""How the judge runs a program: a child for every test, or a child that answers calls, and its limits.
+"""Running a program for the judge: one child per test or one child that answers calls, with their limits.
 
-It is sent to the sandbox as text, see ``judge.py``: the standard library only, for Python 3.10 and later.
+The file is sent to the sandbox as text (see ``judge.py``), so it uses only the standard library, from Python 3.10 on.
 """
 
 import builtins
@@ -9,7 +9,7 @@ import select
 import sys
 import time
 
-if __name__ != "__main__":  # in the sandbox, these files stand above this one
+if __name__ != "__main__":  # in the sandbox, these files precede this one
     from gcpo.rewards.child import be_child, run_program, serve_calls
     from gcpo.rewards.messages import (
         MESSAGE_LIMIT,
@@ -23,15 +23,15 @@ if __name__ != "__main__":  # in the sandbox, these files stand above this one
     )
 
 FILES_SECONDS = 0.1
-"""How often the files of a program are counted."""
+"""Interval at which the files of a program are counted."""
 
 
 class Failed(BaseException):
-    """The program has failed; the message says how."""
+    """The program has failed; the message gives the reason."""
 
 
 class Clock:
-    """The limits of the child that runs now, in seconds of its processor and of the wall."""
+    """The limits of the running child, in seconds of processor time and of wall-clock time."""
 
     def __init__(self, limits, folder):
         self.limits, self.folder = limits, folder
@@ -40,17 +40,17 @@ class Clock:
         self.pid = 0
 
     def start(self, pid):
-        """A new child."""
+        """Start the limits of a new child."""
         self.pid = pid
         self.next_case()
 
     def next_case(self):
-        """The limits of one case begin anew."""
+        """Reset the limits for the next case."""
         self.cpu_start = self.used()
         self.wall_case = time.monotonic()
 
     def used(self):
-        """Processor time of all children so far."""
+        """Return the processor time of all children so far in seconds."""
         if not self.pid:
             return self.cpu_before
         try:
@@ -59,13 +59,13 @@ class Clock:
             return self.cpu_before
 
     def end(self):
-        """Kill the child, if it still runs; returns its exit status."""
-        os.kill(self.pid, 9)  # it has not been waited for, so the number is still its own
+        """Kill the child if it still runs, and return its exit status."""
+        os.kill(self.pid, 9)  # the process has not been waited for, so its id is still valid
         self.cpu_before, pid, self.pid = self.used(), self.pid, 0
         return os.waitpid(pid, 0)[1]
 
     def left(self):
-        """Seconds until it makes sense to look again; raises Failed where a limit is reached."""
+        """Return the seconds until the next check; raise Failed if a limit is reached."""
         now, used, limits = time.monotonic(), self.used(), self.limits
         left = min(
             limits["cpu"] - (used - self.cpu_start),
@@ -77,7 +77,7 @@ class Clock:
             raise Failed("out of time")
         if not self.folder:
             return max(left, 0.01)
-        # Nothing in the kernel limits the number of files, and an empty one takes memory that no other limit counts.
+        # The kernel does not limit the number of files, and an empty file takes memory that no other limit counts.
         space = os.statvfs(self.folder)
         if space.f_files - space.f_ffree > limits["files"]:
             raise Failed(f"it has more than {limits['files']} files")
@@ -85,18 +85,18 @@ class Clock:
 
 
 def fork():
-    """Like os.fork, with nothing in the buffers to be written twice."""
+    """Fork with empty buffers, so that nothing is written twice."""
     sys.stdout.flush()
     sys.stderr.flush()
     return os.fork()
 
 
 def run_once(job, text, clock):
-    """Start the program with ``text`` as its standard input; returns what it printed. Raises Failed."""
+    """Run the program with ``text`` as its standard input and return its output; raise Failed if it fails."""
     pid, out, err = start_program(job, text)
     clock.start(pid)
     printed = {out: bytearray(), err: bytearray()}
-    # Not the end of its output ends the program: it may close that, or have given it to nobody knows whom.
+    # The end of its output is not the end of the program, which may have closed or passed on its output.
     ended = os.pidfd_open(pid)
     waiting = [out, err]
     try:
@@ -119,8 +119,8 @@ def run_once(job, text, clock):
 
 
 def start_program(job, text):
-    """Start a ``stdin`` child; returns its number, and the ends of its standard output and error to read from."""
-    # A file instead of a pipe: a program that does not read its input then can't make the judge wait.
+    """Start a ``stdin`` child; return its process id and the readable ends of its standard output and error."""
+    # Use a file instead of a pipe, so that a program that does not read its input cannot block the judge.
     stdin = os.memfd_create("stdin")
     with open(stdin, "wb", closefd=False) as file:
         file.write(text.encode("utf-8", "surrogatepass"))
@@ -146,7 +146,7 @@ def start_program(job, text):
 
 
 def drain(fd, into):
-    """Take what is there, up to a MiB; False at the end."""
+    """Read the available data, up to 1 MiB; return False at the end."""
     try:
         data = os.read(fd, 2**20)
     except BlockingIOError:
@@ -156,7 +156,7 @@ def drain(fd, into):
 
 
 class Server:
-    """The child of ``call`` and ``assert``."""
+    """The child process of the modes ``call`` and ``assert``."""
 
     def __init__(self, job, clock):
         self.clock, self.broken = clock, None
@@ -184,7 +184,7 @@ class Server:
             raise Failed(str(reply["error"][-1])[:REASON_LIMIT])
 
     def ask(self, **request):
-        """What the child answers; raises what the program raised, or Gone."""
+        """Return the child's answer; raise the program's exception, or Gone."""
         if self.broken:
             raise Gone(self.broken)
         try:
@@ -198,13 +198,13 @@ class Server:
             self._break(str(gone))
         except BrokenPipeError:
             self._break("it ended before its tests did")
-        except Exception:  # nothing that the judge itself would send
+        except Exception:  # the message does not have the judge's format
             self._break("it sent something unreadable")
         type_ = getattr(builtins, str(name), None)
         if isinstance(type_, type) and issubclass(type_, Exception):
             try:
                 error = type_(str(text).partition(": ")[2])
-            except TypeError:  # UnicodeDecodeError and the like want more
+            except TypeError:  # UnicodeDecodeError and others need more arguments
                 pass
         raise error
 

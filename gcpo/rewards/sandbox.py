@@ -1,8 +1,8 @@
-"""Runs an untrusted program against its tests; see ``docs/sandbox.md``.
+"""Run an untrusted program against its tests; see ``docs/sandbox.md``.
 
-`open_sandbox` gives the sandbox: ``bubblewrap`` uses the namespaces of this machine's kernel and needs no privilege,
-``fusion`` is a SandboxFusion service. Both run the same ``judge.py``. Programs never run without a sandbox: if none
-works, `SandboxError` says what is missing.
+`open_sandbox` returns the sandbox: ``bubblewrap`` uses the namespaces of this machine's kernel and needs no privilege,
+``fusion`` is a SandboxFusion service. Both run the same ``judge.py``. No program runs without a sandbox; if no sandbox
+works, `SandboxError` names the missing part.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ __all__ = ["KINDS", "Limits", "Program", "Sandbox", "SandboxError", "Verdict", "
 KINDS = ("auto", "bubblewrap", "fusion")
 FOLDER_FILES = 4096
 THREADS = 32
-"""Threads that a program may have; it can have no other process."""
+"""Largest number of threads of a program, which cannot start another process."""
 MIN_OUTPUT = 2**20
 WALL_FACTOR = 3.0
-"""How much more time on the clock than on the processor a program gets, since it shares the machine."""
+"""Ratio of the wall-clock limit to the processor limit, since programs share the machine."""
 TOTAL_FACTOR = 5.0
-"""How much more time all cases together get than one."""
+"""Ratio of the limit for all cases to the limit for one case."""
 START_SECONDS = 60.0
-"""A sandbox starts in less than 0.1 s; on a busy machine it may take longer."""
+"""Seconds that a start may take; it takes less than 0.1 s on an idle machine."""
 
 _ANSWER = re.compile(r"[0-9a-f]{16}\{")
 _HERE = Path(__file__).parent
 _FILES = ("comparison", "messages", "confinement", "child", "runs", "judge")
-"""The modules that are sent to a sandbox as one text, in this order."""
+"""The modules that are sent to a sandbox as one text, in order."""
 
 
 class SandboxError(GraderError):
-    """Programs can't be run: no sandbox works here, or it failed; the message is one sentence for the user."""
+    """No sandbox works, or the sandbox failed; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     Attributes:
-        time: seconds of processor time for one test case; three times as long on the clock, and five times as long for
-            all.
-        memory_mb: MiB of address space.
-        output: bytes that one test case may print.
+        time: seconds of processor time per test case; the wall-clock limit is three times, the limit of all cases five
+            times as long.
+        memory_mb: largest address space in MiB.
+        output: largest output of a test case in bytes.
     """
 
     time: float = 6.0
@@ -77,7 +77,7 @@ class Limits:
         return self.time * TOTAL_FACTOR * WALL_FACTOR
 
     def to_dict(self) -> dict[str, float]:
-        """As ``judge.py`` wants them, in bytes and seconds."""
+        """Return the limits for ``judge.py``, in bytes and seconds."""
         return {
             "cpu": self.time,
             "cpu_total": self.time * TOTAL_FACTOR,
@@ -93,20 +93,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """A program and how it is tested.
+    """A program and its tests.
 
     Attributes:
         code: Python source.
-        mode: ``stdin``: it reads and prints. ``call``: a function is called. ``assert``: test code calls it.
-        cases: what to test: (input, expected) for ``stdin``, (arguments, expected result) for ``call``, (source of the
+        mode: ``stdin``: it reads and prints. ``call``: the judge calls a function. ``assert``: test code calls it.
+        cases: the tests: (input, expected) for ``stdin``, (arguments, expected result) for ``call``, (source of the
             test,) for ``assert``.
         entry: name of the function, for ``call`` and where there is a ``prompt``.
-        prompt: source that the program goes on from, up to the head of ``entry``; see `gcpo.rewards.child.assemble`.
-        stars: whether to give it the names of common modules; see `gcpo.rewards.child.star_imports`.
-        setup: source that is run before the test code, beside it: out of the program's reach.
-        names: what the test code takes from the program.
+        prompt: source that the program continues, up to the head of ``entry``; see `gcpo.rewards.child.assemble`.
+        stars: whether to add the names of common modules; see `gcpo.rewards.child.star_imports`.
+        setup: source that is run in the judge before the test code.
+        names: names that the test code takes from the program.
         recursion: Python's recursion limit.
-        unwrap: for ``call``, every expected result is a list of one item, and the item itself is right as well.
+        unwrap: for ``call``: every expected result is a list of one item, and the item itself is also accepted.
     """
 
     code: str
@@ -123,7 +123,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program did: whether it passed every case, the cases before the first that failed, why, processor time."""
+    """The result of a program: whether it passed every case, cases before the first failure, reason, processor time."""
 
     passed: bool
     cases: int = 0
@@ -133,20 +133,20 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sandbox(ABC):
-    """A way to run programs that keeps them from everything else."""
+    """A way to run programs isolated from everything else."""
 
     kind: str
 
     def run(self, program: Program, limits: Limits = Limits(), *, probe: bool = False) -> Verdict:  # noqa: B008
-        """Run a program against its tests; safe to call in any thread, and from several at once.
+        """Run a program against its tests; safe to call from several threads at once.
 
         Raises:
-            SandboxError: the sandbox itself failed; a program can't cause this.
+            SandboxError: the sandbox itself failed, which a program cannot cause.
         """
         secret = secrets.token_hex(16)
         job = {name: getattr(program, name) for name in ("mode", "entry", "prompt", "stars", "recursion")}
         job |= {"program": program.code, "limits": limits.to_dict(), "probe": probe, **self._job()}
-        # The child never sees these: the judge reads them after it has started the child.
+        # The child never sees the tests, because the judge reads them after it has started the child.
         tests = {name: getattr(program, name) for name in ("setup", "names", "unwrap")} | {"cases": len(program.cases)}
         parts = [part for case in program.cases for part in case]
         data = b"".join(map(frame, (job, tests, *parts, {"secret": secret})))
@@ -164,15 +164,15 @@ class Sandbox(ABC):
 
     @abstractmethod
     def _job(self) -> dict[str, Any]:
-        """The facts about the place where ``judge.py`` runs."""
+        """Return the properties of the place where ``judge.py`` runs."""
 
     @abstractmethod
     def _exchange(self, data: bytes, limits: Limits) -> tuple[list[dict[str, Any]], str | None]:
-        """Start ``judge.py`` with ``data`` as its input; returns its messages, and a failure outside of it."""
+        """Start ``judge.py`` with ``data`` as its input; return its messages and a failure outside the judge."""
 
 
 def _messages(text: str) -> list[dict[str, Any]]:
-    """The messages in what ``judge.py`` wrote; what isn't one is left out."""
+    """Return the messages in the judge's output, without any other text."""
     found, at = [], 0
     while match := _ANSWER.search(text, at):
         start = match.end() - 1
@@ -191,7 +191,7 @@ def _source() -> str:
 
 @functools.cache
 def _marshalled() -> bytes:
-    """The code of `_source`, compiled once: a sandbox then starts faster."""
+    """Return the code of `_source`, compiled once: a sandbox then starts faster."""
     data = marshal.dumps(compile(_source(), "<sandbox>", "exec"))
     return b"%016x" % len(data) + data
 
@@ -203,7 +203,7 @@ class Bubblewrap(Sandbox):
     threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(size(), thread_name_prefix="sandbox"), compare=False, repr=False
     )
-    """As many run at once as there are cores: more would only eat into each other's time. The others wait in order."""
+    """Limit of concurrent runs: one per core, since more would use up each other's time. Others wait in order."""
 
     def _job(self) -> dict[str, Any]:
         return {"folder": bubblewrap.FOLDER, "paths": bubblewrap.site_packages(), "strict": True}
@@ -227,11 +227,11 @@ class Fusion(Sandbox):
     """A SandboxFusion service."""
 
     client: ClassVar[Any] = None
-    """verl's ``call_sandbox_api``; set from outside, since nothing here imports verl."""
+    """verl's ``call_sandbox_api``; set from outside, since this package does not import verl."""
     url: str = ""
 
     def _job(self) -> dict[str, Any]:
-        # What the service allows is up to the service; what can be limited inside it is.
+        # The service sets its own restrictions; the judge applies those limits that work inside it.
         return {"folder": None, "paths": [], "strict": False}
 
     def _exchange(self, data: bytes, limits: Limits) -> tuple[list[dict[str, Any]], str | None]:
@@ -259,7 +259,7 @@ _LOCK = threading.Lock()
 
 
 def _probe(sandbox: Sandbox) -> str | None:
-    """Why a sandbox does not do; None where it does."""
+    """Return why a sandbox does not work, or None."""
     limits = Limits(memory_mb=256)
     code, asked = "print('nothing')", {}
     local = isinstance(sandbox, Bubblewrap)
@@ -286,7 +286,7 @@ def _probe(sandbox: Sandbox) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _try(url: str | None) -> Sandbox | str:
-    """The sandbox, or why there is none."""
+    """Return the sandbox, or the reason why it cannot be used."""
     if url is None and not sys.platform.startswith("linux"):
         return "it needs Linux"
     sandbox = Bubblewrap("bubblewrap") if url is None else Fusion("fusion", url)
@@ -298,15 +298,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_sandbox(kind: str = "auto", url: str | None = None) -> Sandbox:
-    """The sandbox to use, tried out once in every process.
+    """Return the sandbox to use; it is tested once per process.
 
     Args:
-        kind: one of `KINDS`. ``auto``: ``fusion`` where there is a ``url``, else ``bubblewrap``.
-        url: of the SandboxFusion service's ``run_code``.
+        kind: one of `KINDS`. ``auto``: ``fusion`` if ``url`` is given, else ``bubblewrap``.
+        url: address of the SandboxFusion service's ``run_code``.
 
     Raises:
         ValueError: the settings contradict each other.
-        SandboxError: it does not work; the message says why, and what to do.
+        SandboxError: it does not work; the message gives the reason and the remedy.
     """
     if kind not in KINDS:
         raise ValueError(f"sandbox is {kind!r}; it must be one of {', '.join(KINDS)}")
@@ -332,5 +332,5 @@ def open_sandbox(kind: str = "auto", url: str | None = None) -> Sandbox:
 
 
 def check(sandbox: str = "auto", sandbox_fusion_url: str | None = None) -> str:
-    """The name of the sandbox that `open_sandbox` gives, or its error; to be called before a long run."""
+    """Return the name of the sandbox that `open_sandbox` selects, or its error; call it before a long run."""
     return open_sandbox(sandbox, sandbox_fusion_url).kind

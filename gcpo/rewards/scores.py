@@ -1,4 +1,4 @@
-"""What a reward function returned, as verl's batches and metrics can take it."""
+"""Conversion of a reward function's result to values that verl's batches and metrics accept."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _warned: set[str] = set()
 
 
 def number(value: Any) -> float | None:
-    """``value`` as a float where it is one number, else ``None``.
+    """Return ``value`` as a float if it is one number, else ``None``.
 
     A number is a Python ``bool``, ``int``, ``float``, ``Fraction`` or ``Decimal``, and a numpy or torch value with one
-    element that holds one of these. Texts and lists are none, whatever they hold.
+    element that holds one of these. Texts and lists are not numbers.
     """
     elements = getattr(value, "numel", None) or getattr(value, "size", None)
     if hasattr(value, "item") and elements is not None:
@@ -42,7 +42,7 @@ def number(value: Any) -> float | None:
 
 
 def score_problem(value: Any) -> str | None:
-    """Why ``value`` cannot be a reward, or ``None`` where it can: it is one number that is finite in float32."""
+    """Return why ``value`` cannot be a reward, or ``None`` where it can: it is one number that is finite in float32."""
     score = number(value)
     if score is None:
         return f"returned {reprlib.repr(value)} ({type(value).__name__}), which is no number"
@@ -52,11 +52,11 @@ def score_problem(value: Any) -> str | None:
 
 
 def checked_info(info: Any) -> dict[str, Any]:
-    """``reward_extra_info`` with values that verl's metrics and dumps can take.
+    """Return ``reward_extra_info`` with values that verl's metrics and dumps accept.
 
-    Numbers are Python's; texts, ``None`` and truth values stay. ``score``, ``acc`` and ``format`` are left out where
-    they are not one finite number. Anything else becomes a text, which verl does not average. Both are reported once
-    for a name.
+    Numbers are Python's; texts, ``None`` and truth values stay. ``score``, ``acc`` and ``format`` are dropped if
+    they are not one finite number. Other values become texts, which verl does not average. Both are reported once
+    per name.
     """
     checked: dict[str, Any] = {}
     for name, value in info.items() if isinstance(info, Mapping) else ():

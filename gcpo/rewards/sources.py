@@ -1,9 +1,9 @@
-"""Which grader a row goes to, and where its answer stands.
+"""Selection of the grader of a row, and the place of the answer in a response.
 
-verl's data preparation asks for the answer of GSM8K after ``####`` and for that of DAPO after ``Answer:``; all other
-mathematics is asked for in a box. Programs are known by the name of their data set or by their ground truth, which is
-JSON with tests. Rows that no grader here understands are refused by `grader_of`; before a run starts, `problem_of`
-says so.
+verl's data preparation asks for GSM8K answers after ``####`` and for DAPO answers after ``Answer:``; all other
+mathematics uses a box. Programs are recognised by the name of their data set or by their ground truth, which is
+JSON with tests. `grader_of` refuses rows that no grader supports; before a run starts, `problem_of`
+reports them.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ CODE = VERL_CODE | {
     "mbpp_plus", "humaneval", "humanevalplus", "humaneval_plus", "openai_humaneval", "kodcode", "acecode",
     "bigcodebench",
 }  # fmt: skip
-"""Names of data sets of programs, without the owner, in small letters."""
+"""Names of data sets of programs, without the owner, in lower case."""
 OWN_CODE = ("gcpo/mbpp", "gcpo/humaneval", "gcpo/eurus_code")
-"""Beginnings of the names that ``data_prep`` gives to its sets of programs."""
+"""Prefixes of the names that ``data_prep`` gives to its sets of programs."""
 DAPO = frozenset({"math_dapo", "math", "math_dapo_reasoning"})
 """The names that verl grades by the line ``Answer:``; a name that begins with ``aime`` is graded in the same way."""
 REFUSED = {
     "searchr1_": "question answering by search, which is graded by the words of the answer",
 }
-"""Beginnings of names of data sets that verl grades and gcpo does not."""
+"""Prefixes of names of data sets that verl grades and gcpo does not."""
 
 _TEST_CODE = re.compile(r"\s*(?:assert\b|(?:async )?def \w+\(|import \w|from \w+(?:\.\w+)* import |class \w+|@\w)")
 _HASHES = re.compile(r"####[\s*$\\(]*([-+]?[0-9][0-9,]*(?:\.[0-9]+)?)(?![\w/^]|\*(?!\*)|\.[0-9])", re.ASCII)
 _ANSWER_LINE = re.compile(r"\banswer\b[*_ \t]*:[*_ \t]*([^\n]*[^\s*_][^\n]*)", re.IGNORECASE)
 _AROUND = re.compile(r"^(?:\\\(|\\\[)\s*|\s*(?:\\\)|\\\])[.\s]*$")
 LONGEST_TAIL = 2000
-"""Characters at the end of a response in which a marked answer is looked for."""
+"""Number of characters at the end of a response in which a marked answer is searched."""
 
 
 def is_code(data_source: Any) -> bool:
-    """Whether the name of a data set says that its answers are programs."""
+    """Return whether the name of a data set says that its answers are programs."""
     if not isinstance(data_source, str):
         return False
     name = data_source.lower()
@@ -54,15 +54,15 @@ def is_code(data_source: Any) -> bool:
 
 
 def grader_of(data_source: Any, ground_truth: Any = None) -> Grader:
-    """The grader of a row.
+    """Return the grader of a row.
 
     Args:
-        data_source: the name of its data set; one that is unknown is mathematics with a boxed answer.
+        data_source: the name of its data set; an unknown name means mathematics with a boxed answer.
         ground_truth: its right answer or its tests. Where this is JSON with objects, the row is a program, whatever the
             name of the data set.
 
     Raises:
-        ValueError: none of the graders understands the row; the message says why.
+        ValueError: no grader supports the row; the message gives the reason.
     """
     name = data_source.lower() if isinstance(data_source, str) else ""
     bare = name.rpartition("/")[2]
@@ -83,7 +83,7 @@ def grader_of(data_source: Any, ground_truth: Any = None) -> Grader:
 
 
 def problem_of(data_source: Any, ground_truth: Any) -> str | None:
-    """Why a row cannot be graded, as one sentence; None where it can. Nothing is run."""
+    """Return why a row cannot be graded, as one sentence, or None. No program is run."""
     from gcpo.rewards import code
 
     try:
@@ -95,7 +95,7 @@ def problem_of(data_source: Any, ground_truth: Any) -> str | None:
 
 
 def _holds_tests(ground_truth: Any) -> bool:
-    """Whether a ground truth is a JSON object, or a list with objects. LaTeX and lists of answers are neither."""
+    """Return whether a ground truth is a JSON object or a list of objects, unlike LaTeX or a list of answers."""
     if isinstance(ground_truth, str):
         text = ground_truth.lstrip()
         if not text.startswith(("{", "[")) or "{" not in text or '"' not in text:
@@ -111,12 +111,12 @@ def _holds_tests(ground_truth: Any) -> bool:
 
 
 def without_array(truth: Any) -> Any:
-    """A value of numpy as Python's own: lists come back from parquet as arrays."""
+    """Convert a numpy value to a Python value, since lists are read from parquet as arrays."""
     return truth.tolist() if type(truth).__module__ == "numpy" and hasattr(truth, "tolist") else truth
 
 
 def marked_answer(response: Any, grader: Grader) -> str | None:
-    """The answer after the mark that a data set asks for; None where there is none or a box follows it.
+    """Return the answer after the mark that a data set asks for; None without one or if a box follows it.
 
     Only the text after the thinking part counts. ``hashes``: the number after the last ``####``; a heading such as
     ``#### Step 2`` is not an answer. ``answer_line``: the rest of the last line with ``Answer:``.

@@ -1,4 +1,4 @@
-"""Units of measurement behind a number."""
+"""Units of measurement after a number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ amps ampere amperes|Hz hertz|kHz|MHz|Pa pascal pascals|kPa|K kelvin|degree degre
 bits|byte bytes|eV|keV|MeV|kJ|kW|kcal cal
 """
 _UNITS = {name: at for at, names in enumerate(" ".join(_NAMES.split()).split("|")) for name in names.split()}
-"""Every name of a unit, and the number of its unit."""
+"""Names of units, each with the number of its unit."""
 _POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3", "squared": "2", "cubed": "3"}
 _LETTER_UNITS = "mgshlLJNWVAK"
 _BARE = r"[+-]?(?:[\d.,{}()+*/ ^-]|\\(?:frac|sqrt|pi|cdot|times|pm)(?![A-Za-z]))*[\d})]|[+-]?[\d.{}()\\frac]*\\pi"
@@ -33,7 +33,7 @@ _MEASURE = re.compile(rf"{DECIMAL}\}}* *([A-Za-z/]+(?:\. )?(?: [A-Za-z/]+)?) *(?
 
 
 def without_unit(text: str, *, letters: bool) -> str:
-    """A number without the plain unit behind it; other text stays as it is.
+    """Remove a plain unit after a number; other text stays as it is.
 
     Args:
         text: a normalised answer.
@@ -52,13 +52,13 @@ def without_unit(text: str, *, letters: bool) -> str:
 
 
 def conflicting_units(answer: str, truth: str) -> bool:
-    """Whether two plain answers are numbers in different known units, such as 5 cm and 5 m."""
+    """Return whether two plain answers are numbers in different known units, such as 5 cm and 5 m."""
     one, other = _measure(answer), _measure(truth)
     return one is not None and other is not None and one != other
 
 
 def _measure(text: str) -> tuple[int, str] | None:
-    """The known unit of a plain answer and its power."""
+    """Return the known unit of a plain answer and its exponent."""
     match = _MEASURE.search(without_fonts(text))
     if not match:
         return None
