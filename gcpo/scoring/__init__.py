@@ -1,4 +1,4 @@
-"""Sequences that share prefixes, packed into one row: every shared token goes through the model once."""
+"""Packing of sequences that share prefixes into one row: every shared token goes through the model once."""
 
 from gcpo.scoring.tree import BudgetError, PrefixForest, TreePack
 

@@ -1,11 +1,11 @@
 """Attention over a packed prefix tree, as an attention function of transformers.
 
 ``tree_attention`` is registered under ``ATTENTION`` and finds the layout of the row in the keyword ``tree_pack``, which
-the model passes down. A query sees the keys of the nodes above its own and the earlier ones of its own.
+the model passes down. A query sees the keys of its ancestor nodes and the earlier keys of its own node.
 
-On the CPU there is a kernel call for the keys of every node. On a GPU flash-attn takes the nodes of the row together,
-where it is installed and the row is in half precision, except for nodes that branch inside; otherwise, which is said
-once, there is a call of SDPA for the queries of every node.
+On the CPU one kernel call handles the keys of every node. On a GPU one call of flash-attn handles all nodes of the row,
+if it is installed and the row is in half precision, except for nodes that branch inside. Otherwise, after one warning,
+one call of SDPA handles the queries of every node.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ATTENTION = "gcpo_tree"
 
 @dataclass
 class AttentionRecord:
-    """What the calls of the attention function were like.
+    """Observations of the calls of the attention function.
 
     Attributes:
-        problems: why calls could not be answered exactly, each reason once.
-        dtypes: of the queries.
+        problems: reasons why calls could not be answered exactly, without duplicates.
+        dtypes: dtypes of the queries.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ _record: AttentionRecord | None = None
 
 @contextmanager
 def recorded_attention() -> Iterator[AttentionRecord]:
-    """Within, calls that could not be answered exactly are noted down instead of refused.
+    """Record calls that cannot be answered exactly instead of refusing them, inside the ``with`` block.
 
     An error in the middle of a sharded model's forward pass would leave its shards in an undefined state, so the probe
     of a model lets the pass finish and reads the record.
@@ -71,21 +71,21 @@ def tree_attention(
     tree_pack: TreePack | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row.
+    """Compute the attention of one packed row.
 
     Args:
         module: the attention layer.
         query: [1, H, N, D].
         key: [1, H', N, D], H a multiple of H'.
         value: as ``key``.
-        attention_mask: must be ``None``: the tree is the mask.
-        scaling: of the logits, 1/sqrt(D) where ``None``.
+        attention_mask: must be ``None``, since the tree is the mask.
+        scaling: factor of the logits; 1/sqrt(D) if ``None``.
         dropout: must be 0.
-        tree_pack: the layout of the row; ``None`` where the model does not pass its keywords on, which is refused.
-        kwargs: what else transformers passes; a keyword that is not known to be harmless must be ``None``.
+        tree_pack: the layout of the row; ``None`` if the model does not pass its keywords on, which is refused.
+        kwargs: other keywords of transformers; one that is not known to be harmless must be ``None``.
 
     Returns:
-        [1, N, H, D], and ``None`` for the attention weights. Under autocast its dtype is that of autocast.
+        [1, N, H, D], and ``None`` for the attention weights. Under autocast the dtype is that of autocast.
 
     Raises:
         ValueError: the row does not have the pack's tokens, a mask or dropout is asked for, or a keyword has a
@@ -119,7 +119,7 @@ def tree_attention(
 
 
 def _judge(problem: str | None, dtype: torch.dtype) -> None:
-    """Refuse a call that cannot be answered exactly, or note it down where calls are recorded."""
+    """Refuse a call that cannot be answered exactly, or record it inside `recorded_attention`."""
     if _record is None:
         if problem is not None:
             raise ValueError(f"{problem}: score the sequences one at a time (gcpo.scoring.packing=dense)")
@@ -130,7 +130,7 @@ def _judge(problem: str | None, dtype: torch.dtype) -> None:
 
 
 def register_tree_attention() -> None:
-    """Make ``ATTENTION`` known to transformers."""
+    """Register ``ATTENTION`` with transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, tree_attention)
@@ -138,9 +138,9 @@ def register_tree_attention() -> None:
 
 @contextmanager
 def tree_attention_on(config: Any) -> Iterator[None]:
-    """Within, a model with this configuration attends over packed trees.
+    """Let a model with this configuration attend over packed trees, inside the ``with`` block.
 
-    Backward passes belong inside: gradient checkpointing runs the layers again.
+    Backward passes belong inside, because gradient checkpointing runs the layers again.
     """
     register_tree_attention()
     before = config._attn_implementation

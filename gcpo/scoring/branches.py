@@ -1,13 +1,13 @@
-"""Responses with what is asked after their episodes, as packed rows.
+"""Packed rows of responses with questions that branch off after their episodes.
 
-A response goes through the model once, up to the end of its last episode. After an episode that is asked about stand
-its branches, which share everything before: with ``hidden_state`` one for every perturbation, which begins with a copy
+A response goes through the model once, up to the end of its last episode. After an episode that is asked about come
+its branches, which share all earlier tokens: with ``hidden_state`` one per perturbation, which begins with a copy
 of the episode's last token (the token whose state is perturbed), then the answer prompt, then every answer; with
-``lm_head`` only the answer prompt.
+``lm_head``, only the answer prompt.
 
-The tree of these branches is known, so it is laid out directly. `gcpo.scoring.PrefixForest` would have to find it among
-thousands of branches; the time of its search for cuts grows with the square of their number, and each of them would be
-a node of the attention.
+The tree of these branches is known, so it is laid out directly. `gcpo.scoring.PrefixForest` would have to search it
+among thousands of branches; its search for cuts takes time quadratic in their number, and each branch would be
+one attention node.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from torch import Tensor
 from gcpo.scoring.tree import BudgetError, TreePack
 
 FUSED_TOKENS = 512
-"""A response that takes at most so many tokens with its branches is one node of the attention, with a mask; a longer
-one is a node for every episode and one for the branches after it, because a mask grows with the square."""
+"""A response with its branches of at most this many tokens is one node of the attention, with a mask; a longer one has
+one node per episode and one for the branches after it, because a mask grows quadratically."""
 
 
 @dataclass(frozen=True)
 class EpisodeRequest:
-    """What is asked about one response.
+    """A request about one response.
 
     Attributes:
         prompt: token ids [P], P >= 1.
         response: token ids [T].
-        ends: the last token of every episode, rising places in the response.
-        asked: which episodes branch off.
+        ends: index in the response of the last token of every episode, ascending.
+        asked: indices of the episodes that branch off.
         probe: token ids of the answer prompt, at least one.
-        answers: token ids of the answers, each at least one; for ``lm_head`` none.
-        noise: [len(asked), M, d], M >= 1: the perturbations after each of those episodes.
-        states: whether the states at the prompt's end and at ``ends`` are wanted.
+        answers: token ids of the answers, none of them empty; no answers for ``lm_head``.
+        noise: [len(asked), M, d], M >= 1: the perturbations after each episode in ``asked``.
+        states: whether to return the states at the prompt's end and at ``ends``.
     """
 
     prompt: Tensor
@@ -51,25 +51,25 @@ class EpisodeRequest:
 
     @property
     def path(self) -> int:
-        """Tokens of the response that go through the model."""
+        """Number of tokens of the response that go through the model."""
         last = len(self.ends) - 1 if self.states else max(self.asked, default=-1)
         return self.ends[last] + 1 if last >= 0 else 0
 
     @property
     def copies(self) -> int:
-        """1 + M: the state as it is and its perturbations."""
+        """Number of copies of a state: 1 + M, the state itself and its perturbations."""
         return 1 + self.noise.shape[1]
 
     @property
     def branch(self) -> int:
-        """Tokens after one episode."""
+        """Number of tokens after one episode."""
         if not self.answers:
             return len(self.probe)
         return self.copies * (1 + len(self.probe) + sum(map(len, self.answers)))
 
     @property
     def unshared(self) -> int:
-        """Tokens that the branches and the path would take if nothing were shared."""
+        """Number of tokens of the branches and the path without sharing."""
         answers = [len(answer) for answer in self.answers] or [0]
         copies = self.copies if self.answers else 1
         probes = sum(len(self.prompt) + self.ends[k] + 1 + len(self.probe) for k in self.asked)
@@ -78,16 +78,16 @@ class EpisodeRequest:
 
 @dataclass(frozen=True)
 class EpisodePack:
-    """Some requests, or parts of them, as one row.
+    """Requests, or parts of requests, in one row.
 
     Attributes:
         pack: the row.
-        requests: which ones are here, with the episodes that are asked about here.
-        state_at: int64: the places of the states, request after request.
-        predict: int64: the places whose logits are wanted. ``hidden_state``: those that predict ``labels``;
-            ``lm_head``: for every episode the last token of the answer prompt, 1 + M times.
-        labels: int64, as many; for ``lm_head`` none.
-        perturbed: int64 [J]. ``hidden_state``: the places of the copies that are perturbed; ``lm_head``: places in
+        requests: the requests in this row, with the episodes that branch off in it.
+        state_at: int64: the positions of the requested states, request after request.
+        predict: int64: the positions of the requested logits. ``hidden_state``: those that predict ``labels``;
+            ``lm_head``: the last token of the answer prompt, 1 + M times per episode.
+        labels: int64, of the same length; empty for ``lm_head``.
+        perturbed: int64 [J]. ``hidden_state``: the positions of the perturbed copies; ``lm_head``: indices into
             ``predict``.
         noise: [J, d].
         path_tokens: tokens of prompts and responses.
@@ -108,8 +108,8 @@ def pack_requests(
 ) -> list[EpisodePack]:
     """Pack requests into rows of at most ``budget`` tokens.
 
-    Requests of one question share its prompt where they meet in a row. One that is too long for a row is asked in
-    parts, each with some of its episodes; all branches of an episode are in one row.
+    Requests of one question share its prompt if they are in the same row. A request that is too long for a row is
+    divided into parts with some of its episodes; all branches of an episode are in one row.
 
     Raises:
         BudgetError: a response with the branches of a single episode is longer than ``budget``.
@@ -140,7 +140,7 @@ def _size(request: EpisodeRequest) -> int:
 
 
 def _parts(number: int, request: EpisodeRequest, budget: int) -> list[EpisodeRequest]:
-    """The request, or parts of it that fit; the last one has the states."""
+    """Return the request, or parts that fit into a row; the last part has the states."""
     if _size(request) <= budget:
         return [request]
     room = budget - len(request.prompt) - (request.ends[-1] + 1)
@@ -168,7 +168,7 @@ def _parts(number: int, request: EpisodeRequest, budget: int) -> list[EpisodeReq
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Tokens inside a node, behind another stretch of it (-1: at its beginning)."""
+    """Tokens inside a node that follow another stretch of the node (-1: its beginning)."""
 
     tokens: Tensor
     position: int
@@ -176,7 +176,7 @@ class _Stretch:
 
 
 class _Row:
-    """Lays stretches out as the nodes of a pack."""
+    """A row under construction, whose stretches become the nodes of a pack."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -187,7 +187,7 @@ class _Row:
         self.positions: list[Tensor] = []
 
     def node(self, parent: int, stretches: Sequence[_Stretch]) -> list[int]:
-        """Add a node; where each of its stretches begins in the row."""
+        """Add a node and return where each of its stretches begins in the row."""
         starts = []
         first = self.size
         for stretch in stretches:
@@ -214,7 +214,7 @@ class _Row:
 
 
 def _mask(stretches: Sequence[_Stretch]) -> Tensor:
-    """Which tokens of a node see which: what their stretch stands behind, and the earlier ones of it."""
+    """Return the mask of a node: a token sees the earlier tokens of its stretch and of the stretches before it."""
     sizes = [len(stretch.tokens) for stretch in stretches]
     ends = torch.tensor(sizes).cumsum(0).tolist()
     mask = torch.zeros(ends[-1], ends[-1], dtype=torch.bool)
@@ -227,7 +227,7 @@ def _mask(stretches: Sequence[_Stretch]) -> Tensor:
 
 @dataclass
 class _Wanted:
-    """Places that are collected while a row is laid out."""
+    """Positions that are collected while a row is laid out."""
 
     states: list[int]
     predict: list[int]
@@ -262,10 +262,10 @@ def _pack(parts: Sequence[tuple[int, EpisodeRequest]], fused_tokens: int) -> Epi
 
 
 def _lay_out(row: _Row, root: int, part: EpisodeRequest, wanted: _Wanted, fused_tokens: int) -> None:
-    """Add a response and its branches behind its prompt's node."""
+    """Add a response and its branches after its prompt's node."""
     stretches: list[_Stretch] = []
     nodes: list[range] = []
-    pieces: list[tuple[int, int]] = []  # of the response: the stretch, and the place in the response it begins at
+    pieces: list[tuple[int, int]] = []  # the stretches of the response and their first indices in it
     branches: list[range] = []
     tip, done = -1, 0
     for cut, k in [*((_cut(part, k), k) for k in part.asked), (part.path, None)]:
@@ -305,12 +305,12 @@ def _lay_out(row: _Row, root: int, part: EpisodeRequest, wanted: _Wanted, fused_
 
 
 def _cut(part: EpisodeRequest, k: int) -> int:
-    """Where the branches of episode k leave the response: with ``hidden_state`` they have a copy of its last token."""
+    """Return where the branches of episode k leave the response: with ``hidden_state`` they copy its last token."""
     return part.ends[k] if part.answers else part.ends[k] + 1
 
 
 def _branch(part: EpisodeRequest, k: int, tip: int, first: int) -> list[_Stretch]:
-    """The stretches after episode k behind stretch ``tip``; they are numbered from ``first``."""
+    """Return the stretches after episode k that follow stretch ``tip``, numbered from ``first``."""
     end = part.ends[k]
     position = len(part.prompt) + end
     if not part.answers:
@@ -325,7 +325,7 @@ def _branch(part: EpisodeRequest, k: int, tip: int, first: int) -> list[_Stretch
 
 
 def _want(part: EpisodeRequest, number: int, starts: Sequence[int], wanted: _Wanted) -> None:
-    """The places of the ``number``-th episode that is asked about, whose branches' stretches begin at ``starts``."""
+    """Collect the positions of the ``number``-th requested episode, whose branches' stretches begin at ``starts``."""
     noise = part.noise[number]
     if not part.answers:
         last = starts[0] + len(part.probe) - 1

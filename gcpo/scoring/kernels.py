@@ -1,6 +1,6 @@
 """Attention over a packed prefix tree, node by node.
 
-``SubtreeAttention`` is the way of the CPU, ``GatheredAttention`` works on any device; the third way, one call of
+``SubtreeAttention`` is for the CPU, ``GatheredAttention`` works on any device. The third implementation, one call of
 flash-attn for many nodes, is in ``varlen``.
 """
 
@@ -19,16 +19,16 @@ from gcpo.scoring.tree import TreePack
 class SubtreeAttention(torch.autograd.Function):
     """Attention node by node, for the CPU: one call for the keys of every node.
 
-    The queries that see a node's keys are its own, causally, and all of those below it, which stand right behind them:
+    The queries that see a node's keys are its own, causally, and those of all descendants, which follow in the row:
     a causal block with more queries than keys. A query gets a part of its result from every node on its path; the parts
-    are merged by their log-sum-exps. The backward pass of every part follows from the merged result.
+    are merged by their log-sum-exps. The backward pass of every part uses the merged result.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: TreePack, scaling: float) -> Tensor:
         rows, heads, tokens, _ = query.shape
         precise = torch.promote_types(query.dtype, torch.float32)
-        # In memory [1, N, H, D], as it is returned in the end.
+        # The memory layout [1, N, H, D] is that of the result.
         merged = query.new_empty(rows, tokens, heads, value.shape[-1], dtype=precise).transpose(1, 2)
         log_sum = query.new_empty(rows, heads, tokens, dtype=precise)
         for node, (keys, queries) in enumerate(_blocks(pack)):
@@ -65,13 +65,13 @@ class SubtreeAttention(torch.autograd.Function):
 
 
 def _blocks(pack: TreePack) -> Iterator[tuple[slice, slice]]:
-    """For every node the place of its keys, and that of the queries that see them."""
+    """Yield for every node the slice of its keys and the slice of the queries that see them."""
     for (start, end), last in zip(pack.spans, pack.subtree_ends, strict=True):
         yield slice(start, end), slice(start, last)
 
 
 def _own_mask(pack: TreePack, node: int, query: Tensor) -> Tensor | None:
-    """What is added to the logits of a node that branches inside and of all below it; ``None`` for any other node."""
+    """Return the additive mask of a node that branches inside and its descendants; ``None`` for any other node."""
     mask = pack.masks.get(node)
     if mask is None:
         return None
@@ -80,12 +80,12 @@ def _own_mask(pack: TreePack, node: int, query: Tensor) -> Tensor | None:
 
 
 def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Mask [queries, keys] of queries that are the last ones of their keys' sequence."""
+    """Return the mask [queries, keys] of queries at the end of their keys' sequence."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def node_attention(query: Tensor, key: Tensor, value: Tensor, own: Tensor | None, scaling: float) -> Tensor:
-    """Attention of one node: query [1, H, S, D] at the end of key and value [1, H', P, D]; ``own``: its mask."""
+    """Compute the attention of one node: query [1, H, S, D] at the end of key and value [1, H', P, D], mask ``own``."""
     queries, keys = query.shape[2], key.shape[2]
     if own is not None:
         mask = pad(own.to(query.device), (keys - queries, 0), value=True)
@@ -106,16 +106,16 @@ def node_attention(query: Tensor, key: Tensor, value: Tensor, own: Tensor | None
 class GatheredAttention(torch.autograd.Function):
     """Attention node by node, for any device.
 
-    The keys of a node's ancestors are gathered for it; saved for the backward pass they would take as much memory as
-    sequences that share nothing, so they are gathered, and the node's attention done, once more there. No more than
-    the keys of one path are gathered at a time, which are never more than the tokens of the row.
+    The keys of a node's ancestors are gathered. Saved for the backward pass, they would take as much memory as
+    sequences that share nothing, so the backward pass gathers them and computes the node's attention again. Only
+    the keys of one path are gathered at a time, at most as many as the row has tokens.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: TreePack, scaling: float, nodes: Sequence[int]
     ) -> Tensor:
-        """The results of ``nodes`` one after another: [1, H, sum of their tokens, D]."""
+        """Return the concatenated results of ``nodes``: [1, H, sum of their tokens, D]."""
         ctx.save_for_backward(query, key, value)
         ctx.pack, ctx.scaling, ctx.nodes = pack, scaling, nodes
         parts = []
@@ -149,11 +149,11 @@ class GatheredAttention(torch.autograd.Function):
 
 
 def _own(tensor: Tensor, pack: TreePack, node: int) -> Tensor:
-    """The columns of one node."""
+    """Return the columns of one node."""
     return tensor[:, :, slice(*pack.spans[node])]
 
 
 def gather(tensor: Tensor, pack: TreePack, path: tuple[int, ...]) -> Tensor:
-    """The columns of the nodes of ``path``, one after another."""
+    """Return the columns of the nodes of ``path``, concatenated."""
     pieces = [tensor[:, :, slice(*pack.spans[node])] for node in path]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)

@@ -1,13 +1,13 @@
 """A probe of a loaded model: a small random tree of sequences, scored packed and one sequence at a time.
 
-The rules of `gcpo.scoring.support` judge a model by its configuration and by the keywords of its attention calls. The
+The rules of `gcpo.scoring.support` judge a model by its configuration and the keywords of its attention calls. The
 probe judges it by its results, so it also finds a layer that no rule knows.
 
-What it finds: tokens that influence other branches of the tree or earlier rows (recurrent layers, convolutions, routing
-with a bounded capacity, positions that are counted along the row), masks and biases that the model makes by itself
-for fewer than ``LONGEST`` tokens, and an attention that is not given to our function at all.
-What it cannot find: an effect that begins behind more than ``LONGEST`` tokens, such as a window of 4,096 tokens that
-the model neither states in its configuration nor passes to its attention function. A probe of such a length would cost
+The probe finds tokens that influence other branches of the tree or earlier rows (recurrent layers, convolutions,
+routing with a bounded capacity, positions counted along the row), masks and biases that the model itself makes
+for fewer than ``LONGEST`` tokens, and attention that does not use our function.
+The probe cannot find an effect that begins after more than ``LONGEST`` tokens, such as a window of 4,096 tokens that
+the model neither states in its configuration nor passes to its attention function. A probe of that length would cost
 as much as a step.
 """
 
@@ -18,21 +18,21 @@ from collections.abc import Sequence
 import torch
 
 LONGEST = 132
-"""Tokens of the longest sequence of the probe."""
+"""Length of the probe's longest sequence in tokens."""
 
 _BOUNDS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
-"""Largest relative difference by the type that the attention computes in.
+"""Largest relative difference by the dtype of the attention.
 
 Float32 leaves about 1e-5. In bfloat16 every layer rounds to 1/256, and two layouts of one sequence differ by some
 hundredths; a wrong layout differs by about 1."""
 
 
 def probe_sequences(vocabulary: int, *, seed: int = 0) -> list[torch.Tensor]:
-    """Sequences of one tree with branches at several depths, and one that shares nothing.
+    """Return the sequences of one tree with branches at several depths, and one that shares nothing.
 
     Args:
         vocabulary: number of token ids.
-        seed: of the tokens; the global random state is not touched.
+        seed: seed of the tokens; the global random state is not changed.
 
     Returns:
         Token ids, int64, of 36 to ``LONGEST`` tokens.
@@ -56,17 +56,17 @@ def probe_sequences(vocabulary: int, *, seed: int = 0) -> list[torch.Tensor]:
 
 
 def relative_difference(found: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
-    """The largest distance of a sequence's values from the right ones, relative to the spread of all right values.
+    """Return the largest error of a sequence's values relative to the spread of all right values.
 
     The spread makes one bound fit models of every size: log-probabilities of a random model vary by tenths, those of a
     trained one by several units.
 
     Args:
-        found: for every sequence values [T] or [d].
-        right: as many, of the same shapes.
+        found: values [T] or [d] of every sequence.
+        right: right values of the same shapes.
 
     Returns:
-        The largest root mean square difference over the root mean square deviation; infinite where values are not
+        The largest root mean square difference over the root mean square deviation; infinite if values are not
         finite.
     """
     values = torch.stack(list(right)) if right[0].shape == right[-1].shape else torch.cat(list(right))
@@ -81,12 +81,12 @@ def verdict(
     states: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
     dtype: torch.dtype,
 ) -> str | None:
-    """Why packed trees are wrong for a model, ``None`` if they are right.
+    """Return why packed trees are wrong for a model, ``None`` if they are right.
 
     Args:
-        log_probs: of every sequence [T], packed and one sequence at a time.
-        states: of every sequence [d], likewise.
-        dtype: that the attention computes in.
+        log_probs: log-probabilities [T] of every sequence, packed and one sequence at a time.
+        states: states [d] of every sequence, likewise.
+        dtype: dtype of the attention.
     """
     bound = _BOUNDS.get(dtype, _BOUNDS[torch.bfloat16])
     for what, (found, right) in (("log-probabilities", log_probs), ("hidden states", states)):

@@ -1,4 +1,4 @@
-"""What a method asks the actor's engine about one sequence, and the answer."""
+"""Requests of a method to the actor's engine about single sequences, and the answers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One sequence.
+    """A request about one sequence.
 
     Attributes:
         context: token ids [C], C >= 0.
         target: token ids [T], T >= 0, with C + T >= 1.
-        log_probs: whether log pi(target_t | context, target_<t) is wanted; needs C >= 1 and T >= 1.
-        state_at: position in context + target whose hidden state is wanted, or ``None``.
+        log_probs: whether log pi(target_t | context, target_<t) is requested; needs C >= 1 and T >= 1.
+        state_at: requested hidden state's position in context + target, or ``None``.
     """
 
     context: torch.Tensor
@@ -28,7 +28,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """What was asked for: ``log_probs`` [T] and ``state`` [d], float32 on the CPU, or ``None``."""
+    """The requested ``log_probs`` [T] and ``state`` [d], float32 on the CPU, each ``None`` if not requested."""
 
     log_probs: torch.Tensor | None = None
     state: torch.Tensor | None = None
@@ -38,6 +38,6 @@ class Scorer(Protocol):
     """Scores sequences under the current weights, without gradient, in the order of the requests."""
 
     tokens: int
-    """Tokens that went through the model since the scorer was made."""
+    """Number of tokens that went through the model since the scorer was created."""
 
     def __call__(self, requests: Sequence[ScoreRequest]) -> list[Score]: ...

@@ -1,4 +1,4 @@
-"""Sequences as packed rows, with the places whose logits and states are wanted."""
+"""Packed rows of sequences, with the positions whose logits and states are requested."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gcpo.scoring.tree import PrefixForest, TreePack
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A pack and what is wanted of it.
+    """A packed row and the requested outputs.
 
     Attributes:
         pack: the row.
-        predict: int64 [K]: the places whose logits predict the labels.
+        predict: int64 [K]: the positions whose logits predict the labels.
         labels: int64 [K], sequence after sequence.
-        state_at: int64 [Q]: the places whose hidden states are wanted.
-        is_tree: whether the row needs tree attention. A row of one sequence does not: it is a plain causal row.
+        state_at: int64 [Q]: the positions of the requested hidden states.
+        is_tree: whether the row needs tree attention; a row of one sequence is plainly causal.
     """
 
     pack: TreePack
@@ -37,13 +37,13 @@ def pack_rows(
     budget: int | None,
     min_shared: int = 1,
 ) -> list[PackedRow]:
-    """Pack sequences.
+    """Pack sequences into rows.
 
     Args:
         sequences: token ids [S].
-        starts: where a sequence's targets begin, at least 1; ``None``: no log-probabilities.
-        state_at: whose token's state is wanted; ``None``: no state.
-        budget: tokens of a row; ``None``: every sequence is a row of its own.
+        starts: position of a sequence's first target, at least 1; ``None``: no log-probabilities.
+        state_at: position of the requested state; ``None``: no state.
+        budget: largest number of tokens of a row; ``None``: one row per sequence.
         min_shared: see `PrefixForest`.
 
     Raises:
@@ -71,10 +71,10 @@ def pack_rows(
 
 
 def members(rows: Sequence[PackedRow]) -> list[Sequence[int]]:
-    """Which sequences stand in each row of `pack_rows`, by their place in its input."""
+    """Return the input indices of the sequences in each row of `pack_rows`."""
     return [row.pack.sequences if row.is_tree else [at] for at, row in enumerate(rows)]
 
 
 def filler(*, is_tree: bool) -> PackedRow:
-    """A row of two tokens, for a rank that has fewer rows than another."""
+    """Return a row of two tokens, which pads a rank that has fewer rows than another."""
     return pack_rows([torch.zeros(2, dtype=torch.int64)], [1], [0], budget=2 if is_tree else None)[0]

@@ -1,9 +1,9 @@
-"""Which models can attend over packed trees: the rules for a model's configuration and for its attention calls.
+"""Rules that decide whether a model can attend over packed trees, from its configuration and its attention calls.
 
 A packed tree puts the tokens of many sequences into one row. A layer is exact on such a row only if the result for a
-token depends on its own ancestors in the tree and on nothing else of the row. The rules refuse every setting that
-breaks this and that a configuration can state. A rule refuses a model that would have been exact rather than let a
-wrong one pass: the refused model is scored one sequence at a time, which is slower and right.
+token depends only on the token's ancestors in the tree. The rules refuse every known setting that
+breaks this. In doubt a rule refuses a model that would have been exact rather than accepting a
+wrong one: a refused model is scored one sequence at a time, which is slower but exact.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 _KINDS_OF_LAYERS = ("layer_types", "layers_block_type", "block_types", "attention_layers", "hybrid_override_pattern")
-"""Settings that list the kind of every layer."""
+"""Settings that list the type of every layer."""
 _FULL_KINDS = {"full_attention", "attention", "global"}
 
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope", "su"}
-"""Kinds of rotary embedding that choose their frequencies by the longest sequence of the row."""
+"""Types of rotary embedding that choose their frequencies by the longest sequence of the row."""
 
 _HARMLESS_KEYWORDS = frozenset(
     {
@@ -31,10 +31,10 @@ _HARMLESS_KEYWORDS = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "num_items_in_batch",
-        "deterministic",  # of flash-attn's backward pass
+        "deterministic",  # a switch of flash-attn's backward pass
     }
 )
-"""Keywords that models pass on to their attention function and that do not change which keys a query sees."""
+"""Keywords of attention functions that do not change which keys a query sees."""
 _FALSE_IS_HARMLESS = frozenset({"output_attentions"})
 
 
@@ -53,7 +53,7 @@ def _is_relative(value: Any) -> bool:
 
 
 _RULES: tuple[tuple[str, str, str, Callable[[Any], bool]], ...] = (
-    # what the model does; names of settings; names that are left out; values that switch it on
+    # the model's property; names of settings; excluded names; values that enable it
     ("attends within a window", r"window|^local_attention", r"max_window_layers|pattern|^use_", _is_size),
     ("attends within chunks", r"(attention|attn).*chunk", r"^use_", _is_size),
     ("attends to chosen keys only", r"^index_topk|sparse_attention|^moba|^nsa_", r"$^", _is_on),
@@ -74,9 +74,9 @@ _RULES: tuple[tuple[str, str, str, Callable[[Any], bool]], ...] = (
 
 
 def tree_problem(config: Any, model: type[torch.nn.Module]) -> str | None:
-    """Why a model cannot be run on packed trees, ``None`` if its configuration has nothing against it.
+    """Return why a model cannot be run on packed trees, or ``None`` if its configuration does not forbid it.
 
-    A window is refused also where it is longer than every sequence.
+    A window is refused even if it is longer than every sequence.
 
     Args:
         config: the model's transformers configuration.
@@ -95,7 +95,7 @@ def _problems(config: Any) -> Iterator[str]:
         yield f"has layers that are not full attention: {', '.join(sorted(others))}"
     settings = dict(vars(config))
     if settings.get("use_sliding_window") is False:
-        # Qwen2 and its relatives keep the width of a window that is switched off.
+        # Qwen2 and related models keep the width of a disabled window.
         settings.pop("sliding_window", None)
     for what, names, left_out, on in _RULES:
         for name, value in sorted(settings.items()):
@@ -107,11 +107,11 @@ def _problems(config: Any) -> Iterator[str]:
 
 
 def _other_kinds(config: Any) -> set[str]:
-    """The kinds of layers that a configuration lists and that are not full attention."""
+    """Return the layer types of a configuration that are not full attention."""
     listed: set[str] = set()
     for name in _KINDS_OF_LAYERS:
         value = getattr(config, name, None)
-        if isinstance(value, str):  # a letter for every layer, "*" is attention
+        if isinstance(value, str):  # one letter per layer; "*" is attention
             value = ["attention" if letter == "*" else letter for letter in value]
         listed |= {str(entry) for entry in value or []}
     return listed - _FULL_KINDS
@@ -121,18 +121,18 @@ def _rope_types(config: Any) -> Iterator[str]:
     for name in ("rope_parameters", "rope_scaling"):
         value = getattr(config, name, None)
         if isinstance(value, Mapping):
-            # Some models have one entry for every kind of layer.
+            # Some models have one entry per layer type.
             for entry in (value, *value.values()):
                 if isinstance(entry, Mapping):
                     yield str(entry.get("rope_type", entry.get("type")))
 
 
 def call_problem(module: torch.nn.Module, keywords: Mapping[str, Any]) -> str | None:
-    """Why a call of the attention function cannot be answered on a packed tree, ``None`` if it can.
+    """Return why a call of the attention function cannot be answered on a packed tree, ``None`` if it can.
 
     Args:
-        module: the attention layer that calls.
-        keywords: its keywords beside those that the attention function has parameters for.
+        module: the calling attention layer.
+        keywords: its keywords that are not parameters of the attention function.
     """
     kind = type(module).__name__
     causal = keywords.get("is_causal")

@@ -1,7 +1,7 @@
 """Prefix trees over token sequences, and their packing into rows of bounded length.
 
-A node of the tree is a stretch of tokens that the same sequences share. Its queries see the keys of the nodes above it
-and, causally, its own. The tree is found from the tokens themselves, so whatever is packed is exact: an order of the
+A node of the tree is a stretch of tokens that the same sequences share. Its queries see the keys of its ancestors
+and, causally, its own. The tree is built from the tokens themselves, so packing is always exact: an order of the
 blocks that shares little costs time, never correctness.
 """
 
@@ -18,22 +18,22 @@ import torch
 
 
 class BudgetError(ValueError):
-    """A token budget that can't hold the longest sequence."""
+    """A token budget that cannot hold the longest sequence."""
 
 
 @dataclass(frozen=True)
 class TreePack:
-    """Some of the sequences of a forest as one packed row of N tokens.
+    """A packed row of N tokens with some of a forest's sequences.
 
     Attributes:
-        sequences: which sequences are here, by their place in the forest's input.
+        sequences: indices of its sequences in the forest's input.
         token_ids: int64 [N].
-        position_ids: int64 [N], the depth of every token: its position in any sequence that it belongs to.
-        spans: start and end of every node in the row. A node stands behind its parent and before what follows its
+        position_ids: int64 [N], position of every token in its sequences.
+        spans: start and end of every node in the row. A node follows its parent and precedes all nodes after its
             parent's subtree.
         parents: the parent of every node, -1 for a root.
-        places: for every sequence, int64 [its length]: where its tokens stand in the row.
-        masks: for a node that branches inside, bool [its length, its length]: which of its own keys its queries see;
+        places: for every sequence, int64 [its length]: the positions of its tokens in the row.
+        masks: for a node that branches inside, bool [its length, its length]: the own keys that its queries see;
             every other node is causal.
     """
 
@@ -61,7 +61,7 @@ class TreePack:
         """For every node the end of the last node below it, or its own.
 
         Raises:
-            ValueError: something else stands between a node and its parent.
+            ValueError: another node stands between a node and its parent.
         """
         for node, parent in enumerate(self.parents):
             if parent >= 0 and parent not in self.paths[node - 1]:
@@ -77,7 +77,7 @@ class TreePack:
 
     @cached_property
     def layouts(self) -> dict[torch.device, Any]:
-        """What a kernel keeps of this row on a device, so that it is made once for all layers of a model."""
+        """Per device, a kernel's data for this row, which is created once for all layers of a model."""
         return {}
 
 
@@ -86,9 +86,9 @@ class Node:
     """A stretch of tokens that the same sequences share.
 
     Attributes:
-        parent: the node before it, -1 for none.
-        start: its first token's position in any of its sequences.
-        end: the position behind its last token.
+        parent: the parent node, or -1.
+        start: position of its first token in its sequences.
+        end: position after its last token.
         sequence: one of its sequences.
     """
 
@@ -99,11 +99,11 @@ class Node:
 
 
 def shared_stretches(lengths: Sequence[int], common: Sequence[int], min_shared: int) -> tuple[list[Node], list[int]]:
-    """The prefix trees of sequences in depth-first order.
+    """Return the prefix trees of sequences in depth-first order.
 
     Args:
         lengths: tokens of every sequence.
-        common: for every sequence the tokens that it begins with as the one before it does; 0 for the first.
+        common: for every sequence the length of the common prefix with the previous one; 0 for the first.
         min_shared: a stretch shorter than this is repeated instead of shared.
 
     Returns:
@@ -132,13 +132,13 @@ def shared_stretches(lengths: Sequence[int], common: Sequence[int], min_shared: 
                 leaves[first] = node
             else:
                 below.append((first, last, end, node))
-        # A sequence that ends where its range forks is a child without tokens of its own.
+        # A sequence that ends where its range forks is a child without own tokens.
         todo.extend(reversed(below))
     return nodes, leaves
 
 
 def chains_of(nodes: Sequence[Node], leaves: Sequence[int]) -> list[tuple[int, ...]]:
-    """For every sequence its nodes, from the root to its last one."""
+    """Return for every sequence its nodes, from the root to its last one."""
     chains = []
     for leaf in leaves:
         chain, node = [], leaf
@@ -150,7 +150,7 @@ def chains_of(nodes: Sequence[Node], leaves: Sequence[int]) -> list[tuple[int, .
 
 
 def shared_with_previous(nodes: Sequence[Node], chains: Sequence[tuple[int, ...]]) -> list[int]:
-    """For every sequence in depth-first order the tokens of the nodes that it shares with the one before it."""
+    """Return for every sequence the tokens in nodes shared with the previous one in depth-first order."""
     shared = [0] * len(chains)
     for k, (before, chain) in enumerate(pairwise(chains), 1):
         for a, b in zip(before, chain, strict=False):
@@ -165,8 +165,8 @@ class PrefixForest:
 
     Args:
         sequences: token ids, int64 [S], S >= 1, in any order; equal ones and prefixes of others are fine.
-        min_shared: a stretch shorter than this is repeated instead of shared, because every node costs attention
-            calls of its own.
+        min_shared: a stretch shorter than this is repeated instead of shared, since every node needs an attention
+            call.
 
     Raises:
         ValueError: a sequence is empty, or ``min_shared`` is below 1.
@@ -179,7 +179,7 @@ class PrefixForest:
             if not len(sequence):
                 raise ValueError(f"sequence {i} of {len(sequences)} is empty")
         self.sequences = [sequence.detach().to("cpu", torch.int64) for sequence in sequences]
-        # Big-endian bytes of ids, which are not negative, stand in the order of the ids.
+        # Big-endian bytes of non-negative ids sort as the ids do.
         names = [sequence.numpy().astype(">u4").tobytes() for sequence in self.sequences]
         self.order = sorted(range(len(names)), key=names.__getitem__)
         """The sequences in depth-first order."""
@@ -192,22 +192,22 @@ class PrefixForest:
 
     @property
     def dense_tokens(self) -> int:
-        """Tokens of all sequences without sharing."""
+        """Number of tokens of all sequences without sharing."""
         return sum(map(len, self.sequences))
 
     @property
     def tree_tokens(self) -> int:
-        """Tokens of all nodes: what one unlimited pack holds."""
+        """Number of tokens of all nodes, that is, of one pack without a budget."""
         return sum(node.end - node.start for node in self._nodes)
 
     def packs(self, budget: int | None = None) -> list[TreePack]:
-        """Cut the forest into rows of at most ``budget`` tokens where the least has to be repeated.
+        """Cut the forest into rows of at most ``budget`` tokens with as few repeated tokens as possible.
 
-        A row holds a stretch of the depth-first order; a cut repeats what the sequences on both sides share. Of cuts
-        that repeat as much, those that make fewer rows are taken.
+        A row holds consecutive sequences in depth-first order; a cut repeats the prefix that both sides share. Of cuts
+        that repeat equally many tokens, those with fewer rows are chosen.
 
         Args:
-            budget: tokens of a row; ``None``: everything in one.
+            budget: tokens of a row; ``None``: one row.
 
         Raises:
             BudgetError: a sequence is longer than ``budget``.
@@ -240,7 +240,7 @@ class PrefixForest:
             size = entry.end - entry.start
             row_of[node] = (at, at + size)
             if entry.parent >= 0 and children[entry.parent] == 1:
-                # An only child stands right behind its parent: one node for the attention.
+                # An only child directly follows its parent, so both are one node for the attention.
                 number[node] = number[entry.parent]
                 spans[number[node]] = (spans[number[node]][0], at + size)
             else:
@@ -262,24 +262,24 @@ class PrefixForest:
 
 
 def cheapest_cuts(lengths: Sequence[int], shared: Sequence[int], budget: float) -> list[int]:
-    """Where to cut sequences in depth-first order into packs, so that the least has to be repeated.
+    """Return where to cut sequences in depth-first order into packs with as few repeated tokens as possible.
 
     Args:
         lengths: tokens of every sequence, none more than ``budget``.
-        shared: for every sequence the tokens that it shares with the one before it; 0 for the first.
+        shared: for every sequence the tokens that it shares with the previous one; 0 for the first.
         budget: tokens of a pack.
 
     Returns:
-        The first sequence of every pack, and in the end the number of sequences.
+        The first sequence of every pack, followed by the number of sequences.
     """
     count = len(lengths)
-    # Packing the first k sequences: tokens repeated and packs, which decide in this order, and the last pack's start.
+    # Per k: (repeated tokens, packs) of the first k sequences, compared in this order, and the last pack's start.
     best: list[tuple[tuple[float, int], int]] = [((0.0, 0), 0)]
     for last in range(1, count + 1):
         cheapest = ((float("inf"), 0), 0)
         tokens = 0
         for first in range(last - 1, -1, -1):
-            # The pack's first sequence stands in it with all its tokens, the next ones with what is new.
+            # The pack's first sequence adds all its tokens, each next one only its new tokens.
             tokens += lengths[first]
             if first + 1 < last:
                 tokens -= shared[first + 1]
@@ -295,7 +295,7 @@ def cheapest_cuts(lengths: Sequence[int], shared: Sequence[int], budget: float) 
 
 
 def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
-    """Tokens that two sequences begin with in common."""
+    """Return the length of the common prefix of two sequences."""
     size = min(len(a), len(b))
     differ = np.flatnonzero(np.asarray(a)[:size] != np.asarray(b)[:size])
     return int(differ[0]) if len(differ) else size

@@ -1,8 +1,8 @@
 """Attention over a packed prefix tree with flash-attn's kernel for sequences of different lengths.
 
-The kernel takes many nodes in one call, each with the keys of its path, which are gathered for it. A node that branches
-inside needs a mask, which the kernel does not take: such nodes are small, and they are done one by one with SDPA. The
-kernel takes all others.
+The kernel handles many nodes in one call, each with the gathered keys of its path. A node that branches inside needs
+a mask, which the kernel does not support: such nodes are small, and SDPA handles them one by one. The kernel handles
+all other nodes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _LARGEST_HEAD = 256
 
 @dataclass(frozen=True)
 class KernelCall:
-    """The nodes of one call, one after another.
+    """One kernel call for several nodes.
 
     Attributes:
-        nodes: which ones.
-        queries: int64 [Q]: where their tokens stand in the row.
-        keys: int64 [sum of their paths' lengths]: where their keys stand in the row.
+        nodes: indices of the nodes.
+        queries: int64 [Q]: positions of their tokens in the row.
+        keys: int64 [sum of their paths' lengths]: positions of their keys in the row.
         cumulative_queries: int32 [nodes + 1].
         cumulative_keys: int32 [nodes + 1].
         max_queries: tokens of the longest node.
@@ -50,10 +50,10 @@ class KernelCall:
 
 
 def kernel_calls(pack: TreePack, device: torch.device | str = "cpu") -> tuple[KernelCall, ...]:
-    """The calls for all nodes without a mask.
+    """Return the kernel calls for all nodes without a mask.
 
-    A gathered key takes memory as a token of the row does, and a row with many small nodes at the end of long paths
-    would gather many times its own tokens. A call therefore gathers no more keys than the row has tokens, and the
+    A gathered key takes as much memory as a token of the row, and many small nodes at the end of long paths
+    would gather many times the row's tokens. A call therefore gathers no more keys than the row has tokens, so the
     token budget of the row bounds the gathered keys too.
     """
     lengths = [sum(pack.spans[node][1] - pack.spans[node][0] for node in path) for path in pack.paths]
@@ -87,13 +87,13 @@ def _call(pack: TreePack, nodes: list[int], lengths: list[int], device: torch.de
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a row is done on one device.
+    """The division of a row into kernel calls on one device.
 
     Attributes:
-        calls: of the kernel.
-        masked: the nodes that are done one by one.
-        order: int64 [N]: for every token of the row its place in the results of ``masked`` and then of ``calls``;
-            ``None`` where they stand in the order of the row.
+        calls: kernel calls.
+        masked: the nodes that SDPA handles one by one.
+        order: int64 [N]: index of every token of the row in the results of ``masked`` followed by ``calls``;
+            ``None`` if these are in the order of the row.
     """
 
     calls: tuple[KernelCall, ...]
@@ -102,10 +102,10 @@ class _Layout:
 
 
 def _layout(pack: TreePack, device: torch.device) -> _Layout:
-    """The layout on a device; it is moved there once, for all layers of a model."""
+    """Return the layout of a row on a device, which is created once for all layers of a model."""
     if device not in pack.layouts:
         calls, masked = kernel_calls(pack, device), tuple(sorted(pack.masks))
-        # Nodes stand in the row in their order, and calls hold them in it, so only masked ones are out of place.
+        # Calls keep the nodes in row order, so only masked nodes are out of order.
         order = None
         if masked:
             places = [torch.arange(*pack.spans[node]).to(device) for node in masked]
@@ -117,7 +117,7 @@ def _layout(pack: TreePack, device: torch.device) -> _Layout:
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, pack: TreePack, scaling: float, kernel: Callable[..., Tensor]
 ) -> Tensor:
-    """Attention of a row: query [1, H, N, D], key and value [1, H', N, D]; the result is as ``query``.
+    """Compute the attention of a row: query and result [1, H, N, D], key and value [1, H', N, D].
 
     A node's queries are the last ones of its path, so the kernel's causal mask must end in the lower right corner, as
     flash-attn's does since 2.1.
@@ -127,7 +127,7 @@ def varlen_attention(
     if layout.masked:
         parts.append(GatheredAttention.apply(query, key, value, pack, scaling, layout.masked))
     for call in layout.calls:
-        # Under the checkpoint the gathered keys are gathered again instead of kept.
+        # Checkpointing gathers the keys again instead of keeping them.
         parts.append(checkpoint(_run, query, key, value, call, scaling, kernel, use_reentrant=False))
     out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
     return out if layout.order is None else out.index_select(2, layout.order)
@@ -151,7 +151,7 @@ def _run(
 
 @cache
 def varlen_kernel() -> Callable[..., Tensor] | str:
-    """flash-attn's kernel, or the reason why it cannot be had."""
+    """Return flash-attn's kernel, or the reason why it is not available."""
     try:
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]  (built for GPUs)
     except ImportError as error:
@@ -163,7 +163,7 @@ def varlen_kernel() -> Callable[..., Tensor] | str:
 
 
 def kernel_for(query: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
-    """The kernel for these heads, ``None`` where there is none; on a GPU the reason is said once.
+    """Return the kernel for these heads, ``None`` if it does not support them; on a GPU the reason is logged once.
 
     Args:
         query: [1, H, N, D].
@@ -190,7 +190,7 @@ def kernel_for(query: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
 
 @cache
 def _say_slow(problem: str) -> None:
-    """Warn on the first rank, once for every reason."""
+    """Warn on the first rank, once per reason."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
         notice(
