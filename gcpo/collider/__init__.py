@@ -1,4 +1,4 @@
-"""The collider draws of a group and the prompts that hold its candidates."""
+"""Collider draws of a group, and prompts that contain its candidates."""
 
 from gcpo.collider.plan import Block, LeaveOneOutPlan, collider_first, leave_one_out_plan
 

@@ -1,10 +1,10 @@
 """The order of the candidate blocks in the leave-one-out contexts x_{i,l} of a group.
 
-All contexts of a group share text. Written as prefixes, they form a tree whose leaves are the n contexts: on
-the way from the root to leaf i every candidate but i is placed exactly once, and at each fork the way to one
+The contexts of a group share text. As a prefix tree, its leaves are the n contexts: on
+the path from the root to leaf i every candidate but i is placed exactly once, and at each fork the path to one
 subtree places the blocks of the other. The tokens of the whole tree are then the sum over the candidates of
-length times depth, which Huffman's construction makes as small as it can be. Where only some of the contexts are
-wanted, the candidates that all of those hold stand first, once, and the tree is over the others.
+length times depth, which Huffman's construction minimises. If only some of the contexts are
+needed, the candidates that all of them contain come first, and the tree is over the others.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class LeaveOneOutPlan:
     """Block orders of the contexts x_{i,l} of one group; made by `leave_one_out_plan`.
 
     Attributes:
-        n: Number of candidates.
-        draws: Number of collider draws per context.
+        n: number of candidates.
+        draws: number of collider draws per context.
         orders: ``orders[i][l]`` is the order of the blocks of x_{i,l}: every ("candidate", k) with k != i
             once, and ("collider", l) once.
-        permutation: What breaks ties.
-        leaves: The candidates whose contexts the tree is made for, in the order of the permutation.
+        permutation: the order that breaks ties.
+        leaves: the candidates whose contexts the tree contains, in the order of the permutation.
     """
 
     n: int
@@ -38,26 +38,26 @@ class LeaveOneOutPlan:
     leaves: tuple[int, ...]
 
     def candidate_order(self, i: int) -> tuple[int, ...]:
-        """The candidates of the contexts of i, in order: what a leave-one-out collider draw is made from."""
+        """Return the candidates of the contexts of i, also of its leave-one-out collider draws, in order."""
         return tuple(k for kind, k in self.orders[i][0] if kind == "candidate")
 
     def collider_order(self) -> tuple[int, ...]:
-        """The candidates in the order in which the prompt of a shared collider draw holds all n of them.
+        """Return the candidates in the order of the prompt of a shared collider draw.
 
-        That of the first leaf, and the leaf itself: the prompt goes on where the leaf's own ends.
+        It is the order of the first leaf, followed by the leaf itself, so that the prompts share a prefix.
         """
         first = self.depth_first()[0]
         return (*self.candidate_order(first), first)
 
     def depth_first(self) -> tuple[int, ...]:
-        """The leaves in the order of the tree, so that neighbours share the most."""
+        """The leaves in tree order, in which neighbours share the most."""
         place = {k: p for p, k in enumerate(self.permutation)}
         return tuple(sorted(self.leaves, key=lambda i: [place[k] for k in self.candidate_order(i)]))
 
     def unique_blocks(self) -> int:
-        """Number of nodes of the prefix tree over the leaves' orders, collider and scored blocks left out."""
+        """Return the number of nodes of the prefix tree over the leaves' orders, without collider and scored blocks."""
         paths = [self.candidate_order(i) for i in self.leaves]
-        # Every prefix of a leaf's order is a node, named by the path to it.
+        # Every prefix of a leaf's order is a node, identified by its path.
         return len({path[:end] for path in paths for end in range(1, len(path) + 1)})
 
 
@@ -69,23 +69,23 @@ def leave_one_out_plan(
     permutation: Sequence[int] | None = None,
     leaves: Collection[int] | None = None,
 ) -> LeaveOneOutPlan:
-    """Orders the blocks of the leave-one-out contexts so that they share as many tokens as any order can.
+    """Order the blocks of the leave-one-out contexts so that the contexts share as many tokens as possible.
 
     Args:
-        n: Number of candidates in the group, at least 2.
-        draws: Number of collider draws that a context comes with, at least 1.
-        lengths: Lengths of the n candidate blocks, finite and at least 0; all equal when None.
-        permutation: A permutation of ``range(n)`` that breaks ties and orders the blocks inside a subtree.
-            Drawn at random per group, it keeps a candidate's place apart from its number. ``range(n)`` when
+        n: number of candidates in the group, at least 2.
+        draws: number of collider draws per context, at least 1.
+        lengths: lengths of the n candidate blocks, finite and at least 0; equal if None.
+        permutation: a permutation of ``range(n)`` that breaks ties and orders the blocks inside a subtree.
+            A random one per group makes a candidate's position independent of its index. ``range(n)`` if
             None.
-        leaves: The candidates whose contexts are wanted, at least one; the tokens of these contexts' tree are made
-            few. All when None. The other contexts have an order too, which shares what it happens to.
+        leaves: the candidates whose contexts are needed, at least one; the tree of these contexts is minimised. All if
+            None. The other contexts have an order too, whose sharing is not optimised.
 
     Returns:
-        The plan, the same for the same arguments.
+        The plan, which depends only on the arguments.
 
     Raises:
-        ValueError: n below 2, draws below 1, or lengths, a permutation or leaves that do not fit.
+        ValueError: n below 2, draws below 1, or lengths, a permutation or leaves that are not valid.
     """
     if n < 2:
         raise ValueError(f"n is {n}, but a leave-one-out context needs a group of at least two responses.")
@@ -111,23 +111,23 @@ def leave_one_out_plan(
 
 
 def collider_first(draws: int) -> bool:
-    """Whether the collider block stands before the candidates.
+    """Return whether the collider block precedes the candidates.
 
-    A single draw is a prefix that all contexts share; of several, each would start a tree of its own, so they
+    A single draw is a prefix that all contexts share; several draws would each start a new tree, so they
     come last.
     """
     return draws == 1
 
 
 def _with_collider(candidates: Sequence[int], draw: int, draws: int) -> tuple[Block, ...]:
-    """The blocks of one context: its candidates in order, and its collider draw."""
+    """Return the blocks of one context: the candidates in order and its collider draw."""
     blocks: list[Block] = [("candidate", k) for k in candidates]
     blocks.insert(0 if collider_first(draws) else len(blocks), ("collider", draw))
     return tuple(blocks)
 
 
 def _huffman_orders(lengths: Mapping[int, float], order: Sequence[int]) -> dict[int, list[int]]:
-    """For each candidate the others: the siblings on the way from the root of the Huffman tree to it."""
+    """Return for each candidate the others: the siblings on the path from the root of the Huffman tree to it."""
     place = {k: p for p, k in enumerate(order)}
     contexts: dict[int, list[int]] = {k: [] for k in order}
     # (length, tie break, members); a merged subtree comes after every leaf and older subtree of its length.
@@ -135,7 +135,7 @@ def _huffman_orders(lengths: Mapping[int, float], order: Sequence[int]) -> dict[
     heapq.heapify(heap)
     for tie in range(len(order), 2 * len(order) - 1):
         (length_a, _, a), (length_b, _, b) = heapq.heappop(heap), heapq.heappop(heap)
-        # The tree grows from its leaves: what is merged later stands earlier in the context.
+        # The tree grows from its leaves: later merges come earlier in the context.
         for members, siblings in ((a, b), (b, a)):
             for k in members:
                 contexts[k][:0] = siblings

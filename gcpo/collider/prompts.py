@@ -1,9 +1,9 @@
-"""Prompts that hold the candidates of a group, built by joining token ids.
+"""Prompts that contain the candidates of a group, built by joining token ids.
 
 A prompt with candidates is ``head + block + ... + block + tail``. Head and tail are the chat-templated question
-split at the place where the blocks go; a block is a label followed by the response's own token ids. A response is
-never decoded and encoded again, so a block is the same token string in whatever prompt and place it stands, which
-is what lets prompts share prefixes.
+split where the blocks are inserted; a block is a label followed by the response's own token ids. A response is
+never decoded and encoded again, so a block has the same tokens in every prompt and position, which
+allows prompts to share prefixes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Truncation = Literal["keep_end", "keep_start", "answer"]
 _ANSWER = "\\boxed{"
 _THINK_END = "</think>"
 
-# Any text that no chat template and no question holds; it is cut out before anything is tokenised.
+# A text that no chat template and no question contains; it is removed before tokenisation.
 _SPLIT = "\u241egcpo-blocks\u241e"
 
 
@@ -42,16 +42,16 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class BlockBudget:
-    """How much of a response a block may hold.
+    """The part of a response that a block may contain.
 
     Attributes:
-        max_tokens: tokens of response text in a block (its label not counted).
-        truncation: ``keep_end`` keeps the end, where the answer is; ``keep_start`` the beginning; ``answer`` what
-            stands from the last ``\\boxed{`` on, also of a response that would fit.
-        drop_think: leave out what stands up to the last ``</think>`` when the whole response does not fit. A response
-            that never closes its thinking part, or has only white space behind it, is cut by ``truncation`` instead.
-            The tag is found in the text. A token that holds its end and more text (``>The``) stays, since a token
-            cannot be divided and no text of the answer may be lost; one that adds only white space (``>\\n\\n``) goes.
+        max_tokens: largest number of response tokens in a block, without its label.
+        truncation: ``keep_end`` keeps the end, which holds the answer; ``keep_start`` the beginning; ``answer`` the
+            text from the last ``\\boxed{`` on, even of a response that would fit.
+        drop_think: drop the text up to the last ``</think>`` if the whole response does not fit. A response
+            that never closes its thinking part, or has only white space after it, is cut by ``truncation`` instead.
+            The tag is searched in the text. A token with its end and more text (``>The``) stays, since a token
+            cannot be divided and no answer text may be lost; one that adds only white space (``>\\n\\n``) is dropped.
     """
 
     max_tokens: int = 1024
@@ -61,7 +61,7 @@ class BlockBudget:
 
 @dataclass(frozen=True)
 class Frame:
-    """Token ids before (``head``) and after (``tail``) the candidate blocks."""
+    """The token ids before (``head``) and after (``tail``) the candidate blocks."""
 
     head: tuple[int, ...]
     tail: tuple[int, ...]
@@ -72,12 +72,12 @@ class CandidatePrompts:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        budget: how much of each response a block may hold.
+        budget: the part of each response that a block may contain.
         template: the fixed texts.
         chat_template_kwargs: passed to ``apply_chat_template`` (verl's ``data.apply_chat_template_kwargs``).
 
     Raises:
-        ValueError: the tokenizer has no chat template, or the budget cannot hold a token.
+        ValueError: the tokenizer has no chat template, or the budget is below one token.
     """
 
     def __init__(
@@ -108,15 +108,15 @@ class CandidatePrompts:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Token ids that end or pad a response and carry no text of it."""
+        """Token ids that end or pad a response and are not part of its text."""
         ids = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         return frozenset(i for i in ids if i is not None)
 
     def frame(self, messages: Sequence[Mapping[str, Any]]) -> Frame:
-        """The chat-templated question, split where the blocks go: at the end of the last user message.
+        """Return the chat-templated question, split where the blocks are inserted: at the end of the last user message.
 
-        The text of the messages is encoded as verl encodes it for the plain responses: where it spells a control token
-        (``<|im_end|>``), the prompt holds that token. The first such question is reported in the log.
+        The text of the messages is encoded as verl encodes plain prompts: if it spells a control token
+        (``<|im_end|>``), the prompt contains that token. The first such question is reported in the log.
 
         Raises:
             ValueError: there is no user message, its content is empty or not text.
@@ -152,12 +152,12 @@ class CandidatePrompts:
         )
 
     def text_ids(self, response_ids: Sequence[int]) -> list[int]:
-        """The tokens of a response that are text of it: all but the control tokens of the tokenizer and of its chat
+        """Return the tokens of a response that are its text: all but the control tokens of the tokenizer and its chat
         template, which would end the user's turn in the middle of the prompt (see `gcpo.tokens.control_ids`)."""
         return self._text_tokens.keep(response_ids)
 
     def trim(self, response_ids: Sequence[int]) -> list[int]:
-        """The part of a response that goes into a block: no control tokens, at most ``budget.max_tokens`` tokens."""
+        """Return the part of a response for a block: no control tokens, at most ``budget.max_tokens`` tokens."""
         ids = self.text_ids(response_ids)
         limit = self.budget.max_tokens
         if self.budget.truncation == "answer":
@@ -170,7 +170,7 @@ class CandidatePrompts:
         return ids
 
     def _without_thinking(self, ids: list[int]) -> list[int]:
-        """What follows the last ``</think>``; all of ``ids`` where that is nothing or only white space."""
+        """Return the tokens after the last ``</think>``; all of ``ids`` if these are only white space or missing."""
         decode = self._text_tokens.decode
         found = last_occurrence(decode, ids, _THINK_END)
         if found is None:
@@ -181,31 +181,31 @@ class CandidatePrompts:
         return rest if in_last_token or decode(rest).strip() else ids
 
     def candidate_block(self, k: int, response_ids: Sequence[int]) -> list[int]:
-        """The block of response ``k``; its label names the response, not the place where the block stands."""
+        """Return the block of response ``k``; its label identifies the response, not the position of the block."""
         return list(self._encode(self.template.candidate.format(label=k + 1))) + self.trim(response_ids)
 
     def collider_block(self, response_ids: Sequence[int]) -> list[int]:
-        """The block of a collider draw."""
+        """Return the block of a collider draw."""
         return list(self._encode(self.template.collider)) + self.trim(response_ids)
 
     @staticmethod
     def join(frame: Frame, blocks: Sequence[Sequence[int]]) -> list[int]:
-        """``head + blocks + tail``."""
+        """Return the prompt ``head + blocks + tail``."""
         return [*frame.head, *(token for block in blocks for token in block), *frame.tail]
 
     def max_label_tokens(self, n: int) -> int:
-        """Tokens that the longest block label of a group of ``n`` takes."""
+        """Return the number of tokens of the longest block label in a group of ``n``."""
         labels = [self.template.candidate.format(label=k + 1) for k in range(n)] + [self.template.collider]
         return max(len(self._encode(label)) for label in labels)
 
 
 @dataclass(frozen=True)
 class GroupPrompts:
-    """The prompts of one group, all over one plan.
+    """The prompts of one group, which use one plan.
 
     Attributes:
         frame: head and tail of the question.
-        candidates: block of every response, by identity.
+        candidates: block of every response, by index.
         plan: the order of the blocks.
     """
 
@@ -214,21 +214,21 @@ class GroupPrompts:
     plan: LeaveOneOutPlan
 
     def collider_prompt(self) -> list[int]:
-        """Prompt of a shared collider draw: the question and all n responses."""
+        """Return the prompt of a shared collider draw: the question and all n responses."""
         return CandidatePrompts.join(self.frame, [self.candidates[k] for k in self.plan.collider_order()])
 
     def leave_one_out_prompt(self, i: int) -> list[int]:
-        """Prompt of a leave-one-out collider draw y_n^(i): the question and every response but ``i``."""
+        """Return the prompt of a leave-one-out collider draw y_n^(i): the question and every response but ``i``."""
         return CandidatePrompts.join(self.frame, [self.candidates[k] for k in self.plan.candidate_order(i)])
 
     def context(self, i: int, slot: int, collider: Sequence[int], replaced: Sequence[int] | None = None) -> list[int]:
-        """Prompt x_{i,l}: the question, every response but ``i``, and the block of one collider draw.
+        """Return the prompt x_{i,l}: the question, every response but ``i``, and the block of one collider draw.
 
         Args:
             i: the response that is left out.
-            slot: l, the place of the draw in the plan.
+            slot: l, the index of the draw in the plan.
             collider: the block of the draw.
-            replaced: the block of y_n where ``reference.collider_context`` is ``append``: it then stands before
+            replaced: the block of y_n if ``reference.collider_context`` is ``append``: it then stands before
                 the block of the draw instead of being replaced by it.
         """
         blocks: list[Sequence[int]] = []
