@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole.
+"""Detection of complete checkpoints of a run.
 
 A checkpoint is the folder ``global_step_N`` that verl writes: one shard per rank for the model, the optimizer and the
 rest (``actor/``), and the state of the data loader (``data.pt``). The manifest ``gcpo_manifest.json`` is written last.
@@ -38,11 +38,11 @@ class CheckpointError(RunStoppedError):
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it is found.
+    """The state of a file on the disk.
 
     Attributes:
         size: in bytes.
-        problem: why it cannot be read, None where its directory of contents is readable.
+        problem: reason why it cannot be read, or None if its table of contents is readable.
     """
 
     size: int
@@ -50,16 +50,16 @@ class FileState:
 
 
 Survey = Callable[[Path], Mapping[str, FileState]]
-"""Given a checkpoint's folder, its files by their path in it; over several machines the union of what each sees."""
+"""Returns a checkpoint's files by relative path; over several machines the union of their files."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run must find in a checkpoint.
+    """The files that a run needs in a checkpoint.
 
     Attributes:
-        ranks: of the actor; every rank reads a shard of its own. None: whatever is there.
-        contents: of verl's ``load_contents``.
+        ranks: number of the actor's ranks, each of which reads its own shard. None: any number.
+        contents: verl's ``load_contents``.
         critic: whether there is a critic.
     """
 
@@ -80,12 +80,12 @@ class Needs:
 
 @dataclass
 class Choice:
-    """What a run goes on from.
+    """The checkpoint from which a run resumes.
 
     Attributes:
-        path: the newest whole checkpoint, None where there is none.
-        rejected: newer ones, each with the reason.
-        notes: sentences about what was found besides.
+        path: the newest complete checkpoint, or None.
+        rejected: newer checkpoints that cannot be used, each with the reason.
+        notes: further remarks, one sentence each.
     """
 
     path: Path | None = None
@@ -94,24 +94,24 @@ class Choice:
 
 
 def step_of(folder: Path) -> int | None:
-    """N of ``global_step_N``."""
+    """Return N of ``global_step_N``."""
     match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def checkpoints_in(root: Path) -> list[Path]:
-    """The folders of checkpoints in ``root``, newest step first."""
+    """Return the folders of checkpoints in ``root``, newest step first."""
     found = {path: step_of(path) for path in root.glob("global_step_*") if path.is_dir()}
     return sorted((path for path, step in found.items() if step is not None), key=lambda path: -(found[path] or 0))
 
 
 def newest_finished(root: Path) -> Path | None:
-    """The checkpoint of the highest step that has a manifest, None where there is none."""
+    """Return the checkpoint of the highest step that has a manifest, None where there is none."""
     return next((path for path in checkpoints_in(root) if (path / MANIFEST).exists()), None)
 
 
 def survey(folder: Path) -> dict[str, FileState]:
-    """The saved files of a checkpoint on this machine."""
+    """Return the saved files of a checkpoint that are on this machine."""
     found = {}
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
@@ -122,12 +122,12 @@ def survey(folder: Path) -> dict[str, FileState]:
 
 
 def unreadable(path: Path) -> str | None:
-    """Why the directory of contents of a ``.pt`` or ``.safetensors`` file cannot be read; None where it can."""
+    """Return why the table of contents of a ``.pt`` or ``.safetensors`` file cannot be read, or None."""
     from safetensors import SafetensorError, safe_open
 
     try:
         if path.suffix == ".pt":
-            zipfile.ZipFile(path).close()  # reads the directory, which stands at the end
+            zipfile.ZipFile(path).close()  # reads the directory, which is at the end
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="np"):
                 pass  # opening compares the header with the size of the file
@@ -141,7 +141,7 @@ def unreadable(path: Path) -> str | None:
 
 
 def read_tracker(root: Path) -> tuple[int | None, str | None]:
-    """The step that verl's tracker file names, and what is wrong with the file."""
+    """Return the step that verl's tracker file names, and the problem of the file, or None."""
     path = root / TRACKER
     try:
         text = path.read_text(errors="replace").strip()
@@ -158,7 +158,7 @@ def read_tracker(root: Path) -> tuple[int | None, str | None]:
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, int] | None, str | None]:
-    """Sizes by file of the manifest in ``folder``, None where there is none; and why it cannot be used."""
+    """Return the file sizes of the manifest in ``folder``, or None, and the reason why it cannot be used."""
     path = folder / MANIFEST
     try:
         data = json.loads(path.read_bytes())
@@ -174,7 +174,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, int] | None, str | None]:
 
 
 def examine(folder: Path, needs: Needs, look: Survey = survey) -> tuple[str | None, list[str]]:
-    """Why a checkpoint is not whole, None where it is; and what is worth saying about one that is."""
+    """Return why a checkpoint is not complete, or None, and remarks about a complete one."""
     if not folder.is_dir():
         return "there is no such folder", []
     manifest, problem = read_manifest(folder)
@@ -217,10 +217,10 @@ def _damaged(found: Mapping[str, FileState]) -> str | None:
 
 
 def choose(root: Path, needs: Needs, look: Survey = survey) -> Choice:
-    """The newest whole checkpoint in ``root``.
+    """Return the newest whole checkpoint in ``root``.
 
-    A step that is newer than the one that verl's tracker file names is left out: its saving was not finished, or the
-    file was changed to go back.
+    A step that is newer than the step in verl's tracker file is ignored: its saving was not finished, or the
+    user changed the file to go back.
 
     Raises:
         CheckpointError: checkpoints were saved here, and none of them can be used.
@@ -249,7 +249,7 @@ def choose(root: Path, needs: Needs, look: Survey = survey) -> Choice:
 
 
 def check_named(folder: Path, needs: Needs, look: Survey = survey) -> list[str]:
-    """Notes about the checkpoint that the user named.
+    """Check the checkpoint that the user named and return remarks about it.
 
     Raises:
         CheckpointError: it cannot be used.
@@ -269,9 +269,9 @@ def begin(folder: Path) -> None:
 
 
 def finish(folder: Path, needs: Needs, look: Survey = survey) -> None:
-    """Write the manifest of a checkpoint whose files are all there, and then verl's tracker file.
+    """Write the manifest of a checkpoint whose files are complete, and then verl's tracker file.
 
-    Every file of this machine is brought to the disk first, so that a manifest never outlives what it names.
+    Every file of this machine is synced to the disk first, so that a manifest never outlives its files.
 
     Raises:
         CheckpointError: a file is missing or cannot be read.
@@ -282,7 +282,7 @@ def finish(folder: Path, needs: Needs, look: Survey = survey) -> None:
     if problem:
         raise CheckpointError(f"the checkpoint {folder} was saved and is not whole: {problem}")
     for name in found:
-        with contextlib.suppress(FileNotFoundError):  # on another machine
+        with contextlib.suppress(FileNotFoundError):  # the file is on another machine
             sync(folder / name)
     sync(folder)
     step = step_of(folder)
@@ -295,12 +295,12 @@ def abandon(folder: Path) -> Path | None:
     """Remove a checkpoint whose saving failed, and let verl's tracker file name the newest finished one.
 
     Returns:
-        The newest checkpoint that has a manifest, None where there is none.
+        The newest checkpoint that has a manifest, or None.
     """
     remove(folder)
     last = newest_finished(folder.parent)
     tracker = folder.parent / TRACKER
-    with contextlib.suppress(OSError):  # a disk that is still full; an empty file is understood by `choose`
+    with contextlib.suppress(OSError):  # the disk may still be full; `choose` accepts an empty file
         if last is not None:
             write_atomically(tracker, str(step_of(last)))
         elif tracker.exists() and read_tracker(folder.parent)[0] == step_of(folder):
@@ -314,12 +314,12 @@ def remove(folder: Path) -> None:
     for name in ("actor", "critic", "transfer_queue"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / DATA_STATE).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty, or not there
+    with contextlib.suppress(OSError):  # not empty, or missing
         folder.rmdir()
 
 
 def retire(root: Path, step: int, keep: int) -> list[Path]:
-    """Remove finished checkpoints of earlier steps so that ``keep`` are left, that of ``step`` included.
+    """Remove finished checkpoints of earlier steps so that ``keep`` remain, including that of ``step``.
 
     Returns:
         The folders whose files were removed.
@@ -332,7 +332,7 @@ def retire(root: Path, step: int, keep: int) -> list[Path]:
 
 
 def way_on(trainer: Mapping[str, Any]) -> str:
-    """The end of a sentence about a run that ended early: the saved state, and how to go on.
+    """Return the end of a sentence about a run that ended early: the saved state, and how to resume.
 
     Args:
         trainer: verl's ``trainer`` group.

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and locks for folders that several processes may make."""
+"""Atomic writing of files and folders, and locks for folders that several processes may create."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK_FILE = ".lock"
-"""In a folder that has one user."""
+"""The lock file of a folder with one user."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|Errno (?:28|122)\]")
@@ -47,7 +47,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring the content of a file, or the names in a folder, to the disk."""
+    """Sync the content of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,13 +56,13 @@ def sync(path: Path) -> None:
 
 
 def put_in_place(made: Path, target: Path) -> None:
-    """Rename the folder ``made`` to ``target``, which may exist and is then replaced.
+    """Rename the folder ``made`` to ``target``, and replace ``target`` if it exists.
 
     A folder cannot be renamed onto one that has files, so the old one is first renamed to a hidden name beside it, and
     removed last. Call it while holding `lock` for ``target``.
 
     Raises:
-        OSError: the rename fails; the old folder is then back in its place.
+        OSError: the rename fails; the old folder is then restored.
     """
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -79,13 +79,13 @@ def put_in_place(made: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def lock(target: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock of ``target``, a file or folder that is about to be made; other processes wait.
+    """Hold the lock of ``target``, a file or folder that will be created; other processes wait.
 
     The lock file is ``.NAME.lock`` beside ``target`` while the lock is held. The operating system releases the lock
     when the process ends, however it ends.
 
     Args:
-        target: what is made.
+        target: the file or folder to be created.
         waiting: called once if another process holds the lock.
 
     Raises:
@@ -125,7 +125,7 @@ def _removing(held: FileLock) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: filelock does not take a file that has lost its name, so that no two processes can
+        # Removed while it is held: filelock does not lock a file without a name, so that no two processes can
         # hold two files of one name.
         with contextlib.suppress(OSError):
             os.unlink(held.lock_file)
@@ -136,11 +136,11 @@ def _removing(held: FileLock) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException, folder: Path | None = None) -> bool:
-    """Whether ``error``, or an error that caused it, says that no space is left.
+    """Return whether ``error``, or an error that caused it, says that no space is left.
 
     Args:
-        error: also one of another process, of which only the text has come here.
-        folder: where was written; torch's writer gives no reason, so its errors count only if this disk is full.
+        error: the error, or the text of an error from another process.
+        folder: the folder of the write; torch's writer gives no reason, so its errors count only if this disk is full.
     """
     chain: list[BaseException] = [error]
     for one in chain:
@@ -154,15 +154,15 @@ def is_disk_full(error: BaseException, folder: Path | None = None) -> bool:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user can still write into ``folder``, or into its nearest parent that exists."""
+    """Return the bytes that this user can still write into ``folder``, or into its nearest parent that exists."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def why(error: OSError) -> str:
-    """The reason of a failed write, in the words of the operating system."""
+    """Return the reason of a failed write as the operating system states it."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def megabytes(count: int) -> str:
-    """``count`` bytes for people."""
+    """Format ``count`` bytes for people."""
     return f"{count / 2**20:,.1f} MB" if count < 2**30 else f"{count / 2**30:,.1f} GB"

@@ -1,15 +1,15 @@
-"""What a run tells the launcher besides its metrics: sentences that a person must see, and its number of steps."""
+"""Messages of a run to the launcher besides its metrics: sentences for the user and the number of steps."""
 
 from __future__ import annotations
 
 import logging
 
 MARK = "gcpo notice: "
-"""The launcher shows what follows it in a line of the log, each sentence once."""
+"""Prefix of the sentences that the launcher shows, each once."""
 TOTAL_STEPS = "training/total_steps"
-"""Metric of every step: the number of the last one."""
+"""Metric of every step: the number of the run's last step."""
 
 
 def notice(logger: logging.Logger, sentence: str) -> None:
-    """Log ``sentence`` as a warning with the mark that the launcher looks for."""
+    """Log ``sentence`` as a warning with the prefix that the launcher shows."""
     logger.warning("%s%s", MARK, sentence)

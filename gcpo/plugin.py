@@ -1,6 +1,6 @@
-"""Entry point in group ``verl.plugins``: makes GCPO known to verl in every process that imports it.
+"""Entry point in group ``verl.plugins`` that registers GCPO with verl in every process that imports it.
 
-verl imports the module that an entry point names and calls nothing, so importing this module registers.
+verl imports the module of an entry point and calls nothing, so the import of this module registers everything.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import traceback
 def register() -> None:
     """Register the advantage estimator, policy loss, trainer mode and engine, and on a CPU the platform.
 
-    verl swallows an error of a plug-in at DEBUG level and then says "Unknown trainer 'gcpo'". This one is printed to
-    stderr with its cause before verl gets it.
+    verl logs an error of a plug-in at DEBUG level only and later reports "Unknown trainer 'gcpo'". This function prints
+    error with its cause to stderr before verl handles it.
     """
     try:
         from gcpo.cpu import is_cpu_profile

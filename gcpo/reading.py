@@ -1,4 +1,4 @@
-"""Access to settings by their dotted key, with sentences for values that cannot be read."""
+"""Access to settings by dotted key, with one-sentence errors for unreadable values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUR_REWARD = "pkg://gcpo.rewards"
 
 
 def get(config: DictConfig, key: str, default: Any = None) -> Any:
-    """The resolved value of a dotted key; ``default`` where the key is absent or null.
+    """Return the resolved value of a dotted key, or ``default`` if the key is absent or null.
 
     Raises:
         ConfigError: the value refers to another key that does not exist.
@@ -30,7 +30,7 @@ def get(config: DictConfig, key: str, default: Any = None) -> Any:
 
 
 def group(config: DictConfig, key: str) -> dict[str, Any]:
-    """A group of settings as a plain dictionary; empty where it is absent.
+    """Return a group of settings as a plain dictionary, empty if it is absent.
 
     Raises:
         ConfigError: the key holds a single value, or refers to a key that does not exist.
@@ -47,7 +47,7 @@ def group(config: DictConfig, key: str) -> dict[str, Any]:
 
 
 def files_of(config: DictConfig, key: str) -> list[str]:
-    """The file names that ``data.train_files`` or ``data.val_files`` holds: one name or a list."""
+    """Return the file names that ``data.train_files`` or ``data.val_files`` holds: one name or a list."""
     value = get(config, key)
     if value is None:
         return []
@@ -55,11 +55,11 @@ def files_of(config: DictConfig, key: str) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without the full stop."""
+    """Return the first line of an error's message, without the full stop."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 row``, ``2 rows``."""
+    """Return the count with the noun, such as ``1 row`` or ``2 rows``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,8 +1,8 @@
-"""The base of all configuration classes, and their errors.
+"""Base class of all configuration classes, and their errors.
 
 A configuration class is a frozen pydantic model whose fields are documented by the string under each. A value that
-cannot work is refused with one sentence: the path of the field, what is wrong with it and what to write. Nothing here
-imports torch or verl, so that a wrong value is refused before anything starts.
+cannot work is refused with one sentence: the path of the field, the problem and the remedy. This module does not
+import torch or verl, so that a wrong value is refused before anything starts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work; the message says which one, why, and what to change."""
+    """A setting that cannot work; the message names the setting, the reason and the remedy."""
 
 
 class Settings(BaseModel):
@@ -27,9 +27,9 @@ class Settings(BaseModel):
     )
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Former names of fields, each with the new one. They are refused."""
+    """Former names of fields, each with the new name. Former names are refused."""
     removed: ClassVar[Mapping[str, str]] = {}
-    """Former fields, each with the reason for which it is gone."""
+    """Former fields, each with the reason for its removal."""
 
     @model_validator(mode="before")
     @classmethod
@@ -38,7 +38,7 @@ class Settings(BaseModel):
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> Self:
-        """Check a mapping, of which ``where`` is the path.
+        """Parse and check the mapping at path ``where``.
 
         Raises:
             ConfigError: an unknown key, or a value of the wrong type or outside its range.
@@ -50,11 +50,11 @@ class Settings(BaseModel):
 
     @classmethod
     def former(cls, where: str, key: str) -> str | None:
-        """A sentence about a field of an earlier version; ``None`` where there was no such field.
+        """Return a sentence about a field of an earlier version, or ``None`` if it did not exist.
 
         Args:
             where: path of this group.
-            key: of the field inside it, as ``collider.draws``.
+            key: path of the field inside the group, such as ``collider.draws``.
         """
         name, _, rest = key.partition(".")
         path, inner = f"{where}.{key}", _group_class(cls, name)
@@ -65,19 +65,19 @@ class Settings(BaseModel):
         return inner.former(f"{where}.{name}", rest) if inner and rest else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dictionary, for yaml."""
+        """Return a plain nested dictionary, for yaml."""
         return self.model_dump()
 
 
 def plain(raw: Any) -> Any:
-    """Nested mappings as dictionaries, and models as the dictionaries that they were made from."""
+    """Convert nested mappings to dictionaries, and models to the dictionaries of their creation."""
     if isinstance(raw, BaseModel):
         return raw.model_dump()
     return {str(key): plain(value) for key, value in raw.items()} if isinstance(raw, Mapping) else raw
 
 
 def _switch(value: Any) -> Any:
-    """``on`` and ``off`` are strings on the command line and booleans in yaml."""
+    """Return ``on`` or ``off`` for a value that yaml reads as a boolean and the command line as a string."""
     return {"on": True, "off": False}.get(value, value) if isinstance(value, str) else value
 
 
@@ -122,7 +122,7 @@ def _sentence(cls: type[Settings], error: ErrorDetails, where: str) -> str:
 
 
 def _unknown(cls: type[Settings], path: list[str], where: str) -> str:
-    """The sentence about a key that is no field."""
+    """Return the sentence about an unknown key."""
     for group in path[:-1]:
         cls, where = cast(type[Settings], _group_class(cls, group)), f"{where}.{group}"
     name, known = path[-1], list(cls.model_fields)
@@ -134,7 +134,7 @@ def _unknown(cls: type[Settings], path: list[str], where: str) -> str:
 
 
 def _group_class(cls: type[Settings], name: str) -> type[Settings] | None:
-    """The class of the group ``name`` inside ``cls``."""
+    """Return the class of the group ``name`` inside ``cls``."""
     field = cls.model_fields.get(name)
     kinds = (field.annotation, *get_args(field.annotation)) if field else ()
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)), None)

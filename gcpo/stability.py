@@ -1,7 +1,7 @@
-"""Signs of a training run that has gone wrong, read from the metrics of its steps.
+"""Signs of a failing training run, detected in the metrics of its steps.
 
-The trainer logs each sign as a metric under ``stability/``, and the launcher shows it in the line of the step. Nothing
-here imports torch or verl.
+The trainer logs each sign as a metric under ``stability/``, and the launcher shows it in the line of the step. This
+module does not import torch or verl.
 """
 
 from __future__ import annotations
@@ -16,51 +16,51 @@ from gcpo.settings import NotNegative, Positive, PositiveFraction, Settings
 WEIGHT_CHANGE = "stability/weight_change/max"
 """Largest ||w_after - w_before|| / ||w_before|| of the optimizer steps of one training step."""
 SKIPPED_UPDATES = "stability/skipped_updates_frac"
-"""Share of the optimizer steps that changed no weight since the loss or the gradient norm was not finite."""
+"""Fraction of the optimizer steps that changed no weight because the loss or the gradient norm was not finite."""
 ENTROPY = "stability/entropy"
 """Mean entropy of the policy per response token, in nats."""
 _COLLAPSE = "stability/collapse/{}"
 REWARD_COLLAPSE, HELD_OUT_COLLAPSE, ENTROPY_COLLAPSE, WEIGHT_COLLAPSE = (
     _COLLAPSE.format(name) for name in ("reward", "held_out", "entropy", "weights")
 )
-"""Present in the metrics of a step only where the sign was seen."""
+"""Metrics that are present only in steps with the sign."""
 
 HISTORY = 10
-"""Steps that the usual share of rewarded responses is a mean over."""
+"""Number of steps over which the usual fraction of rewarded responses is averaged."""
 CHANCE = 0.01
-"""A run of steps without reward is a collapse where it had a smaller probability than this before."""
+"""Consecutive steps without reward are a collapse if their probability was below this."""
 LEAST_HELD_OUT = 0.05
-"""A held-out accuracy that falls to 0 from less than this may be chance."""
+"""A fall of the held-out accuracy to 0 from below this value may be chance."""
 
 
 class StabilityConfig(Settings):
-    """When a step is reported as a collapse, and what a value that is not finite does."""
+    """Bounds for the report of a collapse, and the reaction to values that are not finite."""
 
     non_finite: Literal["stop", "skip"] = "stop"
-    """A loss, gradient norm or weight that is not finite: ``stop`` ends the run before weights are saved or sent to
-    the server; ``skip`` leaves the gradient norm to verl, which changes no weight in that update and goes on."""
+    """If a loss, gradient norm or weight is not finite, ``stop`` ends the run before weights are saved or sent to
+    the server; ``skip`` lets verl handle the gradient norm, which skips that update and continues."""
     max_weight_change: Positive = 0.5
-    """An optimizer step that changes the weights by more than this share of their norm is reported."""
+    """An optimizer step that changes the weights by more than this fraction of their norm is reported."""
     min_entropy: NotNegative = 1e-4
-    """A mean entropy per token below this (nats) is reported: the policy has one continuation left."""
+    """A mean entropy per token below this (nats) is reported: the policy is nearly deterministic."""
     max_entropy_frac: PositiveFraction = 0.9
-    """A mean entropy per token above this share of ln(vocabulary size), that of random tokens, is reported."""
+    """A mean entropy per token above this fraction of ln(vocabulary size), that of random tokens, is reported."""
 
 
 def token_entropy(
     entropy: float, loss_agg_mode: str, mean_length: float, scale: float | None, rows: int
 ) -> float | None:
-    """Entropy per response token from verl's ``actor/entropy``, which is aggregated like the loss.
+    """Return the entropy per response token from verl's ``actor/entropy``, which is aggregated like the loss.
 
     Args:
         entropy: ``actor/entropy``.
         loss_agg_mode: ``actor.loss_agg_mode``.
-        mean_length: response tokens of a row.
+        mean_length: mean response tokens of a row.
         scale: ``actor.loss_scale_factor``.
         rows: responses of the batch.
 
     Returns:
-        ``None`` where the aggregation cannot be undone.
+        The entropy in nats, or ``None`` if the aggregation cannot be inverted.
     """
     if loss_agg_mode in ("token-mean", "seq-mean-token-mean"):
         return entropy
@@ -76,13 +76,13 @@ def token_entropy(
 
 
 class StabilityMonitor:
-    """Finds signs of a collapse in the metrics of one step after another.
+    """Detector of a collapse in the metrics of successive steps.
 
     Args:
         config: the bounds.
-        groups: questions of a step.
-        vocabulary: tokens that the policy chooses from.
-        rows: responses of a step.
+        groups: number of questions of a step.
+        vocabulary: number of tokens of the vocabulary.
+        rows: number of responses of a step.
         loss_agg_mode: ``actor.loss_agg_mode``.
         loss_scale_factor: ``actor.loss_scale_factor``.
     """
@@ -109,7 +109,7 @@ class StabilityMonitor:
         self._best_held_out: dict[str, float] = {}
 
     def step(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The signs of this step, as metrics; a sign that was not seen is absent."""
+        """Return the signs of this step, as metrics, without absent signs."""
         found = {**self._reward(metrics), **self.held_out(metrics), **self._entropy(metrics)}
         change = metrics.get(WEIGHT_CHANGE)
         if change is not None and not change <= self.config.max_weight_change:
@@ -117,10 +117,10 @@ class StabilityMonitor:
         return found
 
     def _reward(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """A step in which no response had a reward above 0, after steps in which responses had.
+        """Report a step in which no response had a reward above 0, after steps in which responses had.
 
-        With small batches such a step can be chance. The chance is taken from the usual share p of the reward that was
-        earned: (1 - p) ^ groups, over all steps without reward in a row.
+        With small batches such a step can be chance. Its probability follows from the usual fraction p of rewarded
+        responses: (1 - p) ^ groups, over all consecutive steps without reward.
         """
         highest, mean = metrics.get("critic/score/max"), metrics.get("critic/score/mean")
         if highest is None or mean is None:
@@ -139,7 +139,7 @@ class StabilityMonitor:
         return {REWARD_COLLAPSE: float(self._steps_without_reward)} if chance < CHANCE else {}
 
     def held_out(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """A held-out accuracy of 0 after one that was clearly above 0; the value is the best one so far."""
+        """Report a held-out accuracy of 0 after one that was clearly above 0; the value is the best accuracy so far."""
         lost = []
         for name, value in metrics.items():
             if not name.startswith("val-core/") or "/mean@" not in name:
@@ -161,7 +161,7 @@ class StabilityMonitor:
 
 
 def describe(metrics: Mapping[str, float]) -> list[str]:
-    """Each sign in the metrics of one step, in a few words for the line of the step."""
+    """Return a short text about each sign in the metrics of a step, for the line of the step."""
     texts = []
     if metrics.get(SKIPPED_UPDATES):
         texts.append(f"{100 * metrics[SKIPPED_UPDATES]:.0f} % of the updates skipped (not finite)")

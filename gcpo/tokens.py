@@ -1,6 +1,6 @@
-"""Tokens and the text that they stand for: control tokens of a tokenizer, and the place of a text in token ids.
+"""Relations of tokens to text: control tokens of a tokenizer, and the position of a text in token ids.
 
-Token ids are never encoded again: everything here says which of the given ids to keep, or where they are in the text.
+Token ids are never encoded again: the functions select some of the given ids, or locate them in the text.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from functools import lru_cache
 from typing import Any
 
 _TAG_OF_A_RESPONSE = re.compile(r"</?(think|episode_\d+)>")
-"""Some tokenizers hold them as added tokens, even as special ones. They structure a response, and delimit no turn."""
+"""Some tokenizers have these as added or even special tokens. They structure a response and do not delimit turns."""
 _PIPED = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\{[^{}\s]+\}")
 _MARKER = re.compile(rf"{_PIPED.pattern}|\[/?[A-Z][A-Z_]+\]|<</?[A-Z]+>>")
 _MOST_TOKENS_OF_A_CHARACTER = 8
-"""A character has at most four bytes; longer runs without text are no character."""
+"""A character has at most four bytes; a longer sequence of bytes is not a character."""
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of the control tokens of a tokenizer: the tokens that structure a conversation and are no text of it.
+    """Return ids of the control tokens of a tokenizer, which structure a conversation and are not part of its text.
 
     These are all tokens that the tokenizer calls special (end, padding, begin of a turn, ...), and the added tokens
-    that it does not call special, but whose text is written ``<|...|>`` or is a markup that the chat template holds
+    that it does not call special, but whose text has the form ``<|...|>`` or is a markup of the chat template
     (``<｜User｜>`` of DeepSeek-R1, ``<tool_call>`` of Qwen2.5). Added tokens of white space or plain words, and the
     tags ``<think>`` and ``<episode_k>`` with their closing tags, are text.
 
@@ -44,30 +44,30 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def control_texts(tokenizer: Any) -> tuple[str, ...]:
-    """The texts that become control tokens when a text is encoded, longest first."""
+    """Return the texts that become control tokens when a text is encoded, longest first."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     texts = {str(added[i]) for i in control_ids(tokenizer) if i in added}
     return tuple(sorted((text for text in texts if text.strip()), key=lambda text: (-len(text), text)))
 
 
 def spelled_markers(tokenizer: Any) -> tuple[str, ...]:
-    """Markers of the chat template that are no added token, so that ordinary tokens spell them.
+    """Markers of the chat template that are not added tokens, so that ordinary tokens spell them.
 
-    Such a marker delimits turns wherever its text stands (``[INST]`` of a tokenizer that does not hold it as a token).
-    A marker that is an added token is none of these: ordinary tokens that spell its text delimit nothing.
+    Such a marker delimits turns wherever its text occurs (``[INST]`` if it is not a token of the tokenizer).
+    Markers that are added tokens are excluded, because ordinary tokens that spell their text delimit nothing.
     """
     added = {str(token).strip() for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
     return tuple(sorted({m for m in _MARKER.findall(_template_text(tokenizer)) if m not in added}))
 
 
 def _template_text(tokenizer: Any) -> str:
-    """The source of the chat template; of all of them where the tokenizer has several."""
+    """Return the source of the chat template, or of all templates if there are several."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else str(template)
 
 
 def plain_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
-    """The tokenizer's ``decode`` that shows every token and changes no white space."""
+    """Return the tokenizer's ``decode`` with all tokens shown and white space unchanged."""
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -76,23 +76,23 @@ def plain_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 
 
 def last_occurrence(decode: Callable[[Sequence[int]], str], ids: Sequence[int], text: str) -> tuple[int, int] | None:
-    """The tokens [start, end) that hold the last occurrence of ``text`` in what ``ids`` decode to, or ``None``.
+    """Return the tokens [start, end) that hold the last occurrence of ``text`` in the decoded ``ids``, or ``None``.
 
-    The first and the last of them may hold characters before and after the text too. This takes about as many decodes
-    as the logarithm of the number of tokens.
+    The first and the last token may also hold characters before and after the text. The number of decodes grows
+    with the logarithm of the number of tokens.
 
     Args:
         decode: see `plain_decoder`.
         ids: token ids.
-        text: not empty; ASCII, so that no token that is cut in half can look like it.
+        text: a non-empty ASCII text, which no part of a divided character can match.
     """
     if text not in decode(ids):
         return None
-    start, behind = 0, len(ids)  # the tokens from `start` on hold the text, those from `behind` on do not
+    start, behind = 0, len(ids)  # ids[start:] contain the text, ids[behind:] do not
     while behind - start > 1:
         middle = (start + behind) // 2
         start, behind = (middle, behind) if text in decode(ids[middle:]) else (start, middle)
-    # A token can hold the text and the beginning of its next occurrence.
+    # One token can contain the text and the beginning of its next occurrence.
     number, end = decode(ids[start:]).count(text), start + 1
     while decode(ids[start:end]).count(text) < number:
         end += 1
@@ -100,18 +100,18 @@ def last_occurrence(decode: Callable[[Sequence[int]], str], ids: Sequence[int], 
 
 
 class TokenReader:
-    """Which characters every token of a response stands for, under any tokenizer that can decode.
+    """Maps every token of a response to its characters, for any tokenizer that can decode.
 
-    Token ids are decoded in a window that moves along, so the ids stay as they are and the time is linear.
+    Token ids are decoded in a sliding window, so the ids are not changed and the time is linear.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._decode = lru_cache(maxsize=1 << 18)(plain_decoder(tokenizer))
 
     def read(self, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the span [start, end) of characters of every token.
+        """Return the text, and the span [start, end) of characters of every token.
 
-        Tokens that make one character together all have the span of that character.
+        Tokens that together form one character all have the span of that character.
         """
         ids, text, spans = list(ids), [], []
         at = prefix = read = 0
@@ -129,7 +129,7 @@ class TokenReader:
 
 
 class TextTokens:
-    """Leaves out the tokens of a response that structure a conversation, and keeps all others as they are.
+    """Removes the tokens of a response that structure a conversation, and keeps all others unchanged.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -142,17 +142,17 @@ class TextTokens:
         self._reader = TokenReader(tokenizer) if self._markers else None
 
     def keep(self, ids: Sequence[int]) -> list[int]:
-        """``ids`` without control tokens, and without the ordinary tokens that spell a marker of the chat template.
+        """Remove control tokens from ``ids``, and ordinary tokens that spell a marker of the chat template.
 
-        A token that holds a part of such a marker and other text stays, so that no text is lost, unless every token of
-        the marker is like that: then all of them go.
+        A token with a part of such a marker and other text stays, so that no text is lost, unless all tokens of
+        the marker are of this kind, in which case all are removed.
         """
         kept = [int(token) for token in ids if int(token) not in self.control]
         while self._markers and any(marker in self.decode(kept) for marker in self._markers):
             rest = self._without_markers(kept)
             if len(rest) == len(kept):
                 break
-            # What is left out can bring the halves of another marker together.
+            # A removal can join the halves of another marker.
             kept = rest
         return kept
 
