@@ -1,8 +1,8 @@
-"""Runs a training command so that a person can follow it.
+"""Run a training command with a log, metrics and progress display.
 
-``python -m gcpo.tools.launch --output DIR -- COMMAND...`` copies everything that the command prints to
-``DIR/train.log``, its metrics to ``DIR/metrics.jsonl``, and shows a bar and one line per step. Started again it goes
-on: verl resumes from its checkpoint, the log and the metrics are continued; a run that is complete is left alone.
+``python -m gcpo.tools.launch --output DIR -- COMMAND...`` copies the command's output to
+``DIR/train.log``, its metrics to ``DIR/metrics.jsonl``, and shows a bar and one line per step. A second start resumes
+the run: verl resumes from its checkpoint, the log and the metrics continue; a complete run is not changed.
 """
 
 from gcpo.tools.launch.command import launch, main

@@ -1,4 +1,4 @@
-"""The command line ``python -m gcpo.tools.launch``, and what surrounds one start: the run's state in its folder."""
+"""The command line ``python -m gcpo.tools.launch``, which keeps the run's state in its folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from gcpo.tools.metrics import METRICS_FILE, read_metrics
 
 
 def launch(command: Sequence[str], directory: Path, *, resume_changed: bool = False) -> int:
-    """Start the run in ``directory`` or go on with it; returns the command's exit code.
+    """Start or resume the run in ``directory``; return the command's exit code.
 
     Raises:
-        LaunchError: it cannot be started, or ``directory`` cannot be written.
+        LaunchError: the command cannot be started, or ``directory`` cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -54,10 +54,10 @@ def _launch(command: Sequence[str], directory: Path, *, resume_changed: bool) ->
 
 
 def _is_complete(before: RunState, command: Sequence[str], directory: Path, resume_changed: bool) -> bool:
-    """Whether nothing is left to train.
+    """Return whether the run is already complete.
 
     Raises:
-        LaunchError: the settings are others.
+        LaunchError: the settings have changed.
     """
     differing = settings_that_differ(before.command, command)
     if differing and not resume_changed:
@@ -98,7 +98,7 @@ def _run(state: RunState, directory: Path) -> int:
 
 @contextlib.contextmanager
 def _warning(path: Path, consequence: str) -> Iterator[None]:
-    """At the end of a run an error of a file must not hide how the run ended."""
+    """Warn if a file cannot be written at the end of a run, so that the error does not hide the run's result."""
     try:
         yield
     except OSError as error:
@@ -106,7 +106,7 @@ def _warning(path: Path, consequence: str) -> Iterator[None]:
 
 
 def _conclude(launcher: Launcher, took: str) -> int:
-    """Say how the run ended; returns the launcher's exit code."""
+    """Print how the run ended; return the launcher's exit code."""
     code = launcher.state.exit_code or 0
     if launcher.state.status == "complete":
         say(f"done after {took}: {launcher.step} steps")
@@ -122,7 +122,7 @@ def _conclude(launcher: Launcher, took: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: see the package's description."""
+    """Parse the arguments and launch the command; see the package's description."""
     own = list(sys.argv[1:] if arguments is None else arguments)
     start = own.index("--") if "--" in own else len(own)
     own, command = own[:start], own[start + 1 :]

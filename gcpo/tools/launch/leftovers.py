@@ -1,7 +1,7 @@
-"""What a start of a command leaves behind: its processes, shared-memory segments and Ray session.
+"""Removal of a start's leftovers: its processes, shared-memory segments and Ray session.
 
-Every process of a start has the start's id in its environment, so a process id that was given to another process is
-never taken for one of ours. Segments and Ray's session have no such mark: the launcher writes down which ones its
+Every process of a start has the start's id in its environment, so a reused process id is
+never taken for one of ours. Segments and Ray's session have no such mark, so the launcher records those that its
 processes use while it runs.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 LAUNCH_VARIABLE = "GCPO_LAUNCH_ID"
-"""Set in the command's environment; every process that it starts inherits it, and nothing else has it."""
+"""Set in the command's environment; only the processes that it starts inherit it."""
 
 SHARED_MEMORY = Path("/dev/shm")
 # Segments of Python and vLLM, verl's weight transfer, torch, Ray and NCCL.
@@ -32,7 +32,7 @@ _SESSION_ARGUMENT = re.compile(r"--session[-_]dir=(/.*/session_\d{4}-\d\d-\d\d_[
 
 
 class LaunchError(Exception):
-    """A command that can't be started; the message is one sentence for the user."""
+    """A command that cannot be started; the message is one sentence for the user."""
 
 
 class LeftoverError(LaunchError):
@@ -50,15 +50,15 @@ class LeftoverError(LaunchError):
 
 @dataclass
 class LaunchRecord:
-    """What a start writes down about itself, in ``run.json``.
+    """The record of a start in ``run.json``.
 
     Attributes:
         id: marks the processes of this start.
-        host: the machine.
-        pid: of the command.
-        created: when that process began, which tells it from another one that was given the same number.
-        segments: names in ``/dev/shm``, each with its inode, which tells it from another one of the same name.
-        sessions: folders of Ray.
+        host: name of the machine.
+        pid: process id of the command.
+        created: start time of that process, which distinguishes it from a later one with the same id.
+        segments: names in ``/dev/shm``, each with its inode, which distinguishes it from a later one of the same name.
+        sessions: folders of Ray's sessions.
     """
 
     id: str
@@ -70,12 +70,12 @@ class LaunchRecord:
 
     @classmethod
     def load(cls, data: Any) -> LaunchRecord | None:
-        """A record from JSON, None where there is none or it has another form."""
+        """Return a record from JSON, or None if it is missing or has another form."""
         whole = isinstance(data, dict) and set(data) == {one.name for one in fields(cls)}
         return cls(**data) if whole and isinstance(data["id"], str) else None
 
     def update(self) -> bool:
-        """Add what the processes of this start use now; whether anything is new."""
+        """Add the resources that the processes of this start use now; return whether any is new."""
         before = (dict(self.segments), list(self.sessions))
         for process in processes(self.id):
             for name in _mapped(process.pid):
@@ -91,11 +91,11 @@ class LaunchRecord:
 
 
 def processes(launch_id: str) -> list[psutil.Process]:
-    """The processes that one start of a command started, found by the variable in their environment.
+    """Return the processes that one start of a command started, identified by the variable in their environment.
 
-    Descendants belong to them as well: a process that sets its title may overwrite its environment with it.
+    Descendants are included, because a process that sets its title may overwrite its environment.
     """
-    # Other users' processes and those that have ended have no environment to read, and get None.
+    # The environment of other users' processes and of ended ones cannot be read and is None.
     every = {one.pid: one for one in psutil.process_iter(["ppid", "environ", "status"]) if one.pid != os.getpid()}
     found = {pid for pid, one in every.items() if (one.info["environ"] or {}).get(LAUNCH_VARIABLE) == launch_id}
     alive = {pid: one for pid, one in every.items() if one.info["status"] != psutil.STATUS_ZOMBIE}
@@ -108,17 +108,17 @@ def end(launch_id: str, patience: float = 10.0) -> int:
     """End the processes of a start, first with SIGTERM, after ``patience`` seconds with SIGKILL.
 
     Returns:
-        How many there were.
+        The number of processes.
 
     Raises:
-        LeftoverError: one is still there, for example since it belongs to another user.
+        LeftoverError: a process still runs, for example because it belongs to another user.
     """
     remaining = processes(launch_id)
     count = len(remaining)
     for stop in (psutil.Process.terminate, psutil.Process.kill):
         for process in remaining:
-            with contextlib.suppress(psutil.Error):  # gone, or another user's: what remains is looked at below
-                stop(process)  # psutil compares the time of birth first
+            with contextlib.suppress(psutil.Error):  # ended, or another user's; the check below finds those that remain
+                stop(process)  # psutil compares the start time first
         deadline = time.monotonic() + patience
         while remaining and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -132,15 +132,15 @@ def end(launch_id: str, patience: float = 10.0) -> int:
 
 
 def _mapped(pid: int) -> set[str]:
-    """Names of the segments of the known kinds that a process has mapped and that still have a name."""
+    """Return names of the segments of the known kinds that a process has mapped and that still have a name."""
     with contextlib.suppress(OSError):
-        # psutil's memory_maps() reads smaps, which is slow for processes that map much.
+        # psutil's memory_maps() reads smaps, which is slow for processes with many mappings.
         return set(_SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text(errors="replace")))
     return set()
 
 
 def remove_segments(segments: dict[str, int]) -> int:
-    """Remove these shared-memory segments, but none that another process uses, or that is another one by now."""
+    """Remove these shared-memory segments, except those that another process uses or that were replaced."""
     theirs = {name for name, inode in segments.items() if _is_ours(SHARED_MEMORY / name, inode)}
     removed = 0
     for name in theirs.difference(*map(_mapped, psutil.pids() if theirs else [])):
@@ -151,7 +151,7 @@ def remove_segments(segments: dict[str, int]) -> int:
 
 
 def _is_ours(path: Path, inode: int | None = None) -> bool:
-    """Whether it is there, belongs to this user, is no link, and has this inode."""
+    """Return whether the path exists, belongs to this user, is not a link, and has this inode."""
     with contextlib.suppress(OSError):
         status = path.lstat()
         return status.st_uid == os.geteuid() and inode in (None, status.st_ino) and not path.is_symlink()
@@ -159,7 +159,7 @@ def _is_ours(path: Path, inode: int | None = None) -> bool:
 
 
 def remove_sessions(sessions: Iterable[str]) -> int:
-    """Remove the folders of Ray's sessions that nobody uses any more."""
+    """Remove the folders of Ray's sessions that are no longer in use."""
     named = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     removed = 0
     for session in sessions:
@@ -174,14 +174,14 @@ def remove_sessions(sessions: Iterable[str]) -> int:
 
 
 def clear(record: LaunchRecord, was_running: bool) -> str | None:
-    """End and remove what an earlier start left behind.
+    """End the processes and remove the resources that an earlier start left behind.
 
     Args:
-        record: of that start.
-        was_running: by ``run.json``; its launcher was then killed.
+        record: the record of that start.
+        was_running: whether ``run.json`` says so, in which case its launcher was killed.
 
     Returns:
-        A sentence for the user, None where nothing was left.
+        A sentence for the user, or None if nothing was left.
 
     Raises:
         LeftoverError: a process cannot be ended.
@@ -205,7 +205,7 @@ def clear(record: LaunchRecord, was_running: bool) -> str | None:
 
 
 def _refuse_beside(pid: int, created: float) -> None:
-    """Refuse to start beside the command of an earlier start; its environment cannot be read by other users."""
+    """Refuse to start beside the command of an earlier start, whose environment other users cannot read."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         if abs(process.create_time() - created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE:

@@ -1,4 +1,4 @@
-"""The output of a command: its lines, the file that keeps them, and what they say of a failure."""
+"""The output of a command: its lines, its log file, and the summary of a failure."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ _AFTER_MESSAGE = ("Traceback", "(", "[", "The above", "During handling", "Set th
 
 
 def lines_of(stream: IO[bytes]) -> Iterator[str]:
-    """Lines without terminal control codes; a carriage return ends a line too, since progress bars use nothing else."""
+    """Yield lines without terminal control codes; a carriage return, as in progress bars, also ends a line."""
     for line in io.TextIOWrapper(stream, encoding="utf-8", errors="replace"):
         yield _ANSI.sub("", line).rstrip("\n")
 
 
 def without_prefix(line: str) -> str:
-    """The line without the name that Ray puts in front, and with single spaces."""
+    """Return the line without Ray's prefix, and with single spaces."""
     return " ".join(_RAY_PREFIX.sub("", line).split())
 
 
 class Log:
     """A file to which lines are appended. A line that cannot be written is counted, and the next one is tried.
 
-    The reader of a command's output must not stop: the command would wait for it once the pipe is full.
+    The reader of a command's output must not stop, because the command would block once the pipe is full.
 
     Attributes:
-        problem: a sentence once a line was lost.
-        lost: how many lines were lost since the last one that was written.
+        problem: a sentence after a line was lost, before that None.
+        lost: number of lines lost since the last written one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +69,7 @@ class Log:
             self.lost += 1
             self.problem = f"{self.path} cannot be written ({why(error)}); the run goes on, and these lines are lost"
         except ValueError:
-            # The command has ended and its log is closed; a worker that outlived it still prints.
+            # The command has ended and its log is closed; a surviving worker still prints.
             self.lost += 1
 
     def close(self) -> None:
@@ -78,11 +78,11 @@ class Log:
 
 
 def error_summary(lines: Sequence[str], limit: int = 12) -> list[str]:
-    """The lines of a failed run's output that say why.
+    """Return the lines of a failed run's output that give the reason.
 
-    That is a refusal or an error of our own, which is one sentence, or that the disk is full; else the last exception
-    of the main process and where it was raised; with it the last one of a worker where the main process only says that
-    a worker died; else the last lines.
+    These are gcpo's own one-sentence refusal or error, or the message of a full disk; else the last exception
+    of the main process and its place, with the last exception of a worker if the main process only reports that
+    a worker died; else the last lines of the output.
     """
     own = [line for line in lines if line.strip() and not _RAY_PREFIX.match(line)]
     if own and own[-1].startswith(("gcpo: ", "error: ")):
@@ -99,7 +99,7 @@ def error_summary(lines: Sequence[str], limit: int = 12) -> list[str]:
 
 
 def _last_exception(lines: Sequence[str], limit: int) -> list[str]:
-    """The last exception with at most ``limit`` lines of its message, behind the place where it was raised."""
+    """Return the last exception with at most ``limit`` lines of its message, after the place where it was raised."""
     index = next((i for i in reversed(range(len(lines))) if _EXCEPTION.match(lines[i])), None)
     if index is None:
         return []

@@ -1,4 +1,4 @@
-"""The metrics file of a run: followed while it grows, and kept over several starts."""
+"""The metrics file of a run: read while it grows, and preserved over several starts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from gcpo.tools.metrics import EARLIER_METRICS_FILE, METRICS_FILE, parse_line, r
 
 
 class MetricsTail:
-    """Reads the lines that are added to a metrics file."""
+    """Reader of the lines that are appended to a metrics file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offset = 0
 
     def read(self) -> list[tuple[int, dict[str, float]]]:
-        """Steps that were written since the last call."""
+        """Return the steps that were written since the last call."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._offset)
                 data = file.read()
-        except OSError:  # it is not there yet
+        except OSError:  # the file does not exist yet
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
@@ -30,24 +30,24 @@ class MetricsTail:
 
 
 def keep_earlier_metrics(directory: Path) -> None:
-    """Put what the metrics file holds aside, since verl's logger empties the file when it starts.
+    """Save the content of the metrics file, since verl's logger empties the file when it starts.
 
     Raises:
-        OSError: there is no room; no line is lost then.
+        OSError: the disk is full; no line is lost.
     """
     current, earlier = directory / METRICS_FILE, directory / EARLIER_METRICS_FILE
     if current.is_file():
-        # A kill between the two lines below leaves lines twice, which `read_metrics` joins. A cut line ends here.
+        # A kill between the next two lines leaves duplicates, which `read_metrics` merges. A cut line is terminated.
         texts = [path.read_bytes().rstrip(b"\n") for path in (earlier, current) if path.is_file()]
         write_atomically(earlier, b"".join(text + b"\n" for text in texts))
         current.unlink()
 
 
 def join_metrics(directory: Path) -> None:
-    """Make the metrics file whole again: every step of every start, once, in order.
+    """Merge the metrics files of all starts: every step once, in order.
 
     Raises:
-        OSError: there is no room; both files are then as they were, and `read_metrics` reads both.
+        OSError: the disk is full; both files are unchanged, and `read_metrics` reads both.
     """
     earlier = directory / EARLIER_METRICS_FILE
     if earlier.is_file():

@@ -1,4 +1,4 @@
-"""One start of a training command: its output, its signals, and what is left when it has ended."""
+"""One start of a training command: its output, its signals, and its remaining processes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from gcpo.tools.launch.state import STATE_FILE, RunState, wanted_steps
 from gcpo.tools.metrics import METRICS_FILE, step_line
 
 GRACE_SECONDS = 30.0
-"""How long a stopped run may take to end by itself before it is told again, more firmly."""
+"""Seconds that a stopped run may take to end before the next, stronger signal."""
 RECORD_SECONDS = 10.0
-"""How often the launcher looks which shared memory its processes use."""
+"""Seconds between the launcher's checks of the shared memory of its processes."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -39,13 +39,13 @@ class Launcher:
     """One start of a training command.
 
     Attributes:
-        output: the last lines that the command printed.
-        step: the last one that has metrics.
-        stopped_by: the last signal that was passed on, None where there was none.
+        output: the last lines of the command's output.
+        step: the last step that has metrics.
+        stopped_by: the last signal that was passed on, or None.
     """
 
     def __init__(self, state: RunState, directory: Path, display: Display) -> None:
-        """Nothing is started yet; the record of this start is put into ``state``, and saved whenever it changes."""
+        """Prepare a start without starting it; its record is put into ``state``, which is saved whenever it changes."""
         self.state, self.directory, self.display = state, directory, display
         self.record = state.launch = LaunchRecord(uuid.uuid4().hex)
         self.step = 0
@@ -61,13 +61,13 @@ class Launcher:
         self._recorded = time.monotonic()
 
     def run(self) -> int:
-        """Run the command to its end; returns its exit code.
+        """Run the command to its end and return its exit code.
 
         Raises:
-            LaunchError: it cannot be started.
+            LaunchError: the command cannot be started.
             OSError: the log cannot be opened.
         """
-        # The handlers stand before the command starts: it must not inherit that a signal is ignored.
+        # The handlers are set before the start, so that the command does not inherit an ignored signal.
         with contextlib.closing(Log(self.directory / LOG_FILE)) as log, self._noticing_signals():
             log.write(f"### {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(self.state.command)}")
             process = self._start()
@@ -78,7 +78,7 @@ class Launcher:
                 self._pass_signals_on(process)
                 self._update_record()
                 time.sleep(0.25)
-            # Workers that outlive the command keep its output open: don't wait for them, end them.
+            # Workers that outlive the command keep its output open, so end them instead of waiting.
             reader.join(timeout=2)
             self.end_leftovers()
             reader.join(timeout=5)
@@ -162,7 +162,7 @@ class Launcher:
             yield
             return
         handled = [signal.SIGINT, signal.SIGTERM]
-        # `nohup` lets a run go on without its terminal by ignoring this signal; without it a closed terminal stops it.
+        # `nohup` ignores this signal, so that a run survives its terminal; otherwise a closed terminal stops the run.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             handled.append(signal.SIGHUP)
         before = {number: signal.signal(number, notice) for number in handled}
@@ -173,7 +173,7 @@ class Launcher:
                 signal.signal(number, handler)
 
     def _pass_signals_on(self, process: subprocess.Popen[bytes]) -> None:
-        """A run that doesn't stop, or is told again, gets SIGTERM, then SIGKILL."""
+        """Pass signals on; a run that does not stop, or gets a second signal, gets SIGTERM, then SIGKILL."""
         if not self._stop_times:
             return
         self._phase = "stopping (Ctrl-C again: at once)"
@@ -181,16 +181,16 @@ class Launcher:
         pressure = max(min(len(self._stop_times), 3), 1 + int(waited / GRACE_SECONDS))
         if pressure > self._pressure:
             self._pressure = pressure
-            # The command has no terminal of its own, so a closed one is an ordinary stop for it.
+            # The command has no terminal, so a closed terminal is an ordinary stop for it.
             first = signal.SIGINT if self.stopped_by == signal.SIGINT else signal.SIGTERM
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, {1: first, 2: signal.SIGTERM}.get(pressure, signal.SIGKILL))
 
     def end_leftovers(self) -> None:
-        """End the processes of this start that are still there (Ray's, if the command was killed).
+        """End the processes of this start that still run (Ray's, if the command was killed).
 
         Raises:
-            LeftoverError: one cannot be ended.
+            LeftoverError: a process cannot be ended.
         """
         self.record.update()
         leftovers.end(self.record.id)
@@ -198,16 +198,16 @@ class Launcher:
 
 
 def _end_with_parent() -> Callable[[], None]:
-    """For the command's process: the kernel sends it SIGTERM when the launcher is gone, even if that was killed.
+    """Return a function for the command's process after which the kernel sends it SIGTERM when the launcher ends.
 
-    Nobody would read its output or keep its metrics then.
+    Without the launcher, its output would not be read and its metrics not be kept.
     """
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # loaded before the fork, in which no lock may be taken
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # loaded before the fork, after which no lock may be taken
     launcher = os.getpid()
 
     def set_signal() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != launcher:  # it was killed before the line above
+        if os.getppid() != launcher:  # the launcher was killed before the call of prctl
             os._exit(1)
 
     return set_signal

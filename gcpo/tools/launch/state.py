@@ -1,4 +1,4 @@
-"""What is known about a run when it is started again: ``run.json``."""
+"""The state of a run that is kept for its next start: ``run.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATE_FILE = "run.json"
 
 _LENGTH = ("trainer.total_training_steps", "trainer.total_epochs", "trainer.save_freq", "trainer.test_freq")
 MAY_CHANGE = (*_LENGTH, "trainer.logger", "trainer.resume_mode", "trainer.resume_from_path", "ray_kwargs.")
-"""Settings that a run may have other values of when it goes on."""
+"""Settings that may change when a run is resumed."""
 
 
 @dataclass
@@ -24,10 +24,10 @@ class RunState:
     Attributes:
         command: the program and its arguments.
         status: ``new``, ``running``, ``complete``, ``failed`` or ``stopped``.
-        starts: how often it was started.
-        seconds: how long all starts took together.
-        exit_code: of the last start.
-        launch: what the last start left to find it by.
+        starts: number of starts.
+        seconds: total seconds of all starts.
+        exit_code: exit code of the last start.
+        launch: the record of the last start.
     """
 
     command: list[str]
@@ -39,7 +39,7 @@ class RunState:
 
     @classmethod
     def load(cls, directory: Path) -> RunState | None:
-        """The state in ``directory``, None where there is none or it can't be read."""
+        """Return the state in ``directory``, or None if it is missing or unreadable."""
         try:
             data = json.loads((directory / STATE_FILE).read_text())
             return cls(**{**data, "launch": LaunchRecord.load(data.get("launch"))})
@@ -50,23 +50,23 @@ class RunState:
         """Write the state.
 
         Raises:
-            OSError: it cannot be written; the state on the disk is then unchanged.
+            OSError: the state cannot be written; the file on the disk is then unchanged.
         """
         write_atomically(directory / STATE_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def settings_that_differ(before: Sequence[str], now: Sequence[str]) -> list[str]:
-    """The arguments that are in one command and not in the other, those in `MAY_CHANGE` left out."""
+    """Return the arguments that are in only one of the commands, except those in `MAY_CHANGE`."""
 
     def matters(argument: str) -> bool:
         return not argument.lstrip("+~").startswith(MAY_CHANGE)
 
-    # The interpreter's path is no setting.
+    # The interpreter's path is not a setting.
     old, new = (list(filter(matters, command[1:])) for command in (before, now))
     return [argument for argument in [*old, *new] if (argument in old) != (argument in new)]
 
 
 def wanted_steps(command: Sequence[str]) -> int | None:
-    """The number of steps that the command asks for, None where it leaves that to the configuration."""
+    """Return the number of steps that the command asks for, or None if the configuration decides."""
     values = [a.split("=", 1)[1] for a in command if a.lstrip("+").startswith("trainer.total_training_steps=")]
     return int(values[-1]) if values and values[-1].isdigit() else None
