@@ -1,1 +1,1 @@
-"""``gcpo cost``: the tokens of a training step, counted by running the method itself on texts of drawn lengths."""
+"""``gcpo cost``: the tokens of a training step, counted by running the method on texts with random lengths."""

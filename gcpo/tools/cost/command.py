@@ -1,4 +1,4 @@
-"""``gcpo cost``: the tokens of a step, by the configuration alone or with the lengths of a run's log."""
+"""``gcpo cost``: the tokens of a step, from only the configuration or with the lengths of a run's log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gcpo.tools.cost.step import Simulation, draw_limits
 from gcpo.tools.cost.texts import Lengths
 
 TOLERANCE = 0.05
-"""A counter that is off by more is marked."""
+"""Largest relative error of a counter that is not marked."""
 ROWS = (
     ("generated: responses", "generated/response"),
     *zip(("  shared draws", "  leave-one-out draws", "  regenerated"), map("generated/{}".format, KINDS), strict=True),
@@ -43,14 +43,14 @@ ROWS = (
     ("  without sharing", "trained/kappa_rows_unshared"),
     ("  gradient norms", "trained/measured"),
 )
-"""Lines of the table and their counts; ``prefilled`` and ``cached`` are added up over the kinds of prompts."""
+"""Lines of the table and their counts; ``prefilled`` and ``cached`` are sums over the kinds of prompts."""
 WEIGHTS = {"generated": 8.0, "prefilled": 1.0, "forward": 1.0, "backward": 2.0}
-"""The cost of a token relative to that of one in a forward pass. A generated token is one of few in its pass, which
-reads all weights of the model for them."""
+"""Cost of a token relative to a token in a forward pass. A generated token is expensive, because its pass reads all
+weights of the model for few tokens."""
 
 
 def weights_of(entries: Sequence[str]) -> dict[str, float]:
-    """`WEIGHTS` with the changes ``NAME=NUMBER``."""
+    """Return `WEIGHTS` with the changes ``NAME=NUMBER``."""
     weights = dict(WEIGHTS)
     for entry in entries:
         name, _, value = entry.partition("=")
@@ -62,11 +62,11 @@ def weights_of(entries: Sequence[str]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What ``gcpo cost`` prints.
+    """The result of ``gcpo cost``.
 
     Attributes:
         own: name of the configuration's own variant.
-        tokens: the tokens of a step, by variant and by what is done with them.
+        tokens: the tokens of a step, by variant and stage.
         costs: the cost of every stage, by variant.
         lengths: lengths and frequencies.
         weights: the cost of a token.
@@ -84,7 +84,7 @@ class Estimate:
 
 
 def cost(options: Namespace) -> int:
-    """Run ``gcpo cost``; 0, or 1 with a sentence where it fails."""
+    """Run ``gcpo cost``; return 0, or 1 after a message if it fails."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
         found = estimate(options)
@@ -99,7 +99,7 @@ def cost(options: Namespace) -> int:
 
 
 def estimate(options: Namespace) -> Estimate:
-    """The tokens and the cost of a step for every variant of a configuration."""
+    """Return the tokens and the cost of a step for every variant of a configuration."""
     if options.groups < 1:
         raise CostError(f"--groups is {options.groups}; it must be at least 1")
     if options.equal_rewards is not None and not 0 <= options.equal_rewards <= 1:
@@ -128,12 +128,12 @@ def estimate(options: Namespace) -> Estimate:
 
 
 def sum_of(tokens: Mapping[str, float], name: str) -> float:
-    """The counts below ``name``."""
+    """Return the sum of the counts below ``name``."""
     return sum(value for key, value in tokens.items() if key.startswith(f"{name}/"))
 
 
 def stage_costs(tokens: Mapping[str, float], weights: Mapping[str, float], *, recomputed: bool) -> dict[str, float]:
-    """The cost of every stage of a step in forward tokens."""
+    """Return the cost of every stage of a step in forward tokens."""
     prefilled = sum_of(tokens, "prefilled") - sum_of(tokens, "cached")
     trained = sum_of(tokens, "trained") - tokens.get("trained/kappa_rows_unshared", 0.0)
     return {
@@ -144,10 +144,10 @@ def stage_costs(tokens: Mapping[str, float], weights: Mapping[str, float], *, re
 
 
 def compare(tokens: Mapping[str, float], log: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Every counter that the log and the model have: logged, and expected.
+    """Return the logged and the expected value of every counter that the log and the model have.
 
-    Cached tokens are added up over the kinds of prompts: which of two prompts reaches the server first, and so finds
-    nothing, is random.
+    Cached tokens are summed over the kinds of prompts, because it is random which of two prompts reaches the server
+    first and so is not cached.
     """
     logged = {name.partition("/tokens/")[2]: value for name, value in log.items() if "/tokens/" in name}
     if "unshared" in logged:  # of GC2PO
@@ -159,7 +159,7 @@ def compare(tokens: Mapping[str, float], log: Mapping[str, float]) -> dict[str, 
 
 
 def short(number: float) -> str:
-    """Three digits and a unit."""
+    """Format a number with three digits and a unit."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= 0.9995 * size:
             return f"{number / size:.3g} {unit}" if abs(number) < 999.5 * size else f"{number / size:.0f} {unit}"
@@ -167,7 +167,7 @@ def short(number: float) -> str:
 
 
 def cost_table(found: Estimate) -> Table:
-    """Tokens and cost of a step, a column for every variant."""
+    """Return a table of the tokens and cost of a step, with a column for every variant."""
     table = Table("tokens of a step", box=SIMPLE_HEAD)
     for name in found.tokens:
         table.add_column(f"{name} *" if name == found.own else name, justify="right")
@@ -185,7 +185,7 @@ def cost_table(found: Estimate) -> Table:
 
 
 def log_table(compared: Mapping[str, tuple[float, float]]) -> Table:
-    """Counters of a run, means over its steps, beside those that the model expects."""
+    """Counters of a run, averaged over its steps, next to the expected counters."""
     table = Table("mean of the run", box=SIMPLE_HEAD)
     for name in ("logged", "expected", "off by"):
         table.add_column(name, justify="right")
@@ -196,7 +196,7 @@ def log_table(compared: Mapping[str, tuple[float, float]]) -> Table:
 
 
 def explain(found: Estimate) -> str:
-    """The assumptions behind the numbers."""
+    """Return a text with the assumptions behind the numbers."""
     lengths = found.lengths
     means = {"question": lengths.question, "response": lengths.response, **lengths.draws}
     return "\n".join(

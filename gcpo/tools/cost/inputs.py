@@ -1,4 +1,4 @@
-"""The inputs of ``gcpo cost``: the configuration, the tokenizer and the lengths, by themselves or from a run's log."""
+"""The inputs of ``gcpo cost``: the configuration, the tokenizer and the lengths, given directly or by a run's log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gcpo.tools.cost.texts import Lengths, Tokenizer
 from gcpo.tools.report import merge_lines
 
 SPREAD = 0.3
-"""Spread of the lengths of a group where a mean is given and nothing is known about the spread."""
+"""Assumed spread of the lengths of a group if only the mean is given."""
 CACHE_BLOCK = 16
 """vLLM's default on a GPU."""
 
@@ -38,14 +38,14 @@ class CostError(Exception):
 
 
 def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of ``python -m recipe.gcpo.main_gcpo --config-name NAME OVERRIDES``."""
+    """Return the configuration of ``python -m recipe.gcpo.main_gcpo --config-name NAME OVERRIDES``."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
     verl, folder = find_spec("verl"), Path(gcpo.config.__file__).parent
     if verl is None or verl.origin is None:
         raise CostError("verl is not installed; `gcpo doctor` says what is missing")
-    # As a path, because hydra would import verl, and with it torch and vLLM, to find it as a package.
+    # The folder is given as a path, because hydra would import verl, torch and vLLM to find it as a package.
     search = f"hydra.searchpath=[file://{Path(verl.origin).parent / 'trainer' / 'config'}]"
     try:
         with initialize_config_dir(str(folder), version_base=None):
@@ -55,7 +55,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def run_config(log: Path) -> DictConfig:
-    """The configuration of the run of a log."""
+    """Return the configuration of the run of a log."""
     path = log.parent / "hydra" / ".hydra" / "config.yaml"
     if not path.is_file():
         raise CostError(f"{path} is missing, so the run's configuration is not known; give its overrides as arguments")
@@ -64,7 +64,7 @@ def run_config(log: Path) -> DictConfig:
 
 
 def step_of(config: DictConfig) -> Step:
-    """The settings of a step."""
+    """Return the settings of a step."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     engine = (rollout.get("engine_kwargs") or {}).get("vllm") or {}
     gpus = config.trainer.n_gpus_per_node * config.trainer.nnodes
@@ -79,10 +79,10 @@ def step_of(config: DictConfig) -> Step:
 
 
 def variants(config: DictConfig, run: Run) -> tuple[str, dict[str, Method], list[str]]:
-    """GRPO and the method of ``config``; of GCPO every preset with the other settings of ``config``.
+    """Return GRPO and the method of ``config``; for GCPO every preset, with the other settings of ``config``.
 
     Returns:
-        The name of the configuration's own variant, all variants, and why a preset is left out.
+        The name of the configuration's own variant, all variants, and the reasons of omitted presets.
     """
     mode = OmegaConf.select(config, "trainer.v1.trainer_mode")
     if mode not in method_names():
@@ -94,7 +94,7 @@ def variants(config: DictConfig, run: Run) -> tuple[str, dict[str, Method], list
     found, notes = {"grpo": Method(None, run)}, []
     if not isinstance(own, GCPOConfig):
         return mode, {**found, mode: method(own, run)}, notes
-    # GRPO has switched off what makes the presets.
+    # A GRPO configuration disables the settings of the presets.
     on = {"weighting": {}, "kappa": GCPOSettings.model_fields["kappa"].default} if own.is_grpo else {}
     for name in PRESETS:
         try:
@@ -107,7 +107,7 @@ def variants(config: DictConfig, run: Run) -> tuple[str, dict[str, Method], list
 
 
 def tokenizer_of(config: DictConfig, run: Run) -> tuple[Tokenizer, list[str]]:
-    """The model's tokenizer, if it is in a local folder or in the cache of Hugging Face."""
+    """Return the model's tokenizer, if it is in a local folder or in the cache of Hugging Face."""
     from transformers import AutoTokenizer
 
     try:
@@ -121,7 +121,7 @@ def tokenizer_of(config: DictConfig, run: Run) -> tuple[Tokenizer, list[str]]:
 
 
 def read_log(log: Path) -> dict[str, float]:
-    """Every metric's mean over the steps that have it."""
+    """Return the mean of every metric over the steps that have it."""
     if not log.is_file():
         raise CostError(
             f"there is no log {log}; give the metrics.jsonl of a run, which `file` in trainer.logger writes"
@@ -135,12 +135,12 @@ def read_log(log: Path) -> dict[str, float]:
 
 
 def of_log(log: Mapping[str, float], limits: Mapping[str, int]) -> Lengths:
-    """The lengths of a run, with the longest draw of every kind."""
+    """Return the lengths of a run, with the limits of all kinds of draws."""
     response, draws, cut = log["response_length/mean"], {}, {}
     for kind, limit in limits.items():
         mean = log.get(f"gcpo/rollout/{kind}/tokens_mean")
         if mean:
-            # The logged mean is over all draws; those that are cut are as long as the limit.
+            # The logged mean is over all draws; cut draws are as long as the limit.
             share = log.get(f"gcpo/rollout/{kind}/cut", 0.0) * mean / log[f"gcpo/tokens/generated/{kind}"]
             cut[kind], draws[kind] = share, max(1.0, (mean - share * limit) / max(1 - share, 1e-3))
     known = next(iter(draws.values()), response)
@@ -161,7 +161,7 @@ def of_log(log: Mapping[str, float], limits: Mapping[str, int]) -> Lengths:
 def assume(
     options: Namespace, config: DictConfig, limits: Mapping[str, int], log: Mapping[str, float] | None
 ) -> tuple[Lengths, list[str]]:
-    """The lengths that are given, else those of the log, else the longest that are allowed."""
+    """Return the given lengths, else those of the log, else the longest allowed ones."""
     notes = []
     if log is not None:
         lengths = of_log(log, limits)

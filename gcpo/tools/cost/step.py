@@ -1,6 +1,6 @@
-"""The tokens of a step: the hooks of a method, called as a run calls them, with a server and an engine that count.
+"""The tokens of a step: a method's hooks are called as in a run, with a server and an engine that count tokens.
 
-Prompts, requests and packs are made by the code of the run. Only the texts are drawn (`gcpo.tools.cost.texts`).
+Prompts, requests and packs are made by the code of the run. Only the texts are random (`gcpo.tools.cost.texts`).
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from gcpo.tools.cost.texts import (
 
 @dataclass(frozen=True)
 class Step:
-    """The settings of a step that are not the method's.
+    """The settings of a step that do not belong to the method.
 
     Attributes:
         run: the settings that methods read.
-        questions: questions of a step.
+        questions: number of questions of a step.
         epochs: passes over the batch in the update.
-        recomputed: whether the backward pass runs the layers once more (gradient checkpointing).
+        recomputed: whether the backward pass recomputes the layers (gradient checkpointing).
         cache_block: tokens of a block of the prefix cache; 0: no cache.
-        servers: copies of the model that generate. The responses to a question are spread over them, everything else
-            of a group stays on one.
+        servers: number of generation servers. The responses to a question are spread over them, all other requests
+            of a group go to one server.
     """
 
     run: Run
@@ -61,7 +61,7 @@ class Step:
 
 
 class Server:
-    """Generates texts of drawn lengths over the prompts of one group, with vLLM's prefix cache."""
+    """A generator of texts with random lengths for the prompts of one group, with vLLM's prefix cache."""
 
     def __init__(self, simulation: Simulation) -> None:
         self.simulation, lengths = simulation, simulation.lengths
@@ -72,7 +72,7 @@ class Server:
         self._last: tuple[Sequence[int], str] = ([], "")
 
     def cached(self, prompt: Sequence[int]) -> int:
-        """Tokens of a prompt that are cached, in whole blocks and never the last token; then the prompt is cached."""
+        """Return the number of cached tokens of a promptin whole blocks without the last token; cache it."""
         shared, block = len(prompt), self.simulation.step.cache_block
         if prompt is not self._last[0]:
             ids: Any = np.asarray(prompt)
@@ -82,11 +82,11 @@ class Server:
         return min(shared, len(prompt) - 1) // block * block if block else 0
 
     async def __call__(self, prompt: list[int], params: dict[str, Any]) -> Any:
-        """verl's ``TokenOutput``, as far as it is read."""
+        """Return the fields of verl's ``TokenOutput`` that methods read."""
         cached, limit = self.cached(prompt), params["max_tokens"]
         kind, self.draws = self._last[1], self.draws + 1
         length = self.simulation.draw_length(kind)
-        # A draw that is not cut ends with `END`, however long it is.
+        # A draw that is not cut ends with `END`, whatever its length.
         ids = self.texts.ids(limit, limit) if length is None else self.texts.ids(min(length, limit), limit + 1)
         if self.simulation.answers:
             with_answer(ids)
@@ -94,7 +94,7 @@ class Server:
         return SimpleNamespace(token_ids=ids, stop_reason="completed", extra_fields={"num_cached_tokens": cached})
 
     def _kind(self, ids: np.ndarray) -> str:
-        """Shared draws come first; a prompt that has the label of a draw is one of the generations over it."""
+        """Return the kind of a prompt. Shared draws come first; a prompt with the label of a draw is a regeneration."""
         settings = self.simulation.method.settings
         if not self.simulation.method.samples:
             return ""
@@ -105,9 +105,9 @@ class Server:
 
 
 class CountingEngine(Engine):
-    """Packs the sequences that it is to score, counts their tokens, and answers with zeros."""
+    """An engine that packs the requested sequences, counts their tokens, and answers with zeros."""
 
-    layers = 1000  # The model is not loaded: the configuration may name any layer.
+    layers = 1000  # The model is not loaded, so the configuration may name any layer.
     hidden_size = 1
     step = 1
 
@@ -124,11 +124,11 @@ class CountingEngine(Engine):
         return Scorer(partial(self._episodes, options["max_tokens"]))
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The values of the only rank."""
+        """Return the values of the only rank."""
         return values
 
     def tree_problem(self) -> None:
-        """Every model can be run on packed trees."""
+        """Return None, since every model counts as able to run on packed trees."""
 
     def _trees(self, options: Mapping[str, Any], requests: Sequence[ScoreRequest]) -> list[Score]:
         sequences = [torch.cat([request.context, request.target]) for request in requests]
@@ -150,13 +150,13 @@ class CountingEngine(Engine):
 
 @dataclass
 class Scorer:
-    """A scorer of a `CountingEngine`, which counts the tokens; a method that reads the scorer's own counts finds 0."""
+    """A scorer of a `CountingEngine`, which counts the tokens; a method that reads the scorer's own counts reads 0."""
 
     answer: Callable[[Sequence[Any]], list[Any]]
     tokens = path_tokens = branch_tokens = unshared_tokens = 0
 
     def __call__(self, requests: Sequence[Any]) -> list[Any]:
-        """The answers, in the order of the requests."""
+        """Return the answers, in the order of the requests."""
         return self.answer(requests)
 
 
@@ -184,7 +184,7 @@ class GroupBatch(Batch):
 def packed_tokens(
     sequences: Sequence[Tensor], budget: int, *, min_shared: int = 8, packing: str = "tree", **_: Any
 ) -> int:
-    """Tokens that go through the model.
+    """Return the number of tokens that go through the model.
 
     Raises:
         BudgetError: a sequence is longer than the budget.
@@ -195,7 +195,7 @@ def packed_tokens(
 
 
 def kappa_rows(rows: Sequence[Mapping[Field, Any]], term: Term) -> Iterator[Tensor]:
-    """The sequences (x_i, y_i) of the second pass of an update; every valid context has a reference."""
+    """Yield the sequences (x_i, y_i) of the second pass of an update; every valid context has a reference."""
     for row in rows:
         context = term.context({**row, KL_MASK: (row[KL_WEIGHT] > 0).long()})
         if context is not None:
@@ -203,10 +203,10 @@ def kappa_rows(rows: Sequence[Mapping[Field, Any]], term: Term) -> Iterator[Tens
 
 
 class Simulation:
-    """Takes groups through the stations of a step.
+    """A simulation of a step with all hooks of the method.
 
     Args:
-        method: the method; a plain `Method` is GRPO.
+        method: the method; a plain `Method` means GRPO.
         step: settings of the step.
         lengths: lengths and frequencies.
         tokenizer: of the model.
@@ -236,7 +236,7 @@ class Simulation:
         method.start_actor(self.engine)
 
     def run(self) -> dict[str, float]:
-        """The tokens of a step by what is done with them.
+        """Return the tokens of a step by stage.
 
         Raises:
             BudgetError: a sequence is longer than the token budget.
@@ -252,7 +252,7 @@ class Simulation:
         responses, server = self._responses(mean), Server(self)
         known = {PROMPTS: torch.tensor(prompt), REWARD_MODEL: {"ground_truth": str(ANSWER)}}
         rows: list[dict[Field, Any]] = [{**known, RESPONSES: torch.tensor(response)} for response in responses]
-        server.cached(prompt)  # The first response on each server finds nothing.
+        server.cached(prompt)  # The first response on each server is not cached.
         cached = max(0, run.n - self.step.servers) * server.cached(prompt)
         self.count_generation("response", responses, prompt * run.n, cached)
         if method.samples:
@@ -283,7 +283,7 @@ class Simulation:
         return responses
 
     def _update(self, rows: Sequence[Mapping[Field, Any]], plain: int) -> None:
-        """Count the passes with gradient; in step 0 all parts of the gradient are measured that ever are."""
+        """Count the passes with gradient; in step 0 all parts whose gradients are ever measured are measured."""
         self.counts["trained/plain"] += plain
         term = self.method.term()
         parts = parts_of(term, self.step.run.use_kl_loss) if self.method.measures_gradients(0) else []
@@ -305,7 +305,7 @@ class Simulation:
         self.counts[f"cached/{kind}"] += cached
 
     def draw_length(self, kind: str) -> int | None:
-        """The length of the next draw; ``None`` if it is cut."""
+        """Return the length of the next draw; ``None`` if it is cut."""
         self._cut[kind] += self.lengths.cut.get(kind, 0.0)
         if self._cut[kind] >= 1:
             self._cut[kind] -= 1
@@ -323,7 +323,7 @@ async def _no_grade(_: Any) -> None:
 
 
 def draw_limits(settings: Any) -> dict[str, int]:
-    """The longest draw of every kind; empty for a method without draws."""
+    """Return the length limit of every kind of draw; empty for a method without draws."""
     collider = getattr(settings, "collider", None)
     if collider is None:
         return {}

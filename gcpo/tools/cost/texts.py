@@ -1,4 +1,4 @@
-"""Texts of drawn lengths, and a tokenizer that knows them."""
+"""Texts with random lengths, and a tokenizer that supports them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import numpy as np
 from scipy.optimize import brentq
 
 END = 1 << 20
-"""Ends a response. This id and those above it are in no vocabulary: each stands for a private character, those from
-`SPELLED` on for one of ``_TEXTS``."""
+"""The id that ends a response. No vocabulary contains this id or higher ones: each stands for a private character, ids
+from `SPELLED` on for one of ``_TEXTS``."""
 _FIRST, SPELLED = END + 1, END + 0xF000
 _TEXTS = ["\n \n", "\\boxed{", "}", *map(str, range(10))]
 _PRIVATE = 0xF0000 - END
 _DRAWN = re.compile("([\U000f0000-\U000fefff]+)")
 CHARACTERS_PER_TOKEN = 4
-"""Of the fixed texts of a prompt where the model's tokenizer is not there."""
+"""Characters per token of a prompt's fixed texts if the model's tokenizer is not available."""
 PIECES = 16
-"""Answers to one question begin with about so many pieces in common, and part between pieces."""
+"""Mean number of pieces that answers to one question share at their beginning; they diverge only between pieces."""
 ANSWER, ANSWERS = 1000, 3
-"""The right final answer, and how many different ones the responses to a question have."""
+"""The right final answer, and the number of different final answers to a question."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Lengths:
     """Mean lengths in tokens, and frequencies.
 
     Attributes:
-        question: plain prompt, chat template included.
+        question: the plain prompt, including the chat template.
         response: response.
-        draws: generations over the responses of a group, by kind; draws that are cut do not count.
+        draws: generations over the responses of a group, by kind, without cut draws.
         spread: standard deviation of the lengths in a group, over the mean.
         group_spread: standard deviation of the groups' mean responses, over the mean.
         common: tokens that two responses to one question begin with in common, mean over pairs.
         common_draws: the same for two draws of a group; ``None``: as ``common``.
         episodes: episodes of a response.
         equal_rewards: fraction of groups with equal rewards.
-        cut: fraction of the draws of each kind that reach the limit, and are left out.
+        cut: fraction of the draws of each kind that reach the limit, and are excluded.
 
     Raises:
         ValueError: a mean is below 1, or a spread is negative.
@@ -70,7 +70,7 @@ class Lengths:
 
 
 def drawn(mean: float, spread: float, limit: int, count: int, rng: np.random.Generator) -> list[int]:
-    """Lengths [count] between 1 and ``limit`` of this mean: quantiles of a log-normal distribution in random order."""
+    """Return lengths [count] from 1 to ``limit`` with this mean: quantiles of a log-normal distribution, shuffled."""
     sigma = math.sqrt(math.log1p(spread**2))
     shape = np.exp([sigma * NormalDist().inv_cdf((k + 0.5) / count) for k in range(count)])
 
@@ -78,7 +78,7 @@ def drawn(mean: float, spread: float, limit: int, count: int, rng: np.random.Gen
         return np.clip(scale * shape, 1, limit).mean() - mean
 
     lengths = np.clip(_root(surplus, 1e-9, 1e9 * limit) * shape, 1, limit)
-    # Rounded so that the running sum, and with it the mean, stays.
+    # Rounded such that the running sum, and therefore the mean, is preserved.
     return rng.permutation(np.diff(np.round(np.concatenate([[0.0], lengths.cumsum()])))).astype(int).tolist()
 
 
@@ -87,22 +87,22 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 
 
 class Texts:
-    """Token ids of answers to one question, which begin alike as samples of one model do.
+    """Token ids of answers to one question, which share prefixes as samples of one model do.
 
-    Texts are made of pieces. At a fork, which stands behind some of the pieces, every text goes one of two ways by
-    chance; texts that go the same way go on together.
+    Texts consist of pieces. At a fork, which follows some of the pieces, every text takes one of two branches at
+    random; texts in the same branch stay equal.
 
     Args:
-        common: tokens that two texts begin with in common, mean over pairs.
+        common: length of the common prefix of two texts in tokens, mean over pairs.
         tokens: mean tokens of a text.
-        rng: where the forks are, and which text goes which way.
+        rng: the generator of forks and branches.
     """
 
     def __init__(self, common: float, tokens: float, rng: np.random.Generator) -> None:
         self.rng, self.count, self.alike = rng, 0, common >= 1
         self.piece = max(1, round(common / PIECES))
         powers, wanted = np.arange(1, max(1, round(tokens / self.piece)) + 1), common / self.piece
-        # The probability that two texts which went together still do one piece later.
+        # The probability that two texts that are equal so far are still equal one piece later.
         together = 1.0 if wanted >= len(powers) else _root(lambda p: (p**powers).sum() - wanted, 0.0, 1.0)
         self.fork = 2 * (1 - together)
         self._next: dict[tuple[int, bool], int] = {}
@@ -110,7 +110,7 @@ class Texts:
         self._ends: dict[int, int] = {}
 
     def ids(self, length: int, limit: int) -> list[int]:
-        """A text of about ``length`` tokens; the last one is `END` if ``length`` is below ``limit``."""
+        """Return a text of about ``length`` tokens; the last token is `END` if ``length`` is below ``limit``."""
         self.count += 1
         own = _FIRST + 2 + self.count
         size = length - (length < limit)
@@ -118,7 +118,7 @@ class Texts:
         return [*ids, END] if length < limit else ids + [own] * (limit - len(ids))
 
     def _shared(self, size: int) -> list[int]:
-        """A text that goes every way of an earlier one is the same, and ends where that ends."""
+        """Return a text that may copy an earlier one: a text with all its branches is equal and ends where it ends."""
         node, ids = 0, []
         while node not in self._ends and (not ids or len(ids) < size or self._goes_on(node)):
             fork = self._forks.setdefault(node, bool(self.rng.random() < self.fork))
@@ -132,7 +132,7 @@ class Texts:
 
 
 def with_answer(ids: list[int], number: int = 0, episodes: int = 1) -> list[int]:
-    """``ids`` with a final answer in a box at the end, and blank lines between episodes; of the same length."""
+    """Write a boxed answer at the end of ``ids`` and blank lines between episodes, without changing the length."""
     end = len(ids) - (ids[-1] == END)
     answer = spelled("\\boxed{", *str(ANSWER + number), "}")
     start = max(0, end - len(answer))
@@ -143,16 +143,16 @@ def with_answer(ids: list[int], number: int = 0, episodes: int = 1) -> list[int]
 
 
 def spelled(*texts: str) -> list[int]:
-    """The ids that stand for some of ``_TEXTS``."""
+    """Return the ids that stand for the given members of ``_TEXTS``."""
     return [SPELLED + _TEXTS.index(text) for text in texts]
 
 
 class Tokenizer:
-    """The model's tokenizer, which also knows the ids of drawn texts.
+    """The model's tokenizer, which also decodes and encodes random texts.
 
     Args:
-        inner: a Hugging Face tokenizer; ``None``: fixed texts take a token for four characters.
-        options: for ``apply_chat_template``.
+        inner: a Hugging Face tokenizer; ``None``: fixed texts take one token per four characters.
+        options: options of ``apply_chat_template``.
     """
 
     eos_token_id = pad_token_id = END
@@ -162,7 +162,7 @@ class Tokenizer:
         self.inner, self.options = inner, options or {}
 
     def question(self, tokens: int) -> tuple[list[dict[str, str]], list[int]]:
-        """A question as messages, and its plain prompt of so many tokens, or more if the chat template has more."""
+        """Return a question as messages, and its plain prompt of ``tokens`` or, if longer, of the template's tokens."""
         letter = chr(_FIRST + _PRIVATE)
         frame = len(self._prompt([{"role": "user", "content": letter}])) - 1
         messages = [{"role": "user", "content": letter * max(1, tokens - frame)}]
@@ -173,13 +173,13 @@ class Tokenizer:
         return self.encode(text)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-        """The model's template; without one, 20 characters behind the question."""
+        """Apply the model's template, or append 20 characters to the question without one."""
         if self.inner is not None:
             return self.inner.apply_chat_template(messages, **options)
         return "".join(message["content"] for message in messages) + "." * 20
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids; a character of a drawn text is one token."""
+        """Return token ids; a character of a random text is one token."""
         ids: list[int] = []
         for k, part in enumerate(_DRAWN.split(text)):
             if k % 2:
@@ -192,10 +192,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
-        """The text of drawn ids."""
+        """Return the text of random ids."""
         known = [int(token) for token in ids if token != END]
         return "".join(chr(token + _PRIVATE) if token < SPELLED else _TEXTS[token - SPELLED] for token in known)
 
     def batch_decode(self, rows: Sequence[Sequence[int]], **options: Any) -> list[str]:
-        """`decode` of every row."""
+        """Decode every row."""
         return [self.decode(row, **options) for row in rows]
