@@ -1,1 +1,1 @@
-"""Commands around training: doctor, cost, report, evaluate and launch; training imports none of them."""
+"""Commands around training: doctor, cost, report, evaluate and launch; training does not import them."""

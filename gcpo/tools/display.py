@@ -1,4 +1,4 @@
-"""Lines for a person who follows a command, and on a terminal a bar below them."""
+"""Progress lines of a command, with a bar below them on a terminal."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rich.progress import (
 )
 
 HEARTBEAT_SECONDS = 60.0
-"""Without a terminal, a line at least this often."""
+"""Without a terminal, the largest number of seconds between lines."""
 
 
 class Display:
-    """Prints lines that stay. Below them a terminal shows a bar; elsewhere a line says when the phase changes.
+    """A printer of lasting lines. Below them a terminal shows a bar; otherwise a line reports each change of the phase.
 
-    It is given up once it cannot be written to, so that a closed terminal, or a full disk under a redirected output,
+    The display is closed once it cannot be written to, so that a closed terminal, or a full disk of redirected output,
     does not end the command.
     """
 
@@ -47,9 +47,9 @@ class Display:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            # A thread that refreshes could not be given up.
+            # A refreshing thread could not be stopped after an error.
             auto_refresh=False,
-            # The pace is that of all steps of this start but the first, which warms up.
+            # The pace is the mean over all steps of this start except the first, which warms up.
             speed_estimate_period=float("inf"),
             get_time=clock,
             disable=not self.is_live,
@@ -65,19 +65,19 @@ class Display:
                 self._lost = True
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a lasting line."""
         self._last = self._clock()
         prefix = "" if self.is_live else f"[{duration(self._last - self._started):>9}] "
         self._try(lambda: self._console.print(prefix + text, markup=False))
 
     def refresh(self, phase: str, detail: str = "", completed: int = 0, total: int | None = None) -> None:
-        """Show what is going on now.
+        """Show the current activity.
 
         Args:
-            phase: in a word or two.
-            detail: changes often; shown on a terminal, and without one as a sign of life.
-            completed: steps or samples that are done.
-            total: how many there will be, None where that is not known.
+            phase: one or two words.
+            detail: a text that changes often; without a terminal it is shown from time to time.
+            completed: number of finished steps or samples.
+            total: their total number, or None if it is unknown.
         """
         text = f"{phase}: {detail}"[:100] if detail else phase
         if self.is_live:
@@ -95,7 +95,7 @@ class Display:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: ``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Format seconds for people: ``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -104,11 +104,11 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line; a terminal that was closed, or a full disk under a redirected output, must not end the run."""
+    """Print a line; a closed terminal, or a full disk of a redirected output, must not end the run."""
     target: TextIO = sys.stdout if stream is None else stream
     try:
         print(text, file=target, flush=True)
     except (OSError, ValueError):
-        # Python would try again at its end, and then exit with another code.
+        # Python would flush again at exit, and then return another exit code.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), target.fileno())

@@ -1,4 +1,4 @@
-"""The metrics of a run: how its file is read, and which metrics the line of a step and the curves show.
+"""The metrics of a run: reading of its file, and selection of the metrics in step lines and curves.
 
 verl's ``file`` logger writes ``metrics.jsonl``, one line a step: ``{"step": k, "data": {...}}``.
 """
@@ -23,7 +23,7 @@ EARLIER_METRICS_FILE = "metrics.earlier.jsonl"
 
 
 def parse_line(line: str) -> tuple[int, dict[str, float]] | None:
-    """Step and finite numbers of one line of the metrics file; None for a line that is cut off or something else."""
+    """Return the step and the finite numbers of a line of the metrics file, or None if the line is not complete."""
     try:
         record = json.loads(line)
         step, items = int(record["step"]), record["data"].items()
@@ -37,7 +37,7 @@ def _is_number(value: Any) -> bool:
 
 
 def merge_lines(lines: Iterable[str]) -> dict[int, dict[str, float]]:
-    """Metrics by step. A step that comes twice, as after a resume, keeps the later value of every key."""
+    """Return metrics by step. A duplicate step, as after a resume, keeps the later value of every key."""
     steps: dict[int, dict[str, float]] = {}
     for step, metrics in filter(None, map(parse_line, lines)):
         steps.setdefault(step, {}).update(metrics)
@@ -45,7 +45,7 @@ def merge_lines(lines: Iterable[str]) -> dict[int, dict[str, float]]:
 
 
 def read_metrics(directory: Path) -> dict[int, dict[str, float]]:
-    """All metrics of the run in ``directory``, earlier starts included, in order of the steps; empty if none."""
+    """Return all metrics of the run in ``directory``, including earlier starts, in order of the steps."""
     paths = [directory / name for name in (EARLIER_METRICS_FILE, METRICS_FILE)]
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()]
     return dict(sorted(merge_lines(line for text in texts for line in text.splitlines()).items()))
@@ -68,7 +68,7 @@ STEP_SECONDS = "timing_s/step"
 
 
 def stage_seconds(metrics: Metrics) -> dict[str, float]:
-    """Seconds by stage, those that were measured."""
+    """Return the measured seconds by stage."""
     measured = {stage: [metrics[name] for name in names if name in metrics] for stage, names in STAGES.items()}
     return {stage: sum(values) for stage, values in measured.items() if values}
 
@@ -99,10 +99,10 @@ SHOWN: dict[str, tuple[Shown, ...]] = {
     "timing_s/": (Shown(line=_seconds),),
     "stability/": (Shown(line=lambda metrics: "  ".join(stability.describe(metrics))),),
 }
-"""The metrics that are shown, in this order, by prefix."""
+"""The metrics that are shown, in order, by prefix."""
 
 
 def step_line(step: int, metrics: Metrics, total: int | None = None) -> str:
-    """One readable line about a step."""
+    """Return a readable line about a step."""
     head = f"step {step:>{len(str(total or step))}}" + (f"/{total}" if total else "")
     return "  ".join([head, *filter(None, (shown.text(metrics) for group in SHOWN.values() for shown in group))])

@@ -1,6 +1,6 @@
-"""What a run did, from its metrics file: curves as a PNG, accuracy before and after, and where the checkpoint is.
+"""Report of a run from its metrics file: curves as a PNG, accuracy before and after, and the last checkpoint.
 
-``python -m gcpo.tools.report DIR...`` reads ``DIR/metrics.jsonl`` of one run or of several, which are then drawn over
+``python -m gcpo.tools.report DIR...`` reads ``DIR/metrics.jsonl`` of one or several runs; several are drawn over
 each other.
 """
 
@@ -36,7 +36,7 @@ __all__ = ["Run", "ReportError", "load_runs", "main", "merge_lines", "plot", "pr
 
 
 class ReportError(Exception):
-    """A run that can't be reported; the message is one sentence for the user."""
+    """A run that cannot be reported; the message is one sentence for the user."""
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Run:
     """The metrics of one run.
 
     Attributes:
-        directory: its output.
-        steps: by step.
-        name: how the run is called in legends and tables.
+        directory: its output folder.
+        steps: metrics by step.
+        name: name of the run in legends and tables.
     """
 
     directory: Path
@@ -55,11 +55,11 @@ class Run:
 
     @property
     def names(self) -> list[str]:
-        """The metrics that any step has."""
+        """The names of all metrics."""
         return list(dict.fromkeys(name for metrics in self.steps.values() for name in metrics))
 
     def series(self, name: str | None) -> pd.Series:
-        """The values of a metric by step; empty where no step has it."""
+        """Return the values of a metric by step, empty if no step has it."""
         import pandas as pd
 
         found = {step: metrics[name] for step, metrics in self.steps.items() if name is not None and name in metrics}
@@ -67,7 +67,7 @@ class Run:
 
 
 def load_run(directory: Path) -> Run:
-    """The run in ``directory``; raises `ReportError` where there is nothing to report."""
+    """Return the run in ``directory``; raise `ReportError` if there is nothing to report."""
     if not directory.is_dir():
         raise ReportError(f"there is no directory {directory}; give the --output of a run")
     steps = read_metrics(directory)
@@ -77,7 +77,7 @@ def load_run(directory: Path) -> Run:
 
 
 def load_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs in ``directories``, each with a `short_names` of its own."""
+    """Return the runs in ``directories``, each with a name from `short_names`."""
     runs = [load_run(directory) for directory in directories]
     for run, name in zip(runs, short_names(directories), strict=True):
         run.name = name
@@ -85,7 +85,7 @@ def load_runs(directories: Sequence[Path]) -> list[Run]:
 
 
 def short_names(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """Return the shortest ends of the paths that are different."""
     parts = [directory.resolve().parts for directory in directories]
     length = 1
     while length < max(map(len, parts)) and len({path[-length:] for path in parts}) < len(set(parts)):
@@ -94,7 +94,7 @@ def short_names(directories: Sequence[Path]) -> list[str]:
 
 
 def checkpoint_of(directory: Path) -> Path | None:
-    """The newest checkpoint under ``directory/checkpoints``, None where there is none."""
+    """Return the newest checkpoint under ``directory/checkpoints``, or None."""
     root = directory / "checkpoints"
     step, problem = read_tracker(root)
     return None if step is None or problem else root / f"global_step_{step}"
@@ -111,7 +111,7 @@ class _Curve(NamedTuple):
 
 
 def plot(runs: Sequence[Run], path: Path) -> list[str]:
-    """Draw the curves of ``runs`` into a PNG; returns the titles of the panels, those without data left out."""
+    """Draw the curves of ``runs`` into a PNG; return the titles of the panels that have data."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +143,7 @@ def plot(runs: Sequence[Run], path: Path) -> list[str]:
 def _panels(runs: Sequence[Run]) -> dict[str, list[_Curve]]:
     shown = [one for group in SHOWN.values() for one in group if one.panel]
     panels = {one.panel: _curves(runs, one) for one in shown}
-    if len(runs) > 1:  # the whole step of each, or the panel can't be read
+    if len(runs) > 1:  # only whole steps, to keep the panel readable
         return {**panels, "seconds per step": _curves(runs, Shown((STEP_SECONDS,)))}
     (run,) = runs
     stages = Run(run.directory, {step: stage_seconds(metrics) for step, metrics in run.steps.items()})
@@ -153,7 +153,7 @@ def _panels(runs: Sequence[Run]) -> dict[str, list[_Curve]]:
 
 
 def _curves(runs: Sequence[Run], shown: Shown) -> list[_Curve]:
-    """A metric of every run that has it; the same one for all."""
+    """Return the first listed metric that the runs have as curves, the same metric for all."""
     name = shown.name_in(name for run in runs for name in run.names)
     curves = []
     for run in runs:
@@ -201,13 +201,13 @@ def _table_row(run: Run) -> list[str]:
         after,
         change,
         f"{rewards.iloc[0]:.3f} → {rewards.iloc[-1]:.3f}" if len(rewards) else "–",
-        # The first step compiles and warms up; the median shows what the others take.
+        # The first step compiles and warms up, so the median shows the usual time.
         f"{seconds.median():.1f}" if len(seconds) else "–",
     ]
 
 
 def print_table(runs: Sequence[Run]) -> None:
-    """Print accuracy before and after, and what a step took, for every run."""
+    """Print the accuracy before and after and the seconds per step for every run."""
     from rich.console import Console
     from rich.table import Table
 
@@ -216,13 +216,13 @@ def print_table(runs: Sequence[Run]) -> None:
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in runs:
         table.add_row(*_table_row(run))
-    # Piped into a file the table would be squeezed into 80 columns.
+    # In a pipe the table would be limited to 80 columns.
     width = None if sys.stdout.isatty() else 140
     Console(width=width, highlight=False).print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: see the module's description."""
+    """Parse the arguments and print the report; see the module's description."""
     parser = argparse.ArgumentParser(prog="python -m gcpo.tools.report", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="the --output of a run")
     parser.add_argument("--plot", type=Path, help="where the curves go (default: curves.png in the first DIR)")
