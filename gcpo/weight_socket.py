@@ -1,7 +1,7 @@
 """A socket for new weights that is unique to the run on this machine.
 
-verl sends weights to vLLM through a socket in ``/tmp`` named after the number of the Ray job. Every run with its own Ray
-cluster is job 1, so two runs on one machine share the name: one run's vLLM could receive the other's weights.
+verl sends weights to vLLM through a socket in ``/tmp`` named after the number of the Ray job. A run with its own Ray
+cluster is always job 1, so two runs on one machine share the name: one run's vLLM could receive the other's weights.
 This module adds a token of the Ray cluster. Sender and receiver compute it from the cluster's address.
 """
 

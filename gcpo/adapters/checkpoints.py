@@ -1,6 +1,6 @@
-"""Whole checkpoints for verl's trainer: a manifest after each save, and a choice among whole ones at the start.
+"""Complete checkpoints for verl's trainer: a manifest after each save, and the choice of a complete one at the start.
 
-The driver decides for all ranks. On several machines it asks a task on each of them which files are there.
+The driver decides for all ranks. With several machines, a task on each machine lists its files.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 def survey_machines(folder: Path) -> Mapping[str, FileState]:
-    """The files of a checkpoint that this machine sees, and in a cluster those that the others see.
+    """Return the files of a checkpoint that this machine or another one of the cluster sees.
 
-    On a shared disk all see the same. On local disks every machine has the shards of its own ranks.
+    On a shared disk all machines see the same files. On local disks every machine has the shards of its own ranks.
     """
     here = ray.get_runtime_context().get_node_id()
     found = checkpoints.survey(folder)
@@ -47,10 +47,10 @@ def survey_machines(folder: Path) -> Mapping[str, FileState]:
 
 
 class WholeCheckpoints(_Trainer):
-    """Mixin in front of verl's trainer.
+    """Mixin that precedes verl's trainer in the method resolution order.
 
-    verl's own checkpoint manager removes old checkpoints while the new one is being written. Here they are removed
-    after its manifest is written.
+    verl's checkpoint manager removes old checkpoints while the new one is being written. This class removes them
+    after the new manifest is written.
     """
 
     config: Any
@@ -63,7 +63,7 @@ class WholeCheckpoints(_Trainer):
 
     @contextmanager
     def _trainer_settings(self, **values: Any) -> Iterator[None]:
-        """Within, ``config.trainer`` has these values."""
+        """Set these values of ``config.trainer`` inside the ``with`` block."""
         trainer = self.config.trainer
         before = {name: trainer.get(name) for name in values}
         with open_dict(trainer):
@@ -74,7 +74,7 @@ class WholeCheckpoints(_Trainer):
                 trainer.update(before)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """verl's loop; a full disk, for example under the metrics file, ends it in one sentence."""
+        """Run verl's loop; a full disk, for example for the metrics file, ends it with a one-sentence error."""
         try:
             return super().fit(*args, **kwargs)
         except CheckpointError:
@@ -89,7 +89,7 @@ class WholeCheckpoints(_Trainer):
             ) from error
 
     def _save_checkpoint(self) -> None:
-        """verl's files, then the manifest, then old checkpoints go."""
+        """Save verl's files, then write the manifest, then remove old checkpoints."""
         trainer = self.config.trainer
         folder = Path(trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
         keep = 1 if trainer.get("remove_previous_ckpt_in_save", False) else trainer.get("max_actor_ckpt_to_keep")
@@ -115,7 +115,7 @@ class WholeCheckpoints(_Trainer):
                 logger.info("removed the checkpoint %s: %s are kept", old, keep)
 
     def _load_checkpoint(self) -> None:
-        """Let verl load the newest whole checkpoint; say which ones were rejected, and why."""
+        """Let verl load the newest whole checkpoint; report rejected ones with the reasons."""
         trainer = self.config.trainer
         if trainer.resume_mode == "auto":
             choice = checkpoints.choose(
@@ -149,12 +149,12 @@ class WholeCheckpoints(_Trainer):
 def _is_of_the_disk(error: BaseException, folder: Path) -> bool:
     if files.is_disk_full(error, folder):
         return True
-    # A dead worker also shows as a lost connection or a timeout, which Python counts among the OSErrors.
+    # A dead worker also causes a lost connection or a timeout, which are OSErrors in Python.
     return isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError)
 
 
 def _cause(error: BaseException, folder: Path | None = None) -> str:
-    """The last line of an error, since Ray puts a worker's traceback in front; torch does not name a full disk."""
+    """Return the last line of an error, since Ray prepends a worker's traceback; torch does not name a full disk."""
     if folder is not None and files.is_disk_full(error, folder):
         return f"no space is left on the disk ({files.megabytes(files.free_bytes(folder))} are free)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

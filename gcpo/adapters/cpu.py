@@ -1,4 +1,4 @@
-"""verl on the CPU: its platform interface, and a patch of its engine."""
+"""verl on the CPU: its platform interface, and a patch for its engine."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ class CPUDeviceModule(ModuleType):
 
     @staticmethod
     def empty_cache() -> None:
-        """There is no caching allocator."""
+        """Do nothing, since there is no caching allocator."""
 
     @staticmethod
     def ipc_collect() -> None:
-        """There are no IPC handles."""
+        """Do nothing, since there are no IPC handles."""
 
     @staticmethod
     def mem_get_info(device: Any = None) -> tuple[int, int]:
-        """(free, total) bytes of main memory."""
+        """Return (free, total) bytes of main memory."""
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
     @staticmethod
     def memory_allocated(device: Any = None) -> int:
-        """Resident bytes of this process."""
+        """Return the resident bytes of this process."""
         return psutil.Process().memory_info().rss
 
     memory_reserved = memory_allocated
 
     @staticmethod
     def max_memory_allocated(device: Any = None) -> int:
-        """Largest resident set of this process so far, in bytes."""
+        """Return the largest resident set of this process so far, in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     max_memory_reserved = max_memory_allocated
 
     @staticmethod
     def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None:
-        """Main memory is not divided."""
+        """Do nothing, since main memory is not divided."""
 
     @staticmethod
     def get_device_name(device: Any = None) -> str:
-        """Name that verl's FLOP counter looks up."""
+        """Return the name that verl's FLOP counter looks up."""
         return "CPU"
 
     @staticmethod
     def get_rng_state(device: Any = None) -> torch.Tensor:
-        """State of the CPU generator."""
+        """Return the state of the CPU generator."""
         return torch.get_rng_state()
 
     @staticmethod
@@ -80,7 +80,7 @@ class CPUDeviceModule(ModuleType):
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
-    """CPU with gloo. Ray's "GPU" is used as a logical resource: one per worker process."""
+    """CPU with gloo. Ray's "GPU" resource is a logical resource: one per worker process."""
 
     _module = CPUDeviceModule()
 
@@ -100,7 +100,7 @@ class PlatformCPU(PlatformBase):
         return True
 
     def current_device(self) -> str:
-        """The name and not an index: ``tensor.to(0)`` would mean an accelerator."""
+        """Return the name instead of an index, since ``tensor.to(0)`` would mean an accelerator."""
         return "cpu"
 
     def device_count(self) -> int:
@@ -151,7 +151,7 @@ class PlatformCPU(PlatformBase):
         return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
     def is_ipc_supported(self) -> bool:
-        """Weights reach vLLM through shared memory."""
+        """Return False, since weights reach vLLM through shared memory."""
         return False
 
     def cudart(self) -> Any:
@@ -159,14 +159,14 @@ class PlatformCPU(PlatformBase):
 
 
 def activate() -> None:
-    """Make the CPU verl's platform, also where verl asked for one before the plug-in was loaded."""
+    """Make the CPU verl's platform, even if verl chose a platform before it loaded the plug-in."""
     set_platform(PlatformCPU())
 
 
 def pageable_reference() -> None:
-    """verl offloads the reference model to pinned memory; without an accelerator there is nothing to pin for.
+    """Make verl offload the reference model to pageable memory, since without an accelerator pinning has no use.
 
-    A test in ``tests/cpu/test_patches.py`` fails when verl no longer needs it.
+    A test in ``tests/cpu/test_patches.py`` fails when verl no longer needs this patch.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy
     from verl.workers.engine.fsdp import transformer_impl

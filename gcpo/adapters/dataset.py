@@ -8,13 +8,13 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 
 
 class EpisodePromptDataset(RLHFDataset):
-    """verl's data set; what ``data.episode_prompt`` says stands at the end of every question.
+    """verl's data set with the text of ``data.episode_prompt`` at the end of every question.
 
-    It is named by ``data.custom_cls``.
+    ``data.custom_cls`` selects it.
     """
 
     def maybe_filter_out_long_prompts(self, dataframe: Any = None) -> Any:
-        """verl's filter, of the questions with the addition."""
+        """Append the text to the questions, then apply verl's filter."""
         addition, key = self.config.get("episode_prompt") or "", self.prompt_key
 
         def add(row: dict[str, Any]) -> dict[str, Any]:

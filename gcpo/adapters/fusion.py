@@ -1,4 +1,4 @@
-"""verl's client of a SandboxFusion service, given to `gcpo.rewards.sandbox`."""
+"""Passes verl's client of a SandboxFusion service to `gcpo.rewards.sandbox`."""
 
 from verl.utils.reward_score.sandbox_fusion.utils import call_sandbox_api
 

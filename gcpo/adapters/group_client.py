@@ -12,14 +12,14 @@ from gcpo.faults import ServerLostError
 
 
 class GroupClient(LLMServerClient):
-    """verl's client for the requests of one group: it asks for a server once, and gives it back at the end.
+    """verl's client for the requests of one group, which acquires a server once and releases it at the end.
 
-    All of a group's requests go to one server anyway; asking for it and giving it back takes two calls of a request's
-    three otherwise.
+    All requests of a group go to one server. Without this class, two of the three calls of a
+    request would acquire and release it.
 
     Args:
         client: the worker's client.
-        request_id: of all requests, which so share a server's prefix cache.
+        request_id: id of all requests, which therefore share a server's prefix cache.
     """
 
     def __init__(self, client: LLMServerClient, request_id: str) -> None:
@@ -33,10 +33,10 @@ class GroupClient(LLMServerClient):
         return await self._server
 
     def _release_server(self, server_id: str, request_id: str | None = None) -> None:
-        """Not before the group is over."""
+        """Do nothing, since `close` releases the server at the end of the group."""
 
     async def ask(self, prompt_ids: list[int], params: dict[str, Any]) -> Any:
-        """One request.
+        """Return one request.
 
         Raises:
             ServerLostError: the server or its engine is dead.
@@ -49,7 +49,7 @@ class GroupClient(LLMServerClient):
             raise
 
     async def close(self) -> None:
-        """Give the server back, if there is one."""
+        """Release the server, if one was acquired."""
         if self._server is None:
             return
         await asyncio.wait([self._server])

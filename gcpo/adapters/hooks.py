@@ -1,4 +1,4 @@
-"""The way to a method: its object in every process, and its hooks with errors that name them."""
+"""Access to a method: its object in every process, and calls of its hooks with errors that name the hook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gcpo.methods import method_class
 from gcpo.methods.base import Method, Run
 
 _KEY = "gcpo_method"
-"""In ``actor_rollout_ref``, which is all that the actor's workers are given."""
+"""A key in ``actor_rollout_ref``, the only part of the configuration that the actor's workers get."""
 
 
 def call(method: Method, hook: str, *args: Any) -> Any:
@@ -30,19 +30,19 @@ def call(method: Method, hook: str, *args: Any) -> Any:
 
 
 def hook_error(method: Method, hook: str, error: Exception) -> RunStoppedError:
-    """The error of a hook that raised."""
+    """Return the error of a hook that raised."""
     return RunStoppedError(f"the method {method.name} failed in its hook {hook} ({one_line(error)})")
 
 
 def make_method(config: DictConfig) -> Method:
-    """The method of a run, from verl's whole configuration."""
+    """Return the method of a run, from verl's whole configuration."""
     method, run = method_class(config.trainer.v1.trainer_mode), Run.of(config)
     settings = OmegaConf.to_container(config[method.name], resolve=True) if method.name in config else {}
     return method(method.parse(settings, run), run)
 
 
 def send_to_workers(method: Method, config: DictConfig) -> None:
-    """Put the method where the actor's workers find it."""
+    """Put the method into the configuration of the actor's workers."""
     sent = {"name": method.name, "settings": _as_dict(method.settings), "run": dataclasses.asdict(method.run)}
     with open_dict(config):
         config.actor_rollout_ref[_KEY] = OmegaConf.create(sent)
@@ -53,7 +53,7 @@ def _as_dict(settings: Any) -> dict[str, Any]:
 
 
 def received(config: DictConfig) -> Method:
-    """The method in a worker, from ``actor_rollout_ref``."""
+    """Return the method from a worker's configuration ``actor_rollout_ref``."""
     sent: Any = OmegaConf.to_container(config[_KEY])
     method, run = method_class(sent["name"]), Run(**sent["run"])
     return method(method.parse(sent["settings"], run), run)

@@ -1,9 +1,9 @@
-"""Watches the processes of a run, so that a dead one ends the run in a sentence instead of a wait without end.
+"""Monitoring of a run's processes: a dead process ends the run with one sentence instead of an endless wait.
 
 verl waits for its Ray actors without a limit, and some of these waits cannot fail: the replay buffer polls for groups
-that a dead agent loop never finishes, and the actor sends weights to an engine core that is gone. Here a thread of the
-trainer's process asks Ray for the states of the run's actors, and every vLLM server whether its engine still lives.
-Nothing is measured in time: a step may take as long as it likes while all processes live.
+that a dead agent loop never finishes, and the actor sends weights to a dead engine core. A thread of the
+trainer's process therefore asks Ray for the states of the run's actors, and every vLLM server whether its engine runs.
+No time limit is used: a step may take any time while all processes run.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from gcpo.faults import RunStoppedError
 logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 2.0
-"""Between two looks."""
+"""Seconds between two checks."""
 SERVER_ANSWER_SECONDS = 5.0
-"""A server that has not answered by then is busy, which is no fault; Ray says when its process is dead."""
+"""Seconds to wait for a server. A busy server may not answer in time; Ray reports a dead process."""
 DEATH_NOTICE_SECONDS = 5.0
-"""Ray may notice a death later than the call that fails because of it."""
+"""Seconds to wait for Ray to notice a death, which may be later than the failing call."""
 LAST_RESORT_SECONDS = 15.0
-"""After a death: time for the trainer to leave what it waits for, before its process is ended."""
+"""Seconds after a death in which the trainer can leave its wait before its process is ended."""
 WAKE_SIGNAL = signal.SIGUSR2
-"""Takes the trainer's main thread out of a wait."""
+"""The signal that interrupts a wait of the trainer's main thread."""
 
 _FAULT_KEY = b"gcpo_fault:"
 
@@ -47,13 +47,13 @@ _FAULT_KEY = b"gcpo_fault:"
 
 
 class Watchdog:
-    """A thread that looks again and again, and takes the main thread out of its wait when a process has died.
+    """A thread that checks regularly, and interrupts the main thread's wait when a process has died.
 
     Args:
-        watch: what looks.
-        last_resort: called in the thread where the main thread has not come out in time.
-        interval: seconds between looks.
-        patience: seconds that the main thread has.
+        watch: the check.
+        last_resort: called in the thread if the main thread has not reacted in time.
+        interval: seconds between checks.
+        patience: seconds that the main thread has to react.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within, a death raises KeyboardInterrupt in the main thread, whatever it waits for."""
+        """Make a death raise KeyboardInterrupt in the main thread inside the ``with`` block, during any wait."""
         in_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(WAKE_SIGNAL, self._wake) if in_main else None
         self._inside = in_main
-        # Of its own for every block: the thread of the block before may still be looking.
+        # Each block needs a new event, because the thread of the previous block may still run a check.
         over = threading.Event()
         threading.Thread(target=self._run, args=(over,), name="gcpo-watchdog", daemon=True).start()
         try:
@@ -89,7 +89,7 @@ class Watchdog:
                 signal.signal(WAKE_SIGNAL, signal.SIG_IGN if before is None else before)
 
     def _wake(self, number: int, frame: FrameType | None) -> None:
-        # Ray's waits let no other exception of a signal handler out.
+        # Ray's waits propagate no other exception of a signal handler.
         if self._inside:
             raise KeyboardInterrupt
 
@@ -98,7 +98,7 @@ class Watchdog:
         while not over.wait(self.interval):
             try:
                 death = self.watch.look()
-            except Exception as error:  # Ray's control store does not answer: this is no verdict about an actor.
+            except Exception as error:  # Ray's control store does not answer, which says nothing about an actor.
                 if not told:
                     logger.warning("gcpo: Ray cannot be asked for the states of the run's processes: %s", error)
                 told = True
@@ -108,7 +108,7 @@ class Watchdog:
                 return
 
     def end(self, death: str) -> None:
-        """End the run because of ``death``: wake the main thread, and bound the time that it has to leave."""
+        """End the run because of ``death``: wake the main thread, and limit the time until it stops."""
         self.death = death
         logger.error("gcpo: %s", death)
         self.arm(death)
@@ -118,7 +118,7 @@ class Watchdog:
     def arm(self, death: str) -> None:
         """Call ``last_resort`` in ``patience`` seconds, once.
 
-        It is not called off when the main thread leaves: what the trainer does last may wait for the dead process too.
+        The call is not cancelled when the main thread reacts, because its cleanup may also wait for the dead process.
         """
         if self._timer is None:
             self._timer = threading.Timer(self.patience, self.last_resort, [death])
@@ -126,13 +126,13 @@ class Watchdog:
             self._timer.start()
 
     def verdict(self, error: BaseException | None = None) -> str | None:
-        """The death that is known by now; after an error of Ray's it may take Ray some seconds to know."""
+        """Return the known death or None; after an error, give Ray some seconds to notice a death."""
         patience = DEATH_NOTICE_SECONDS if error is not None and is_death(error) else 0.0
         deadline = time.monotonic() + patience
         while self.death is None:
             try:
                 self.death = self.watch.look(SERVER_ANSWER_SECONDS)
-            except Exception as unreachable:  # Ray itself is gone: this is no verdict about an actor.
+            except Exception as unreachable:  # Ray itself is dead, which says nothing about an actor.
                 logger.warning("gcpo: Ray cannot be asked for the states of the run's processes: %s", unreachable)
                 return None
             if time.monotonic() >= deadline:
@@ -142,7 +142,7 @@ class Watchdog:
 
 
 class WatchedTrainer(PPOTrainerSync):
-    """verl's synchronous trainer, ended by a sentence when one of the run's processes dies."""
+    """verl's synchronous trainer, which ends with one sentence when one of the run's processes dies."""
 
     watchdog: Watchdog
 
@@ -152,27 +152,27 @@ class WatchedTrainer(PPOTrainerSync):
         super().__init__(config)
 
     def init(self) -> None:
-        """verl's start-up, watched."""
+        """Run verl's start-up under the watchdog."""
         with self._in_a_sentence("the start-up"):
             super().init()
 
     def fit(self, agent_loop_manager: Any) -> None:
-        """verl's training, watched."""
+        """Run verl's training under the watchdog."""
         with self._in_a_sentence(None):
             super().fit(agent_loop_manager)
 
     def on_sample_end(self) -> None:
-        """A batch whose groups failed because a server died is not trained on."""
+        """Check the processes, so that no batch is trained on whose groups failed because a server died."""
         self.check_processes()
         super().on_sample_end()
 
     def on_validate_end(self) -> None:
-        """An accuracy that lacks the answers of a dead server is not reported."""
+        """Check the processes, so that no accuracy is reported that lacks the answers of a dead server."""
         self.check_processes()
         super().on_validate_end()
 
     def check_processes(self) -> None:
-        """Look now.
+        """Check the processes now.
 
         Raises:
             RunStoppedError: a process is dead.
@@ -187,7 +187,7 @@ class WatchedTrainer(PPOTrainerSync):
             with self.watchdog.watching():
                 yield
         except CheckpointError:
-            raise  # its sentence is whole
+            raise  # its sentence is complete
         except (Exception, KeyboardInterrupt) as error:
             stopped = stop_of(error)
             interrupted = isinstance(error, KeyboardInterrupt) and self.watchdog.death is None
@@ -209,7 +209,7 @@ class WatchedTrainer(PPOTrainerSync):
         return f"the run ended in {when}: {death}; {way_on(self.config.trainer)}"
 
     def _last_resort(self, death: str) -> None:
-        """End this process, with the sentence where the driver finds it."""
+        """End this process, and leave the sentence for the driver."""
         sentence = self._sentence(death, self._now())
         leave_sentence(sentence)
         print(f"gcpo: {sentence}", file=sys.stderr, flush=True)
@@ -217,7 +217,7 @@ class WatchedTrainer(PPOTrainerSync):
 
 
 def stop_of(error: BaseException) -> str | None:
-    """The sentence of a ``RunStoppedError`` that was raised here or in an actor, ``None`` for any other error."""
+    """Return the sentence of a ``RunStoppedError`` that was raised here or in an actor, else ``None``."""
     if isinstance(error, RayTaskError):
         error = error.cause
     return str(error) if isinstance(error, RunStoppedError) else None
@@ -231,14 +231,14 @@ def _fault_key() -> bytes:
 
 
 def leave_sentence(sentence: str) -> None:
-    """Keep a sentence in Ray's control store, since this process ends without a result."""
+    """Store a sentence in Ray's control store, since this process ends without a result."""
     from ray.experimental.internal_kv import _internal_kv_put
 
     _internal_kv_put(_fault_key(), sentence.encode(), overwrite=True)
 
 
 def left_sentence() -> str | None:
-    """The sentence that a process of this job left."""
+    """Return the sentence that a process of this job left."""
     from ray.experimental.internal_kv import _internal_kv_get
 
     found = _internal_kv_get(_fault_key())
@@ -246,7 +246,7 @@ def left_sentence() -> str | None:
 
 
 def driver_sentence(error: BaseException, config: Any) -> str | None:
-    """Why the run ended, if ``error`` says that it was stopped or that the trainer's process died."""
+    """Return why the run ended, if ``error`` says that it was stopped or that the trainer's process died."""
     sentence = stop_of(error)
     if sentence is not None:
         return sentence
@@ -254,7 +254,7 @@ def driver_sentence(error: BaseException, config: Any) -> str | None:
         return None
     try:
         sentence = left_sentence()
-    except Exception as unreachable:  # Ray's control store died with the trainer.
+    except Exception as unreachable:  # Ray's control store may have died with the trainer.
         logger.debug("gcpo: Ray's control store does not answer: %s", unreachable)
     why = f" ({OUT_OF_MEMORY})" if isinstance(error, OutOfMemoryError) else ""
     return sentence or f"the run ended: the trainer's process died{why}; {way_on(config.trainer)}"
@@ -262,7 +262,7 @@ def driver_sentence(error: BaseException, config: Any) -> str | None:
 
 @contextmanager
 def faults_in_a_sentence(config: Any) -> Iterator[None]:
-    """Within the driver: a run that was stopped ends the process with one sentence, exit code 1.
+    """End the driver with one sentence and exit code 1 if the run is stopped inside the ``with`` block.
 
     Args:
         config: the run's whole configuration.
@@ -273,6 +273,6 @@ def faults_in_a_sentence(config: Any) -> Iterator[None]:
         sentence = driver_sentence(error, config)
         if sentence is None:
             raise
-        # Ray's log of the workers comes first: the sentence is the last line.
+        # The shutdown prints the workers' logs first, so that the sentence is the last line.
         ray.shutdown()
         sys.exit(f"gcpo: {sentence}")

@@ -1,4 +1,4 @@
-"""Packed rows whose states are perturbed inside the forward pass, and their scorer."""
+"""Packed rows with states that are perturbed inside the forward pass, and their scorer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from gcpo.scoring.branches import FUSED_TOKENS, EpisodePack, EpisodeRequest, pac
 from gcpo.scoring.rows import PackedRow
 
 _AT_ONCE = 256
-"""Rows of logits that are in memory in float32 at a time."""
+"""Number of rows of logits that are held in float32 at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbedRow(PackedRow):
-    """A pack in which some states are moved by g; see `gcpo.scoring.branches.EpisodePack` for the places.
+    """A packed row in which some states are shifted by g; see `gcpo.scoring.branches.EpisodePack` for the positions.
 
     Attributes:
-        perturbed: int64 [J].
-        noise: [J, d].
-        relative: g is the noise times the norm of the state; otherwise it is the noise.
-        intervention: ``hidden_state``: the output of the chosen layer is moved; ``lm_head``: the input of the
+        perturbed: int64 [J], indices of the perturbed positions.
+        noise: [J, d], the noise at these positions.
+        relative: if True, g is the noise times the norm of the state, else the noise.
+        intervention: ``hidden_state``: the output of the chosen layer is shifted; ``lm_head``: the input of the
             language-model head.
     """
 
@@ -38,11 +38,11 @@ class PerturbedRow(PackedRow):
     intervention: Literal["hidden_state", "lm_head"]
 
     def register(self, layer: torch.nn.Module, head: torch.nn.Module) -> RemovableHandle:
-        """Hook the perturbation into the next forward pass.
+        """Register the perturbation as a hook for the next forward pass.
 
         Args:
             layer: the module whose output is the chosen hidden state.
-            head: the language-model head, which is given the states of ``predict``.
+            head: the language-model head, whose inputs are the states of ``predict``.
         """
         if self.intervention == "lm_head":
             return head.register_forward_pre_hook(lambda module, args: self._move(args[0]))
@@ -53,7 +53,7 @@ class PerturbedRow(PackedRow):
         return layer.register_forward_hook(after)
 
     def _move(self, hidden: Tensor) -> None:
-        """Add g to the perturbed places of hidden [1, N, d], in place and in float32."""
+        """Add g to the perturbed positions of hidden [1, N, d], in place and in float32."""
         at = self.perturbed.to(hidden.device)
         state = hidden[0, at].float()
         noise = self.noise[: len(at)].to(state)
@@ -62,11 +62,11 @@ class PerturbedRow(PackedRow):
         hidden[0, at] = (state + noise).to(hidden.dtype)
 
     def read(self, logits: Tensor) -> Tensor:
-        """What is wanted of the logits [Q, V] of ``predict``, Q >= 1.
+        """Compute the requested values from the logits [Q, V] of ``predict``, Q >= 1.
 
         Returns:
             ``hidden_state``: the log-probabilities of the labels [Q]. ``lm_head``: KL(q || q_m) over the vocabulary
-            for every perturbed place [J], q at the last place before it that is not perturbed.
+            for every perturbed position [J], with q at the last unperturbed position before it.
         """
         if self.intervention == "hidden_state":
             return logprobs_from_logits(logits, self.labels.to(logits.device))
@@ -81,18 +81,18 @@ class PerturbedRow(PackedRow):
 
 
 def _divergence(logits: Tensor, other: Tensor) -> Tensor:
-    """KL of the distributions [J, V] that two sets of logits make."""
+    """Return the KL of the distributions [J, V] that two sets of logits make."""
     log_q, log_r = logits.float().log_softmax(-1), other.float().log_softmax(-1)
     return (log_q.exp() * (log_q - log_r)).sum(-1).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class EpisodeScore:
-    """Of one response, on the CPU.
+    """The scores of one response, on the CPU.
 
     Attributes:
-        states: [1 + K, d], float32: at the prompt's end and at every episode's; ``None`` where not asked for.
-        divergence: [number of episodes asked about, M], KL(q || q_m).
+        states: [1 + K, d], float32: at the end of the prompt and of every episode; ``None`` if not requested.
+        divergence: [number of requested episodes, M], KL(q || q_m).
     """
 
     states: Tensor | None
@@ -102,13 +102,13 @@ class EpisodeScore:
 class EpisodeScorer:
     """Answer distributions under perturbed states, without gradient, in the order of the requests.
 
-    All ranks must call it together: a rank with fewer rows than another runs some of two tokens.
+    All ranks must call it together: a rank with fewer rows than another runs filler rows of two tokens.
 
     Args:
         engine: a ``GCPOFSDPEngine`` in eval mode whose model can be run on packed trees.
         settings: engine settings of the batch (``use_remove_padding``, ``use_fused_kernels``).
-        temperature: of the rollout.
-        layer: whose states are h.
+        temperature: temperature of the rollout.
+        layer: the layer whose outputs are the states h.
         intervention: ``gc2po.intervention``.
         relative: whether noise is relative to the state's norm.
         max_tokens: token budget of a row.
@@ -155,7 +155,7 @@ class EpisodeScorer:
                 own, values = values[:count], values[count:]
                 divergence[i].append(self._divergence(request, asked, own))
             for i, asked in pack.requests:
-                # Of a request in parts the last one has the states.
+                # Of the parts of a request, the last one has the states.
                 if requests[i].states and (not requests[i].asked or asked[-1] == requests[i].asked[-1]):
                     size = 1 + len(requests[i].ends)
                     states[i], hidden = hidden[:size], hidden[size:]
@@ -174,7 +174,7 @@ class EpisodeScorer:
         )
 
     def _divergence(self, request: EpisodeRequest, asked: Sequence[int], values: Tensor) -> Tensor:
-        """[len(asked), M] from what the row gave."""
+        """Return the divergences [len(asked), M] from the values of a row."""
         if not request.answers:
             return values.view(len(asked), request.copies - 1)
         lengths = [len(answer) for answer in request.answers]

@@ -1,4 +1,4 @@
-"""The probe of a loaded model through verl's engine: packed trees against one sequence at a time."""
+"""The probe of a loaded model through verl's engine: packed trees are compared with single sequences."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from gcpo.scoring.requests import Score, ScoreRequest
 
 
 def probe_trees(engine: Any, vocabulary: int) -> str | None:
-    """Why the engine's model gives wrong results on packed trees, ``None`` if they are right.
+    """Return why the engine's model gives wrong results on packed trees, ``None`` if they are right.
 
-    All ranks must call it together, and all return the same: the first rank's reason where any has one.
+    All ranks must call it together, and all return the same value: the reason of the first rank that has one.
 
     Args:
-        engine: a ``GCPOFSDPEngine`` whose configuration has nothing against trees.
-        vocabulary: token ids of the model.
+        engine: a ``GCPOFSDPEngine`` whose configuration allows trees.
+        vocabulary: number of the model's token ids.
     """
     with _evaluating(engine):
         problem = _compare(engine, vocabulary)
     group = engine.get_data_parallel_group()
     problems: list[str | None] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(problems, problem, group=group)
-    # The rollout server that starts next measures the memory that is free.
+    # The rollout server, which starts next, measures the free memory.
     get_torch_device().empty_cache()
     return next((entry for entry in problems if entry is not None), None)
 
@@ -68,7 +68,7 @@ def _values(scores: list[Score], name: str) -> list[Any]:
 
 @contextmanager
 def _evaluating(engine: Any) -> Iterator[None]:
-    """Evaluation mode, also where the engine is in use; without it the parameters may be on another device."""
+    """Set evaluation mode, even if the engine is in use; without it the parameters may be on another device."""
     if engine.mode is None:
         with engine.eval_mode():
             yield

@@ -1,4 +1,4 @@
-"""The processes of a run, as Ray and the vLLM servers know them, and the one that has died."""
+"""The processes of a run according to Ray and the vLLM servers, and the detection of a dead one."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ ROLES = {
     "SimpleStorageUnit": "the TransferQueue storage",
     "TaskRunnerV1": "the trainer",
 }
-"""Ray's class names of the actors of a run, in words."""
+"""Ray's class names of the actors of a run, with their names for the user."""
 
 _DEATHS = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError)
-"""Ray's errors of calls whose process is dead; Ray raises some of them instead of an actor's error."""
+"""Ray's errors for calls to a dead process; Ray raises some of them instead of an actor's error."""
 OUT_OF_MEMORY = "Ray's memory monitor ended it, since the machine was out of memory"
 
 _EXIT_ACTOR = "EXIT_ACTOR"
 _MEANT = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED", _EXIT_ACTOR)
-"""Ray's reasons for the end of an actor that was meant to end."""
+"""Ray's reasons for the end of an actor that was ended on purpose."""
 
 
 @dataclass(frozen=True)
 class ActorState:
-    """One actor of this run, as Ray's control store knows it."""
+    """The state of one actor of this run in Ray's control store."""
 
     actor_id: str
     class_name: str
@@ -49,24 +49,24 @@ class ActorState:
     pid: int
     state: str
     reason: str = ""
-    """Why it is dead: a constant of Ray's, ``OOM`` for its memory monitor, ``EXIT_ACTOR`` after ``exit_actor()``."""
+    """Reason of the death: Ray's constant, ``OOM`` for its memory monitor, ``EXIT_ACTOR`` after ``exit_actor()``."""
     detail: str = ""
-    """What Ray says about the death."""
+    """Ray's message about the death."""
 
     @property
     def lost(self) -> bool:
-        """Whether it died without being told to."""
+        """Whether the actor died unintentionally."""
         return self.state == "DEAD" and self.reason not in _MEANT
 
     def __str__(self) -> str:
-        # Ray names a colocated worker group's class WorkerDict, alone or after a prefix.
+        # Ray names a colocated worker group's class WorkerDict, with or without a prefix.
         role = next((words for name, words in ROLES.items() if self.class_name.endswith(name)), None)
         words = role or f"the Ray actor {self.class_name}"
         return f"{words} (process {self.pid})" if self.pid else words
 
 
 def run_actors() -> list[ActorState]:
-    """All actors of this Ray job, the dead ones too.
+    """Return all actors of this Ray job, including dead ones.
 
     They are read from Ray's control store, which knows unnamed actors and those of other processes of the job.
     """
@@ -84,7 +84,7 @@ def _actor_state(entry: dict[str, Any]) -> ActorState:
 
 
 def _death(cause: Any) -> tuple[str, str]:
-    """Reason and first sentence of Ray's ``ActorDeathCause``."""
+    """Return the reason and first sentence of Ray's ``ActorDeathCause``."""
     kind = cause.WhichOneof("context")
     if kind is None:
         return "UNSPECIFIED", ""
@@ -93,7 +93,7 @@ def _death(cause: Any) -> tuple[str, str]:
     if kind == "oom_context":
         return "OOM", OUT_OF_MEMORY
     if kind == "actor_died_error_context":
-        if "exit_actor() is called" in message:  # for Ray this is WORKER_DIED too
+        if "exit_actor() is called" in message:  # Ray reports this as WORKER_DIED too
             return _EXIT_ACTOR, ""
         return type(context).Reason.Name(context.reason), _first_sentence(message)
     return kind.removesuffix("_context").upper(), _first_sentence(message)
@@ -108,9 +108,9 @@ def _first_sentence(message: str) -> str:
 
 
 def engine_state(server: Any) -> tuple[bool, list[int]]:
-    """Runs in a vLLM server's actor: whether its engine is dead, and the processes of the engine's cores.
+    """Return whether the engine is dead and the process ids of its cores; runs in a vLLM server's actor.
 
-    A server that is still starting has no engine, and one on a further node of a replica never has.
+    A starting server has no engine yet, and a server on a further node of a replica never has one.
     """
     engine = getattr(server, "engine", None)
     core = getattr(engine, "engine_core", None)
@@ -120,7 +120,7 @@ def engine_state(server: Any) -> tuple[bool, list[int]]:
 
 
 class ServerProbe:
-    """Asks vLLM servers for ``engine_state`` without waiting for those that are busy."""
+    """A query of ``engine_state`` on vLLM servers that does not wait for busy ones."""
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
@@ -128,12 +128,12 @@ class ServerProbe:
         self._pids: dict[str, list[int]] = {}
 
     def __call__(self, actors: Sequence[ActorState], timeout: float = 0.0) -> str | None:
-        """In words which engine is dead, ``None`` while none is known to be.
+        """Return a description of a dead engine, or ``None`` if none is known.
 
         Args:
-            actors: actors that live.
-            timeout: 0: take the answers to the questions of the last call, and ask those that have answered again;
-                else ask now, and wait as long for the answers.
+            actors: the living actors.
+            timeout: 0: read the answers to the last call's queries, and query the servers that have answered again;
+                otherwise query now, and wait at most this many seconds for the answers.
         """
         questions = {} if timeout else self._asked
         servers = [a for a in actors if a.class_name.endswith("vLLMHttpServer") and a.name]
@@ -156,13 +156,13 @@ class ServerProbe:
             if actor.actor_id not in self._handles:
                 self._handles[actor.actor_id] = ray.get_actor(actor.name)
             return self._handles[actor.actor_id].__ray_call__.remote(engine_state)
-        except ValueError:  # it has ended since, and the next look sees that
+        except ValueError:  # the actor has ended, which the next check detects
             return None
 
     def _read(self, actor: ActorState, question: Any) -> str | None:
         try:
             dead, pids = ray.get(question)
-        except _DEATHS:  # the server itself; the next look sees that
+        except _DEATHS:  # the server itself has died, which the next check detects
             return None
         if not dead:
             self._pids[actor.actor_id] = pids
@@ -173,11 +173,11 @@ class ServerProbe:
 
 @dataclass
 class Watch:
-    """Looks for a dead process of the run.
+    """A check for a dead process of the run.
 
     Args:
-        actors: lists the run's actors.
-        probe: says in words what is dead behind actors that live; see ``ServerProbe``.
+        actors: returns the run's actors.
+        probe: describes a dead engine of a living actor; see ``ServerProbe``.
         ignore: ids of actors that are not watched.
     """
 
@@ -186,13 +186,13 @@ class Watch:
     ignore: frozenset[str] = frozenset()
 
     def look(self, timeout: float = 0.0) -> str | None:
-        """In words which process died and why, ``None`` while all live.
+        """Return a description of a dead process with the reason, or ``None`` if all run.
 
         Args:
-            timeout: how long to wait for the answers of the servers, in seconds.
+            timeout: seconds to wait for the answers of the servers.
         """
         actors = [actor for actor in self.actors() if actor.actor_id not in self.ignore]
-        # What dies because its owner did is not the cause.
+        # An actor that died with its owner is not the cause.
         lost = min((a for a in actors if a.lost), key=lambda a: a.reason == "OWNER_DIED", default=None)
         if lost is not None:
             return f"{lost} died" + (f" ({lost.detail})" if lost.detail else "")
@@ -201,13 +201,13 @@ class Watch:
 
 
 def is_death(error: BaseException | None) -> bool:
-    """Whether ``error`` says that an actor or a vLLM engine is dead, itself or as the cause of another error."""
+    """Return whether ``error`` says that an actor or a vLLM engine is dead, directly or in its chain of causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, _DEATHS) and not isinstance(error, ActorUnavailableError):
             return True
-        # Of vLLM, which is not imported here: RayTaskError is a subclass of its cause's class.
+        # EngineDeadError is from vLLM, which is not imported here: RayTaskError is a subclass of its cause's class.
         if any(cls.__name__ == "EngineDeadError" for cls in type(error).__mro__):
             return True
         error = getattr(error, "cause", None) or error.__cause__

@@ -1,4 +1,4 @@
-"""Names of the questions of a batch, the same in every run: what the seeds of their requests are made of."""
+"""Reproducible names of the questions of a batch, from which the seeds of their requests are derived."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tensordict import NonTensorStack, TensorDict
 from verl.utils import tensordict_utils as tu
 
 OCCURRENCE = "gcpo_occurrence"
-"""Field of a prompt on its way to the agent-loop workers, an int: how many earlier rows of its step have the same text
-and index. It is no field of a stored response."""
+"""Field of a prompt on its way to the agent-loop workers, int: the number of earlier rows of its step with the same
+text and index. A stored response does not have it."""
 
 
 def question_key(row: dict[str, Any], occurrence: int = 0) -> str:
-    """Names a question the same way in every run: its index in the data set, its text, and its occurrence.
+    """Return a name that is the same in every run, from a question's index in the data set, text and occurrence.
 
     Args:
-        row: ``raw_prompt``, and ``index`` where it is known.
-        occurrence: how many earlier rows of its step are the same.
+        row: ``raw_prompt``, and ``index`` if it is known.
+        occurrence: number of equal earlier rows of its step.
     """
     text = json.dumps([dict(message) for message in row["raw_prompt"]], default=str, sort_keys=True)
     key = f"{row.get('index')}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
@@ -29,7 +29,7 @@ def question_key(row: dict[str, Any], occurrence: int = 0) -> str:
 
 
 class QuestionCounter:
-    """Numbers the rows of a step that are alike, in the order in which the trainer hands them out.
+    """A counter that numbers the equal rows of a step in the order in which the trainer sends them.
 
     That order is the data loader's, so it is the same in every run. Rows of one step may come in several batches; the
     batches of a validation count as one step.
@@ -42,7 +42,7 @@ class QuestionCounter:
         """The occurrence of the rows of the latest step, by ``uid``."""
 
     def number(self, batch: TensorDict) -> None:
-        """Write the field ``gcpo_occurrence``; a batch that has it stays as it is."""
+        """Write the field ``gcpo_occurrence``unless the batch has it."""
         if OCCURRENCE in batch.keys():
             return
         validate = bool(tu.get_non_tensor_data(batch, "validate", False))
@@ -59,7 +59,7 @@ class QuestionCounter:
 
 
 def _column(batch: TensorDict, name: str) -> list[Any]:
-    """The values of a field, one for every row; ``None`` where the batch lacks it."""
+    """Return the values of a field, one for every row, each ``None`` if the batch lacks it."""
     value = batch.get(name, None)
     if isinstance(value, torch.Tensor):
         return value.tolist()

@@ -1,4 +1,4 @@
-"""Methods in verl's registries: the advantage estimator and the trainer mode of each.
+"""Registration of methods with verl: the advantage estimator and the trainer mode of each method.
 
 A_i is verl's own GRPO advantage.
 """
@@ -30,9 +30,9 @@ _credit: ContextVar[Any] = ContextVar("gcpo_credit", default=_NO_TRAINER)
 
 @contextmanager
 def credited(credit: Credit | None) -> Iterator[None]:
-    """Within, the advantages are those of ``credit``; with ``None`` they are GRPO's.
+    """Make ``credit`` compute the advantages inside the ``with`` block; ``None`` selects GRPO's advantages.
 
-    verl calls an estimator by its name and passes only the batch, so the credit goes around it.
+    verl calls an estimator by its name and passes only the batch, so a context variable passes the credit.
     """
     token = _credit.set(credit)
     try:
@@ -48,7 +48,7 @@ def method_advantage(
     config: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The advantage estimator of every method.
+    """Compute the advantages of any method.
 
     Args:
         token_level_rewards: [B, T], the outcome reward on one token of each response.
@@ -60,7 +60,7 @@ def method_advantage(
         (advantages, returns), both [B, T].
 
     Raises:
-        RuntimeError: outside the trainer mode of a method, where nothing gives credit.
+        RuntimeError: called outside the trainer mode of a method, where no credit is set.
     """
     credit = _credit.get()
     if credit is _NO_TRAINER:
@@ -79,7 +79,7 @@ def method_advantage(
 
 
 def registered(device: str) -> dict[str, bool]:
-    """Whether verl knows each thing that the plug-in registers; ``device`` is ``cpu`` or ``cuda``."""
+    """Return for each part of the plug-in whether verl has it registered; ``device`` is ``cpu`` or ``cuda``."""
     engines = EngineRegistry._engines.get("language_model", {}).get("fsdp2", {})
     ours = [key for key, engine in engines.items() if engine.__module__.startswith("gcpo.") and device in (key, key[0])]
     return {
@@ -91,7 +91,7 @@ def registered(device: str) -> dict[str, bool]:
 
 
 def plugin_problem() -> str | None:
-    """Why the installed plug-in does not work, or ``None``. verl hides a plug-in that fails to load."""
+    """Return why the installed plug-in does not work, or ``None``. verl hides the failed import of a plug-in."""
     names = {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}
     if "gcpo" not in names:
         return "gcpo is not installed as a plug-in of verl (entry point group verl.plugins): pip install -e ."

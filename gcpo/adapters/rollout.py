@@ -1,6 +1,6 @@
 """verl's agent-loop workers with the sampling hook of a method, which is called as soon as a group is complete.
 
-``GCPOAgentLoopManager`` is named by ``actor_rollout_ref.rollout.agent.agent_loop_manager_class``.
+``actor_rollout_ref.rollout.agent.agent_loop_manager_class`` selects ``GCPOAgentLoopManager``.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Session:
 
 @dataclass
 class Group:
-    """The sessions of one question; it is complete when every session has arrived, in whatever way."""
+    """The sessions of one question; the group is complete when every session has ended or failed."""
 
     size: int
     occurrence: int = 0
-    """How many earlier rows of the step ask the same question."""
+    """Number of earlier rows of the step with the same question."""
     sessions: dict[int, Session] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
 
@@ -62,8 +62,8 @@ _PlainWorker: Any = _Actor.__ray_metadata__.modified_class
 class GCPOAgentLoopWorkerPlain(_PlainWorker):
     """verl's agent-loop worker; when the last session of a group arrives, the method's `on_group` is called.
 
-    verl publishes the state of a group as finished only when all its sessions have returned, so the hook is over before
-    the trainer can take the group. No session waits for another: one that fails counts as arrived.
+    verl publishes the state of a group as finished only when all its sessions have returned, so the hook ends before
+    the trainer can take the group. No session waits for another; a failed session counts as arrived.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -86,12 +86,12 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         hooks.call(self.method, "start_rollout", sampling)
 
     async def generate_sequences(self, batch: TensorDict) -> None:
-        """verl's dispatch; rows that are alike are numbered here where the manager did not do it."""
+        """Dispatch a batch as verl does; number equal rows first if the manager did not."""
         self.questions.number(batch)
         await super().generate_sequences(batch)
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
-        """One session, with a seed of its own unless ``gcpo.seed`` is ``null``; a failure releases the group."""
+        """Run one session, with its own seed unless ``gcpo.seed`` is ``null``; a failure releases the group."""
         uid, session = kwargs["uid"], int(kwargs["session_id"])
         step = "val" if trajectory["validate"] else trajectory["step"]
         question = question_key(kwargs, trajectory.get(OCCURRENCE, 0))
@@ -105,7 +105,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
                 await self._arrive(group, uid, session, None, kwargs)
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
-        """verl runs the sessions of one question; this opens their group."""
+        """Open the group of a question, then run its sessions as verl does."""
         occurrence = prompt.pop(OCCURRENCE, 0)
         trajectory = {**trajectory, OCCURRENCE: occurrence}
         if trajectory["validate"] or not self.method.samples:
@@ -120,16 +120,16 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             self.groups.pop(uid, None)
 
     async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict) -> None:
-        """verl's grading; a reward function that raises or returns no finite number scores 0 and is counted.
+        """Grade as verl does; a reward function that fails or returns no finite number scores 0 and is counted.
 
-        verl passes on what the function returned as it is. It becomes a float here, before the response is stored.
+        verl passes on the function's result unchanged. This method converts it to a float before it is stored.
         """
         final, problem = outputs[-1], None
         try:
             await super()._compute_score(outputs, kwargs=kwargs)
         except Exception as error:
             if is_death(error):
-                raise  # of the reward worker; the reward function has said nothing about this response
+                raise  # an error of the reward worker, not of the reward function
             problem = f"raised {error!r}"
         # Without handles verl grades later, in the trainer.
         graded_here = getattr(self, "reward_loop_worker_handles", ()) is not None
@@ -145,7 +145,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         final.extra_fields["reward_extra_info"] = info
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
-        """verl stores and grades the session; then it arrives at its group."""
+        """Store and grade the session as verl does, then add it to its group."""
         await super()._agent_loop_postprocess(output, validate, **kwargs)
         uid, session_id = kwargs["uid"], int(kwargs["session_id"])
         group = self.groups.get(uid)
@@ -166,7 +166,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             await self._finish_group(uid, group, kwargs)
 
     async def _finish_group(self, uid: str, group: Group, kwargs: dict[str, Any]) -> None:
-        """Let the method sample more for the group, and store its fields beside the rows of the group."""
+        """Let the method sample more for the group, and store its fields in the rows of the group."""
         ids = sorted(group.sessions)
         sessions = [group.sessions[i] for i in ids]
 
@@ -195,7 +195,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         )
 
     async def _ask_method(self, group: SampledGroup, client: GroupClient) -> list[RowFields]:
-        """The fields of a group. An error of the hook is logged; the method decides whether the run goes on."""
+        """Return the fields of a group. A hook's error is logged, and the method decides whether the run continues."""
         try:
             return await self.method.on_group(group, client.ask)
         except (RunStoppedError, ServerLostError):
@@ -205,7 +205,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             try:
                 return self.method.on_group_failed(group, error)
             except Exception as again:
-                # verl goes on with a group that failed. Its rows lack the method's fields, which ends the step.
+                # verl continues with a failed group. Its rows lack the method's fields, which ends the step.
                 failed = hooks.hook_error(self.method, "on_group", again)
                 notice(logger, str(failed))
                 raise failed from error
@@ -217,7 +217,7 @@ GCPOAgentLoopWorker = ray.remote(GCPOAgentLoopWorkerPlain)
 
 
 class GCPOAgentLoopManager(AgentLoopManagerTQ):
-    """verl's manager over our workers; it numbers the rows of a step that are alike before they go to the workers."""
+    """verl's manager over our workers; it numbers the equal rows of a step before they are sent to the workers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -225,6 +225,6 @@ class GCPOAgentLoopManager(AgentLoopManagerTQ):
         self.questions = QuestionCounter()
 
     def generate_sequences(self, prompts: TensorDict) -> None:
-        """verl's dispatch."""
+        """Number equal rows, then dispatch them as verl does."""
         self.questions.number(prompts)
         super().generate_sequences(prompts)

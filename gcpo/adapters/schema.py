@@ -1,6 +1,6 @@
-"""Batch fields in verl's batches: every read and write goes through here, and is checked against the declaration.
+"""Batch fields in verl's batches: every read and write uses this module and is checked against the declaration.
 
-The fields are declared in `gcpo.methods.fields` (verl's, as far as methods read them) and in the folder of each method.
+The fields are declared in `gcpo.methods.fields` (those of verl's that methods read) and in the folder of each method.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from gcpo.methods.fields import Field, FieldError
 
 
 def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A jagged tensor of rows of different length."""
+    """Return a jagged tensor of rows of different length."""
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
 def all_fields() -> list[Field]:
-    """The fields of verl and of every method."""
+    """Return the fields of verl and of every method."""
     verls = [value for value in vars(common).values() if isinstance(value, Field)]
     return [*verls, *(field for name in method_names() for field in method_class(name).fields)]
 
 
 def method_fields() -> frozenset[str]:
-    """The names of the fields that methods write."""
+    """Return the names of the fields that methods write."""
     return frozenset(str(field) for name in method_names() for field in method_class(name).fields)
 
 
 def markdown_table(fields: Iterable[Field]) -> str:
-    """The fields as a table for the documentation."""
+    """Return the fields as a table for the documentation."""
     lines = ["| field | type and shape of a row | written by | read by | meaning |", "|---|---|---|---|---|"]
     for field in fields:
         kind = f"{str(field.dtype).removeprefix('torch.')} {field.shape}" if field.dtype else field.shape or "object"
@@ -48,13 +48,13 @@ def markdown_table(fields: Iterable[Field]) -> str:
 
 
 def session_of(key: str) -> tuple[str, int]:
-    """The group and the number of the session in the key of a row, which verl writes ``{uid}_{session}_{output}``."""
+    """Return the group and the session number from the key of a row, which verl writes ``{uid}_{session}_{output}``."""
     uid, session, _ = key.rsplit("_", 2)
     return uid, int(session)
 
 
 def is_padding(tag: Mapping[str, Any]) -> bool:
-    """Whether a row is a copy that verl added so that the rows of a batch divide evenly."""
+    """Return whether a row is a copy that verl added so that the rows of a batch divide evenly."""
     return bool(tag.get("is_padding", False))
 
 
@@ -62,10 +62,10 @@ def is_padding(tag: Mapping[str, Any]) -> bool:
 
 
 def to_batch(rows: Sequence[Mapping[Field, Any]]) -> TensorDict:
-    """Fields row by row, as the rollout has them.
+    """Convert rows of fields, as in the rollout, to a batch.
 
     Raises:
-        FieldError: a value is not what its field declares, or rows have different fields.
+        FieldError: a value differs from its field's declaration, or rows have different fields.
     """
     for row in rows:
         if row.keys() != rows[0].keys():
@@ -76,10 +76,10 @@ def to_batch(rows: Sequence[Mapping[Field, Any]]) -> TensorDict:
 
 
 def to_columns(fields: Mapping[Field, Sequence[torch.Tensor]], size: int) -> TensorDict:
-    """Fields column by column, as the actor has them.
+    """Convert columns of fields, as in the actor, to a batch.
 
     Raises:
-        FieldError: a value is not what its field declares, or a column has not ``size`` rows.
+        FieldError: a value differs from its field's declaration, or a column does not have ``size`` rows.
     """
     for field, values in fields.items():
         if len(values) != size:
@@ -90,29 +90,29 @@ def to_columns(fields: Mapping[Field, Sequence[torch.Tensor]], size: int) -> Ten
 
 
 def from_data(data: TensorDict, fields: Sequence[Field]) -> dict[Field, list[Any]]:
-    """Some fields, a list with an entry for each row.
+    """Return the given fields, each as a list with one entry per row.
 
     Raises:
-        FieldError: a field is missing, or its values are not what it declares.
+        FieldError: a field is missing, or its values differ from its declaration.
     """
     found: dict[Field, list[Any]] = {}
     for field in fields:
         if field not in data.keys():
             raise FieldError(f"the batch lacks the field {field}, which {field.writer} should have written")
         value: Any = data[field]
-        # At once: to index a nested tensor takes it apart every time.
+        # Unbind once, because each indexing of a nested tensor would unbind it.
         values = list(value.unbind()) if isinstance(value, torch.Tensor) else list(value)
         found[field] = [field.check(entry) for entry in values]
     return found
 
 
 def queue_get(meta: KVBatchMeta, fields: Sequence[Field | str] | None, keys: Sequence[str] | None = None) -> Any:
-    """verl's ``TensorDict`` of rows in its queue.
+    """Return verl's ``TensorDict`` of rows in its queue.
 
     Args:
         meta: verl's batch.
-        fields: ``None``: all.
-        keys: of the rows; ``None``: all rows.
+        fields: field names; ``None``: all fields.
+        keys: keys of the rows; ``None``: all rows.
     """
     names = None if fields is None else [str(field) for field in fields]
     keys = list(meta.keys if keys is None else keys)
@@ -126,7 +126,7 @@ def queue_put(meta: KVBatchMeta, keys: Sequence[str], data: TensorDict) -> None:
 
 @contextmanager
 def extra_info(meta: KVBatchMeta, name: str, value: Any) -> Iterator[None]:
-    """Within, the batch has a non-tensor entry ``name``."""
+    """Set a non-tensor entry ``name`` of the batch inside the ``with`` block."""
     assert meta.extra_info is not None  # verl sets it in every batch
     meta.extra_info[name] = value
     try:
@@ -154,22 +154,22 @@ class QueueBatch(Batch):
 
     @property
     def response_lengths(self) -> list[int]:
-        """From verl's tags."""
+        """Response lengths from verl's tags."""
         return [tag["response_len"] for tag in self.meta.tags]
 
     def fetch(self, rows: Sequence[int], fields: Sequence[Field]) -> dict[Field, list[Any]]:
-        """See `Batch.fetch`; the queue leaves out a field that any of the rows lacks."""
+        """Fetch fields as `Batch.fetch` does; the queue omits a field that any row lacks."""
         keys = [self.meta.keys[row] for row in rows]
         return from_data(queue_get(self.meta, fields, keys), fields)
 
     def put(self, rows: Sequence[int], fields: Mapping[Field, Sequence[Any]]) -> None:
-        """See `Batch.put`."""
+        """Store fields as `Batch.put` does."""
         keys = [self.meta.keys[row] for row in rows]
         queue_put(self.meta, keys, to_columns(fields, len(keys)))
 
 
 def groups_of(meta: KVBatchMeta) -> dict[str, list[int]]:
-    """The rows of every group by its id, in the order of their sessions; padding rows are in none."""
+    """Return the rows of every group by its id, in the order of their sessions; without padding rows."""
     groups: dict[str, list[int]] = {}
     for row, (key, tag) in enumerate(zip(meta.keys, meta.tags, strict=True)):
         if not is_padding(tag):

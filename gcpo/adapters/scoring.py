@@ -1,7 +1,7 @@
 """Packed rows as micro-batches of verl's engine: one row of the batch is one pack.
 
-`PackScorer` answers the requests of `gcpo.scoring.requests`. Where the model allows it, requests that share prefixes
-are packed into trees. Otherwise every request is a row of its own, which goes through verl's own forward pass.
+`PackScorer` answers the requests of `gcpo.scoring.requests`. If the model supports it, requests that share prefixes
+are packed into trees. Otherwise every request is one row, which uses verl's forward pass.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from gcpo.scoring.rows import PackedRow, filler, members, pack_rows
 
 
 def packed_batch(rows: Sequence[PackedRow], **columns: Sequence[torch.Tensor]) -> TensorDict:
-    """A batch whose micro-batches are the packs.
+    """Return a batch whose micro-batches are the packs.
 
     Args:
         rows: the packs.
-        columns: more fields, one tensor for every row.
+        columns: further fields, one tensor per row.
     """
     batch = TensorDict(
         {
@@ -44,34 +44,34 @@ def packed_batch(rows: Sequence[PackedRow], **columns: Sequence[torch.Tensor]) -
 
 
 def row_of(micro_batch: TensorDict) -> PackedRow | None:
-    """The pack that a micro-batch holds, ``None`` for any other micro-batch."""
+    """Return the pack of a micro-batch, or ``None`` if it has none."""
     rows: Any = tu.get_non_tensor_data(micro_batch, "gcpo_rows", None)
     return None if rows is None else rows[int(micro_batch["gcpo_row"][0, 0])]
 
 
 def with_fillers(engine: Any, rows: Sequence[PackedRow], *, is_tree: bool) -> list[PackedRow]:
-    """As many rows on every rank, at least one: FSDP gathers weights on all ranks together in each of them."""
+    """Add filler rows so that all ranks have equally many, at least one: FSDP gathers weights on all ranks together."""
     return [*rows] + [filler(is_tree=is_tree)] * (max(1, engine.max_over_ranks(len(rows))) - len(rows))
 
 
 def attention_for(engine: Any, *, is_tree: bool) -> AbstractContextManager[None]:
-    """Within, the model attends over the rows; backward passes belong inside."""
+    """Make the model attend over the rows inside the ``with`` block, which must include backward passes."""
     return engine.tree_attention() if is_tree else nullcontext()
 
 
 def can_share(engine: Any, packing: str) -> bool:
-    """Whether rows are packed into trees: ``packing`` is ``tree``, and the engine's model allows it."""
+    """Return whether rows are packed into trees: ``packing`` is ``tree``, and the engine's model allows it."""
     return packing == "tree" and engine.tree_problem is None
 
 
 def run_packs(
     engine: Any, rows: Sequence[PackedRow], *, is_tree: bool, **constants: Any
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The flat log-probabilities and states of every row, without gradient; all ranks must call it together.
+    """Return the flat log-probabilities and states of every row, without gradient; all ranks must call it together.
 
     Args:
         engine: a ``GCPOFSDPEngine`` in eval mode.
-        rows: of this rank.
+        rows: rows of this rank.
         is_tree: whether the rows are trees.
         constants: non-tensor entries of the batch.
     """
@@ -79,26 +79,26 @@ def run_packs(
     tu.assign_non_tensor(batch, **constants)
     with attention_for(engine, is_tree=is_tree):
         output = engine.infer_batch(batch)["model_output"]
-    # Rows that fill up come last.
+    # Filler rows come last.
     return list(zip(output["log_probs"].unbind(), output["states"].unbind(), strict=True))[: len(rows)]
 
 
 class PackScorer:
-    """Scores sequences under the current weights, without gradient, in the order of the requests.
+    """A scorer of sequences under the current weights, without gradient, in the order of the requests.
 
     All ranks must call it together.
 
     Args:
         engine: a ``GCPOFSDPEngine`` in eval mode.
         settings: engine settings of the batch (``use_remove_padding``, ``use_fused_kernels``).
-        temperature: of the rollout; log-probabilities are of the tempered policy, like verl's old log-probs.
-        layer: whose states are wanted.
+        temperature: rollout temperature; log-probabilities are of the tempered policy, like verl's old log-probs.
+        layer: the layer whose states are returned.
         is_tree: whether sequences share rows; see `can_share`.
-        max_tokens: tokens of a row. A sequence that is longer raises a ``BudgetError`` where rows are trees.
+        max_tokens: largest number of tokens of a row. With trees a longer sequence raises a ``BudgetError``.
         min_shared: shorter stretches are repeated instead of shared.
 
     Attributes:
-        tokens: that went through the model so far.
+        tokens: number of tokens that went through the model so far.
     """
 
     def __init__(

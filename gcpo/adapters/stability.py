@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 SETTINGS = "gcpo_stability"
 """Non-tensor entry of a training batch whose updates are checked: ``stability.non_finite``."""
 SAMPLED_WEIGHTS = 2**20
-"""Weights of a rank whose change is measured."""
+"""Number of weights per rank whose change is measured."""
 
 _ADVICE = (
     "a smaller actor_rollout_ref.actor.optim.lr is the usual way out; gcpo.stability.non_finite=skip leaves out such "
@@ -38,17 +38,17 @@ _ADVICE = (
 # ---- the engine ------------------------------------------------------------------------------------------------------
 
 
-_Engine: Any = FSDPEngineWithLMHead  # verl's decorator hides what class it is
+_Engine: Any = FSDPEngineWithLMHead  # verl's decorator hides the class from type checkers
 
 
 class StableEngine(_Engine):
     """verl's engine, which checks each optimizer step of a batch that has ``SETTINGS``."""
 
     _losses: list[float] | None = None
-    """Of the micro-batches of the update that is being made; ``None`` outside of checked updates."""
+    """Losses of the micro-batches of the current update; ``None`` outside checked updates."""
 
     def train_batch(self, data: TensorDict, loss_function: Callable) -> dict[str, Any]:
-        """verl's update with ``stability/...`` in its metrics.
+        """Run verl's update and add ``stability/...`` to its metrics.
 
         Raises:
             RunStoppedError: the loss, the gradient norm or a weight is not finite, and ``non_finite`` is ``stop``. The
@@ -58,7 +58,7 @@ class StableEngine(_Engine):
         if not settings:
             return super().train_batch(data, loss_function)
         self._losses, self._update = [], {}
-        # fp16: a scaler tries scales that overflow, and skips those updates by design.
+        # With fp16, a scaler tries scales that overflow, and skips those updates by design.
         self._stop_on_non_finite = settings == "stop" and getattr(self, "scaler", None) is None
         try:
             output = super().train_batch(data, loss_function)
@@ -70,18 +70,18 @@ class StableEngine(_Engine):
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
     ) -> dict[str, Any]:
-        """verl's passes; the losses of a checked update are kept."""
+        """Run verl's passes and keep the losses of a checked update."""
         output = super().forward_backward_batch(data, loss_function, forward_only)
         if self._losses is not None and not forward_only:
             self._losses.extend(float(loss) for loss in output["loss"])
         return output
 
     def optimizer_step(self) -> float:
-        """verl's step, between a check of what goes in and one of what comes out."""
+        """Run verl's step, with checks of the loss before it and of the gradient norm and weights after it."""
         if self._losses is None:
             return super().optimizer_step()
         loss = sum(self._losses)
-        # Every rank learns of it, so that none waits for another that has stopped.
+        # Share the check among ranks, so that no rank waits for another that has stopped.
         (bad_losses,) = self._over_ranks([float(not math.isfinite(loss))])
         if bad_losses and self._stop_on_non_finite:
             self._stop(f"the loss is {loss}" if not math.isfinite(loss) else "the loss of another rank is not finite")
@@ -100,25 +100,25 @@ class StableEngine(_Engine):
         )
 
     def _shards(self) -> list[torch.Tensor]:
-        """This rank's part of every weight that is trained."""
+        """Return this rank's shard of every trained weight."""
         weights = [weight for weight in self.module.parameters() if weight.requires_grad]
         return [(w.to_local() if isinstance(w, DTensor) else w).detach() for w in weights]
 
     def _weight_sample(self) -> torch.Tensor:
-        """At most about ``SAMPLED_WEIGHTS`` of this rank's weights, float32: a copy of all would cost a model."""
+        """Return a sample of about ``SAMPLED_WEIGHTS`` of this rank's weights, float32; a full copy is too large."""
         shards = [shard.reshape(-1) for shard in self._shards()]
-        # An odd stride does not meet the same columns of every row.
+        # An odd stride avoids sampling the same columns of every row.
         stride = max(1, sum(shard.numel() for shard in shards) // SAMPLED_WEIGHTS) | 1
         return torch.cat([shard[::stride].float() for shard in shards]) if shards else torch.zeros(0)
 
     def _weight_change(self, before: torch.Tensor) -> float:
-        """||after - before|| / ||before|| over the samples of all ranks.
+        """Compute ||after - before|| / ||before|| over the samples of all ranks.
 
         Raises:
             RunStoppedError: a weight is not finite.
         """
         after = self._weight_sample()
-        # All weights, by their largest; on a GPU the host waits once.
+        # Check all weights by their largest value, so that on a GPU the host waits only once.
         largest = [torch.linalg.vector_norm(shard, math.inf).float() for shard in self._shards() if shard.numel()]
         finite = not largest or bool(torch.isfinite(torch.stack(largest)).all())
         scale = float(before.abs().max()) if before.numel() else 0.0
@@ -132,7 +132,7 @@ class StableEngine(_Engine):
         return math.sqrt(changed / whole) if whole > 0 else math.inf if changed > 0 else 0.0
 
     def _over_ranks(self, values: list[float]) -> list[float]:
-        """Sums over all ranks."""
+        """Return the sums over all ranks."""
         total = torch.tensor(values, dtype=torch.float64, device=get_device_id())
         torch.distributed.all_reduce(total)
         return total.tolist()
@@ -142,16 +142,16 @@ class StableEngine(_Engine):
 
 
 class StableTrainer(PPOTrainerSync):
-    """verl's synchronous trainer, whose updates are checked and whose metrics name the signs of a collapse."""
+    """verl's synchronous trainer, whose updates are checked and whose metrics include the signs of a collapse."""
 
     @cached_property
     def stability(self) -> StabilityConfig:
-        """``gcpo.stability``, which holds for every mode."""
+        """``gcpo.stability``, which applies to every mode."""
         return StabilityConfig.parse((self.config.get("gcpo") or {}).get("stability") or {}, "gcpo.stability")
 
     @cached_property
     def stability_monitor(self) -> StabilityMonitor:
-        """What the steps of this start are compared with."""
+        """The monitor of the steps of this start."""
         actor, groups = self.config.actor_rollout_ref.actor, self.config.data.train_batch_size
         return StabilityMonitor(
             self.stability,
@@ -163,7 +163,7 @@ class StableTrainer(PPOTrainerSync):
         )
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """verl's update; the engine checks each optimizer step."""
+        """Run verl's update, in which the engine checks each optimizer step."""
         with extra_info(batch, SETTINGS, self.stability.non_finite):
             batch = super()._update_actor(batch, metrics)
         for name in (SKIPPED_UPDATES, WEIGHT_CHANGE):
@@ -172,13 +172,13 @@ class StableTrainer(PPOTrainerSync):
         return batch
 
     def _validate(self) -> dict[str, float]:
-        """verl's validation; the accuracy is what a later one is compared with."""
+        """Run verl's validation and pass its accuracy to the monitor."""
         metrics = super()._validate()
         self.stability_monitor.held_out(metrics)
         return metrics
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
-        """verl's metrics, the number of steps of the run, and the signs of a collapse."""
+        """Add the number of steps of the run and the signs of a collapse to verl's metrics."""
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         metrics[TOTAL_STEPS] = self.total_training_steps
         found = self.stability_monitor.step(metrics)

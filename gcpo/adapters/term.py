@@ -1,4 +1,4 @@
-"""A method's own term of the loss, in a second backward pass before each optimizer step, or on verl's own rows."""
+"""A method's additional loss term, in a second backward pass before each optimizer step or on verl's rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from gcpo.methods.fields import RESPONSES, Field
 from gcpo.scoring.rows import members, pack_rows
 
 UPDATE = "gcpo_update"
-"""Non-tensor entry of a batch that is trained on: `UpdateSettings`."""
+"""Non-tensor entry of a training batch: `UpdateSettings`."""
 PART = "gcpo_part"
 """Non-tensor entry while the gradient of one part of the loss is measured: its name."""
 _LENGTHS = "gcpo_lengths"
-"""Column of a pack: tokens of each of its responses."""
+"""Column of a pack: the lengths of its responses."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class UpdateSettings:
     """Settings of one update, which the driver sends with the batch.
 
     Attributes:
-        loss_agg_mode: verl's.
-        loss_scale_factor: verl's.
-        parts: whose gradient norms are measured before the step.
+        loss_agg_mode: verl's setting.
+        loss_scale_factor: verl's setting.
+        parts: parts of the loss whose gradient norms are measured before the step.
     """
 
     loss_agg_mode: str
@@ -46,7 +46,7 @@ class UpdateSettings:
 
 
 def update_of(data: TensorDict) -> UpdateSettings | None:
-    """The settings of the update that a batch is trained in, ``None`` where no method asks for one."""
+    """Return the settings of the update that a batch is trained in, or ``None`` if no method defines a term."""
     update: Any = tu.get_non_tensor_data(data, UPDATE, None)
     return update
 
@@ -55,16 +55,16 @@ def update_of(data: TensorDict) -> UpdateSettings | None:
 
 
 def term_batch(engine: Any, data: TensorDict, term: Term) -> tuple[TensorDict, bool]:
-    """The rows of the term as packs.
+    """Pack the rows of the term.
 
     Args:
         engine: a ``GCPOFSDPEngine``.
         data: training rows with the fields of the term.
-        term: of the method; rows for which its ``context`` is ``None`` are left out.
+        term: the method's term; rows for which its ``context`` is ``None`` are omitted.
 
     Returns:
         A batch of `packed_batch` with the columns of the term, flat in the order of the labels, and whether its rows
-        are trees. All ranks have as many rows.
+        are trees. All ranks have equally many rows.
     """
     found = from_data(data, [RESPONSES, *term.inputs, *term.columns])
     rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
@@ -95,12 +95,12 @@ def term_batch(engine: Any, data: TensorDict, term: Term) -> tuple[TensorDict, b
 
 
 def term_pass(engine: Any, data: TensorDict, term: Term, run: Callable[[TensorDict, Callable], dict]) -> dict[str, Any]:
-    """Forward and backward over the rows of the term.
+    """Run forward and backward passes over the rows of the term.
 
     Args:
         engine: a ``GCPOFSDPEngine``.
         data: training rows.
-        term: of the method.
+        term: the method's term.
         run: verl's pass over a batch with a loss.
     """
     batch, is_tree = term_batch(engine, data, term)
@@ -120,14 +120,14 @@ def packed_term_loss(
     term: Term,
     num_tokens: int | None,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
-    """The term of one pack, whose responses stand one after another.
+    """Compute the term of one pack of concatenated responses.
 
     Args:
         model_output: ``log_probs``, nested, in the order of the labels.
         data: a micro-batch of `term_batch`.
         dp_group: unused; verl passes it.
-        term: of the method.
-        num_tokens: response tokens of verl's own rows over all ranks.
+        term: the method's term.
+        num_tokens: response tokens of verl's rows over all ranks.
     """
     lengths = _flat(data, _LENGTHS).tolist()
 
@@ -140,13 +140,13 @@ def packed_term_loss(
 
     columns = {field: column(field) for field in term.columns}
     loss, metrics = _aggregate(rows(_flat(model_output, "log_probs")), columns, data, term, num_tokens)
-    # verl sums over micro-batches and takes the mean over ranks. Rows that fill up are counted.
+    # verl sums over micro-batches and takes the mean over ranks. Filler rows are counted.
     tokens = _flat(data, "input_ids").numel() * data["dp_size"]
     return loss, {**metrics, term.tokens_metric: Metric(AggregationType.SUM, tokens)}
 
 
 def _flat(data: Any, name: str) -> torch.Tensor:
-    """The values of a nested entry."""
+    """Return the values of a nested entry."""
     return data[name].values()
 
 
@@ -157,7 +157,7 @@ def _aggregate(
     term: Term,
     num_tokens: int | None,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
-    """The term, normalised as verl normalises the policy term of the same rows."""
+    """Compute the term, normalised as verl normalises the policy term of the same rows."""
     values, mask = term.loss(log_prob, columns)
     update = update_of(data)
     assert update is not None
@@ -182,14 +182,14 @@ def method_loss(
     config: Any,
     term: Term | None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """verl's loss on its own rows, with a term that is over the same rows.
+    """Compute verl's loss on its rows plus a term on the same rows.
 
     While a part is measured, only that part is returned.
 
     Args:
         base: verl's ``ppo_loss`` with its configuration bound.
         config: verl's actor configuration.
-        term: of the method.
+        term: the method's term.
     """
     part = tu.get_non_tensor_data(data, PART, None)
     if update_of(data) is None:
@@ -213,7 +213,7 @@ def method_loss(
 
 
 def _beta_term(log_prob: Any, data: TensorDict, config: Any) -> torch.Tensor:
-    """The part of verl's loss that is beta * KL(pi_theta || pi_ref)."""
+    """Return the part of verl's loss that is beta * KL(pi_theta || pi_ref)."""
     padded = data.select("response_mask", "ref_log_prob").to_padded_tensor()
     kl = kl_penalty(logprob=log_prob, ref_logprob=padded["ref_log_prob"], kl_penalty=config.kl_loss_type)
     return config.kl_loss_coef * agg_loss(

@@ -1,7 +1,7 @@
 """A warning for a first step in which every reward is 0.
 
-Then no response has an advantage, and the run trains on nothing. The usual cause is a prompt that asks for the answer
-in another form than the reward function reads.
+Without rewards no response has an advantage, and the run does not learn. The usual cause is a prompt that asks for
+the answer in another form than the reward function reads.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from gcpo.rewards import extracted_answer
 
 EXAMPLES = 3
 TAIL = 200
-"""Characters of the end of a response that are shown."""
+"""Number of final characters of a response that are shown."""
 SHOWN = 100
-"""Characters of an answer that are shown."""
+"""Number of characters of an answer that are shown."""
 
 
 def zero_reward_warning(batch: KVBatchMeta, tokenizer: Any, *, ours: bool) -> list[str]:
-    """The lines of the warning, with examples from different groups; none where a reward is not 0.
+    """Return the lines of the warning, with examples from different groups, or no lines if any reward is not 0.
 
     Args:
         batch: the rows of a step, with ``rm_scores`` and ``responses`` [T] each and the columns of the data file.
         tokenizer: decodes the responses.
-        ours: whether the reward function is that of ``gcpo.rewards``, whose extracted answer can be shown.
+        ours: whether the reward function is the one of ``gcpo.rewards``, whose extracted answer can be shown.
     """
     rows = [row for row, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
     scores = queue_get(batch, ["rm_scores"])["rm_scores"]
