@@ -1,4 +1,4 @@
-"""The methods: a folder each, over the interface in `gcpo.methods.base`."""
+"""The methods, each in one folder, which implement the interface in `gcpo.methods.base`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _registers: list[Callable[[str], None]] = []
 
 
 def register_method(method: type[Method]) -> type[Method]:
-    """Make a method of another package known by its name; a decorator."""
+    """Register a method of another package by its name; use it as a decorator."""
     _registered[method.name] = method
     for register in _registers:
         register(method.name)
@@ -23,27 +23,27 @@ def register_method(method: type[Method]) -> type[Method]:
 
 
 def for_each_method(register: Callable[[str], None]) -> None:
-    """Call ``register`` with the name of every method, and later with the names of those that are added."""
+    """Call ``register`` with the name of every method, and later with the name of each added method."""
     _registers.append(register)
     for name in method_names():
         register(name)
 
 
 def method_names() -> list[str]:
-    """The folders of this package, and the methods that are registered."""
+    """Return the folders of this package, and the registered methods."""
     return sorted({*own_method_names(), *_registered})
 
 
 def own_method_names() -> list[str]:
-    """The folders of this package."""
+    """Return the folders of this package."""
     return [entry.name for entry in pkgutil.iter_modules(__path__) if entry.ispkg]
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of that name: ``METHOD`` in the module ``method`` of its folder.
+    """Return the method with that name: ``METHOD`` in the module ``method`` of its folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such method.
     """
     if name in _registered:
         return _registered[name]

@@ -1,6 +1,6 @@
 """Fields of the batch: each is declared once, with its shape, its type, its writer and its readers.
 
-The fields below are verl's, as far as a method reads them. Every method declares its own beside its code.
+This module declares the fields of verl that methods read. Every method declares its own fields next to its code.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from gcpo.faults import RunStoppedError
 
 
 class FieldError(RunStoppedError):
-    """A field of the batch that is missing, or whose values have another shape or type than it declares."""
+    """A field of the batch that is missing, or whose values differ from its declared shape or type."""
 
 
 class Field(str):
-    """The name of a field of the batch, with what it holds for each row.
+    """The name of a field of the batch, with a description of its value per row.
 
     Attributes:
-        dtype: of its values; ``None``: any Python object.
-        shape: of one row's value, a letter or a text for each dimension.
+        dtype: dtype of its values; ``None``: any Python object.
+        shape: of one row's value, with a letter or a text for each dimension.
         writer: the station that writes it.
         readers: the stations that read it.
         meaning: one sentence.
@@ -38,21 +38,21 @@ class Field(str):
     def __new__(
         cls, name: str, dtype: torch.dtype | None, shape: str, *, writer: str, readers: str, meaning: str
     ) -> Field:
-        """See the attributes; ``shape`` is written like ``[T]`` or ``[L + L']``."""
+        """Create a field; see the attributes. ``shape`` has the form ``[T]`` or ``[L + L']``."""
         field = super().__new__(cls, name)
         field.dtype, field.shape, field.writer, field.readers = dtype, shape, writer, readers
         field.meaning = meaning
         return field
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """Travels to another process as its name; TransferQueue and Ray pickle the names of fields."""
+        """Pickle a field as its name, since TransferQueue and Ray pickle the names of fields."""
         return str, (str(self),)
 
     def check(self, value: Any) -> Any:
-        """``value`` of one row, if it is what this field declares.
+        """Return ``value`` of one row if it matches this field's declaration.
 
         Raises:
-            FieldError: it is not.
+            FieldError: it does not match.
         """
         if self.dtype is None:
             return value
@@ -66,17 +66,17 @@ class Field(str):
 
 
 def flat(pieces: Sequence[Sequence[int]]) -> Tensor:
-    """Token lists as one row, int64. Empty rows are stored as a single zero; their lengths are 0."""
+    """Concatenate token lists to one row, int64. Empty rows are stored as a single zero; their lengths are 0."""
     return torch.tensor([token for piece in pieces for token in piece] or [0], dtype=torch.int64)
 
 
 def lengths(pieces: Sequence[Sequence[int]]) -> Tensor:
-    """The length of every piece of `flat`, int64."""
+    """Return the length of every piece of `flat`, int64."""
     return torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
 
 
 def split(row: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Cut a row of `flat` into its pieces; a piece of length 0 is empty."""
+    """Split a row of `flat` into its pieces; a piece of length 0 is empty."""
     return list(row[: int(lengths.sum())].split(lengths.tolist()))
 
 

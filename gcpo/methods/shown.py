@@ -1,7 +1,7 @@
-"""How a metric is shown in the line of a step and in the curves.
+"""Display of metrics in step lines and curves.
 
-A method says it in a module ``shown`` of its folder, whose ``SHOWN`` is a tuple of `Shown`. The launcher reads it, so
-such a module imports neither torch nor verl.
+A method declares it in a module ``shown`` of its folder, whose ``SHOWN`` is a tuple of `Shown`. The launcher reads it,
+so such a module imports neither torch nor verl.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Shown:
-    """How a metric is shown.
+    """The display of a metric.
 
     Attributes:
-        names: patterns of the metric's name; the first that matches a name counts.
+        names: patterns of the metric's name; the first match counts.
         line: format of its value in the line of a step, or a function of the step's metrics; empty: not in the line.
         panel: title of its curve in the plot; empty: no curve.
         scale: factor of the value in both.
-        spread: a metric that is shown as ± behind the value, and as a band around the curve.
+        spread: a metric that is shown as ± after the value, and as a band around the curve.
     """
 
     names: tuple[str, ...] = ()
@@ -35,12 +35,12 @@ class Shown:
     spread: str | None = None
 
     def name_in(self, names: Iterable[str]) -> str | None:
-        """The metric among ``names``, None where it is not there."""
+        """Return the metric among ``names``, or None."""
         names = list(names)
         return next((name for pattern in self.names for name in names if re.fullmatch(pattern, name)), None)
 
     def text(self, metrics: Metrics) -> str:
-        """Its part of the line of a step; empty where the step lacks it."""
+        """Return the metric's part of a step line, empty if the step lacks it."""
         if not isinstance(self.line, str):
             return self.line(metrics)
         name = self.name_in(metrics) if self.line else None
@@ -51,6 +51,6 @@ class Shown:
 
 
 def shown_of(name: str) -> tuple[Shown, ...]:
-    """The metrics that a method of `gcpo.methods` wants to show."""
+    """Return the metrics that a method of `gcpo.methods` shows."""
     module = f"{__package__}.{name}.shown"
     return importlib.import_module(module).SHOWN if importlib.util.find_spec(module) else ()

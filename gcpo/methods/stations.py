@@ -1,7 +1,7 @@
-"""What a method is given, and what it gives back, at each station of a step.
+"""The arguments and results of a method's hooks in each stage of a step.
 
 A step samples responses, scores them in the actor's engine, gives credit on the driver, computes advantages and
-updates the actor. `gcpo.methods.base` exports all of it.
+updates the actor. `gcpo.methods.base` exports everything.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Run:
     """The settings of verl that methods read.
 
     Attributes:
-        n: responses per question.
+        n: number of responses per question.
         response_length: longest response in tokens.
-        temperature: of the rollout.
+        temperature: temperature of the rollout.
         norm_by_std: whether GRPO's advantage is divided by the standard deviation of the group.
-        max_tokens: tokens of a micro-batch of the actor.
+        max_tokens: largest number of tokens of a micro-batch of the actor.
         use_kl_loss: whether the loss has verl's KL term to the reference policy.
         dumps: whether rollouts are dumped.
-        chat_template_kwargs: for ``apply_chat_template``.
-        seed: of the sampling requests; ``None``: they have none.
+        chat_template_kwargs: options of ``apply_chat_template``.
+        seed: seed of the sampling requests; ``None``: no seeds.
     """
 
     n: int
@@ -49,7 +49,7 @@ class Run:
 
     @classmethod
     def of(cls, config: Any) -> Run:
-        """From verl's whole configuration."""
+        """Create the settings from verl's whole configuration."""
         actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
         return cls(
             n=rollout.n,
@@ -69,12 +69,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a rollout worker samples with.
+    """The settings with which a rollout worker samples.
 
     Attributes:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         params: sampling parameters of the plain responses (temperature, top-p, top-k).
-        max_model_len: longest sequence that the server takes.
+        max_model_len: longest sequence that the server supports.
         end_ids: tokens that end a response.
     """
 
@@ -86,15 +86,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampledGroup:
-    """The responses to one question, as soon as all are there.
+    """The complete responses to one question.
 
     Attributes:
         messages: the question as chat messages.
         responses: token ids of every response.
-        rewards: ``None`` where a response is graded later.
-        key: names the question and the step, the same in every run: for seeds.
-        ability: column of the data set.
-        grade: the reward of other token ids as an answer to this question.
+        rewards: reward of every response; ``None`` if it is graded later.
+        key: reproducible name of the question and the step, for seeds.
+        ability: value of this column of the data set.
+        grade: function that returns the reward of other token ids as an answer to this question.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -111,20 +111,20 @@ class SampledGroup:
 
 
 Generate = Callable[[list[int], dict[str, Any]], Awaitable[Any]]
-"""``await generate(prompt_ids, sampling_params)`` gives verl's ``TokenOutput``; all requests of a group go to one
-server. It raises ``ServerLostError`` where the server is gone."""
+"""``await generate(prompt_ids, sampling_params)`` returns verl's ``TokenOutput``; all requests of a group go to one
+server. It raises ``ServerLostError`` if the server is lost."""
 RowFields = dict[Field, Any]
-"""Values of one row."""
+"""The values of one row by field."""
 
 
 # ---- score -----------------------------------------------------------------------------------------------------------
 
 
 class Engine(ABC):
-    """The actor's engine as a method sees it, under the weights that sampled; all ranks call it together.
+    """The interface of the actor's engine for methods, with the weights that sampled; all ranks call it together.
 
     Attributes:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         layers: number of layers of the model.
         hidden_size: d.
         step: number of the step.
@@ -137,26 +137,26 @@ class Engine(ABC):
 
     @abstractmethod
     def scorer(self, layer: int, *, packing: str = "tree", max_tokens: int, min_shared: int = 8) -> Scorer:
-        """Log-probabilities and hidden states of ``layer``.
+        """Return a scorer of log-probabilities and hidden states of ``layer``.
 
         Args:
             layer: -1: after the final norm; otherwise an index into the model's hidden states.
-            packing: ``tree``: what requests share goes through the model once; ``dense``: each is a row of its own.
-            max_tokens: tokens of a packed row.
+            packing: ``tree``: shared prefixes go through the model once; ``dense``: one row per request.
+            max_tokens: largest number of tokens of a packed row.
             min_shared: shorter stretches are repeated instead of shared.
         """
 
     @abstractmethod
     def perturbed_scorer(self, layer: int, **options: Any) -> Any:
-        """Answer distributions under perturbed states of ``layer``."""
+        """Return a scorer of answer distributions under perturbed states of ``layer``."""
 
     @abstractmethod
     def gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all ranks as one."""
+        """Return the concatenated lists of all ranks."""
 
     @abstractmethod
     def tree_problem(self) -> str | None:
-        """Why the model cannot be run on packed prefix trees, ``None`` if it can."""
+        """Return why the model cannot be run on packed prefix trees, or ``None`` if it can."""
 
 
 # ---- credit ----------------------------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ class Batch(ABC):
 
     Attributes:
         step: number of the step.
-        groups: rows of every group by its id, in the order of their sessions; padding rows are in none.
-        size: number of rows, padding included.
+        groups: rows of every group by its id, in the order of their sessions; without padding rows.
+        size: number of rows, including padding.
         response_lengths: tokens of every row's response.
     """
 
@@ -179,14 +179,14 @@ class Batch(ABC):
 
     @abstractmethod
     def fetch(self, rows: Sequence[int], fields: Sequence[Field]) -> dict[Field, list[Any]]:
-        """Some fields of some rows, a list with an entry for each row; a `FieldError` where a row lacks one."""
+        """Return fields of the given rows, as lists with one entry per row; raise a `FieldError` if one is missing."""
 
     @abstractmethod
     def put(self, rows: Sequence[int], fields: Mapping[Field, Sequence[Any]]) -> None:
-        """Store fields of some rows, for the update or a later station."""
+        """Store fields of the given rows, for the update or a later station."""
 
     def by_group(self, *fields: Field) -> Iterator[dict[Field, list[Any]]]:
-        """Fields of one group after another; those of `GROUPS_AT_ONCE` groups are held together."""
+        """Yield the fields of one group after another; those of `GROUPS_AT_ONCE` groups are held together."""
         for groups in self._pieces():
             data = self.fetch([row for rows in groups for row in rows], fields)
             start = 0
@@ -195,7 +195,7 @@ class Batch(ABC):
                 start += len(rows)
 
     def row_pieces(self) -> Iterator[list[int]]:
-        """All rows, those of a few whole groups at a time; padding rows come last."""
+        """Yield all rows in pieces of a few whole groups; padding rows come last."""
         for groups in self._pieces():
             yield [row for rows in groups for row in rows]
         known = {row for rows in self.groups.values() for row in rows}
@@ -211,7 +211,7 @@ class Batch(ABC):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What verl computes advantages from.
+    """The values from which advantages are computed.
 
     Attributes:
         grpo: verl's GRPO advantages [B, T].
@@ -227,14 +227,14 @@ class Outcome:
 
 
 class Credit(ABC):
-    """What a method found out about a batch; verl's advantage stage asks it for advantages."""
+    """A method's assessment of a batch, from which verl's advantage stage gets the advantages."""
 
     @abstractmethod
     def advantages(self, outcome: Outcome) -> Tensor:
-        """Token advantages [B, T]."""
+        """Return the token advantages [B, T]."""
 
     def metrics(self) -> dict[str, float]:
-        """Metrics that are known after `advantages`."""
+        """Return the metrics that are known after `advantages`."""
         return {}
 
 
@@ -242,19 +242,19 @@ class Credit(ABC):
 
 
 class Term(ABC):
-    """A method's own term of the loss, which is added to verl's before each optimizer step.
+    """A method's additional term of the loss, which is added to verl's before each optimizer step.
 
     Attributes:
-        name: of the part, for its gradient norm.
+        name: name of the part in the metrics of gradient norms.
         weight: factor of the term.
         loss_metric: name of the metric that holds the term before its factor.
         tokens_metric: name of the metric that counts the tokens of the second pass.
         inputs: fields that `context` reads.
-        columns: fields that `loss` reads; one of shape ``[T]`` has a value for every token of the response, others one
-            value for the response.
-        on_plain_rows: whether the term is over verl's own rows; then there is no second pass.
-        packing: ``tree`` or ``dense``, of the second pass.
-        max_tokens: tokens of a packed row of the second pass.
+        columns: fields that `loss` reads; a field of shape ``[T]`` has a value per response token, others one
+            value per response.
+        on_plain_rows: whether the term uses verl's rows, without a second pass.
+        packing: packing of the second pass, ``tree`` or ``dense``.
+        max_tokens: largest number of tokens of a packed row of the second pass.
         min_shared: shorter stretches are repeated instead of shared.
     """
 
@@ -271,18 +271,18 @@ class Term(ABC):
 
     @abstractmethod
     def context(self, row: Mapping[Field, Any]) -> Tensor | None:
-        """Token ids that the response stands behind in the second pass; ``None``: the row has no term."""
+        """Return the token ids before the response in the second pass; ``None``: the row has no term."""
 
     @abstractmethod
     def loss(self, log_prob: Tensor, columns: Mapping[Field, Tensor]) -> tuple[Tensor, Tensor]:
-        """The term of every token and its mask, both [R, T].
+        """Compute the term of every token and its mask, both [R, T].
 
         Args:
-            log_prob: [R, T] of the current policy, with gradient.
-            columns: [R, T] or [R, 1].
+            log_prob: log-probabilities [R, T] of the current policy, with gradient.
+            columns: values of the fields, [R, T] or [R, 1].
         """
 
 
 def parts_of(term: Term | None, use_kl_loss: bool) -> Sequence[str]:
-    """The parts of the loss whose gradient norms can be measured."""
+    """Return the parts of the loss whose gradient norms can be measured."""
     return ["policy", *["beta"] * use_kl_loss, *([term.name] if term is not None else [])]

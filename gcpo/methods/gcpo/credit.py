@@ -40,7 +40,7 @@ class CausalCredit(Credit):
 
     Attributes:
         weight: Upsilon [B]; 1 in padding rows.
-        has_target: bool [B]. The weight of a row without a target is a placeholder, which must not enter the mean of
+        has_target: bool [B]. The weight of a row without a target is a placeholder, which is excluded from the mean of
             ``signed``.
         form: ``advantage.form``.
     """
@@ -49,8 +49,8 @@ class CausalCredit(Credit):
         self.weight, self.has_target, self.form = weight, has_target, form
 
     def advantages(self, outcome: Outcome) -> Tensor:
-        """[B, T]. With Upsilon = 1 exactly what verl's ``grpo`` gives."""
-        # A_i stands on every token of the response; rows of one group are weighted together.
+        """Return the advantages [B, T]. With Upsilon = 1 they are exactly those of verl's ``grpo``."""
+        # Every token of a response has the advantage A_i; rows of one group are weighted together.
         mask = outcome.mask.bool()
         first = mask.int().argmax(dim=-1, keepdim=True)
         scalar = outcome.grpo.gather(1, first).squeeze(1)
@@ -83,10 +83,10 @@ class CausalStage:
         self.missing = Missing()
 
     def credit(self, metrics: dict[str, float]) -> CausalCredit | None:
-        """Upsilon of the batch, ``None`` where weighting is off; the reference of every row is stored for the update.
+        """Return Upsilon of the batch, ``None`` if weighting is off, and store every row's reference for the update.
 
         Raises:
-            NothingValidError: no draw, no target or no reference that was asked for is valid.
+            NothingValidError: no requested draw, target or reference is valid.
         """
         self._count(metrics)
         credit = self._weights(metrics) if self.config.weighting_on else None
@@ -100,7 +100,7 @@ class CausalStage:
         return credit
 
     def _count(self, metrics: dict[str, float]) -> None:
-        """Count the tokens of the rollout and the scoring, and the draws that are missing."""
+        """Count the tokens of the rollout and the scoring, and the missing draws."""
         tokens = self.batch.fetch(range(self.batch.size), [SCORED_TOKENS])[SCORED_TOKENS]
         scored, *by_kind = torch.stack(tokens).sum(0).tolist()
         metrics["gcpo/tokens/scored"] = scored
@@ -141,7 +141,7 @@ class CausalStage:
         return CausalCredit(weight, has_target, self.config.advantage.form)
 
     def _count_targets(self, found: BatchWeights) -> None:
-        """Targets that are missing; groups whose rewards are equal, and those of one response, ask for none."""
+        """Count the missing targets; groups with equal rewards or a single response need none."""
         if not self.config.causal_target_on:
             return
         for entry, has_target in zip(self.entries, found.has_target, strict=True):
@@ -149,11 +149,11 @@ class CausalStage:
                 self.missing.targets.add(len(has_target), int((~has_target).sum()))
 
     def _mean_state(self) -> Tensor:
-        """The mean state [d] of the batch's responses."""
+        """Return the mean state [d] of the batch's responses."""
         return torch.stack([z for data in self.batch.by_group(Z) for z in data[Z]]).mean(0)
 
     def _features(self) -> Iterator[GroupFeatures]:
-        """Features of one group after another."""
+        """Yield the features of one group after another."""
         if not self.config.causal_target_on:
             yield from (GroupFeatures(torch.stack(data[Z])) for data in self.batch.by_group(Z))
             return

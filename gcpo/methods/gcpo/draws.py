@@ -1,4 +1,4 @@
-"""The auxiliary generations of one group: collider draws, and the regenerated responses over them."""
+"""The auxiliary generations of one group: collider draws, and the responses regenerated from them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _NAMES = {
 }
 OUTCOMES = ("ok", "failed", "empty", "cut")
 MAX_CAUSES = 3
-"""Distinct causes that a group reports."""
+"""Largest number of distinct causes that a group reports."""
 
 
 @dataclass
 class Draw:
-    """One auxiliary generation: its tokens, or none where it failed, is empty or was cut."""
+    """One auxiliary generation: its tokens, or none if it failed, is empty or was cut."""
 
     token_ids: list[int]
     kind: str
@@ -45,7 +45,7 @@ class Draw:
     cached_tokens: int = 0
     reward: float | None = None
     cause: str | None = None
-    """Why it is left out, in one line; ``None`` where it is valid."""
+    """The reason of its exclusion, in one line, or ``None`` if it is valid."""
 
     @property
     def valid(self) -> bool:
@@ -54,34 +54,34 @@ class Draw:
 
 @dataclass
 class GroupResult:
-    """What the collider stage found out about one group: tokens by place, counts, and texts for the dump."""
+    """The result of the collider stage for one group: tokens by response and context, counts and dumped texts."""
 
     contexts: list[list[list[int]]]
     outputs: list[list[list[int]]]
     draws: list[Draw]
     stats: dict[str, float]
     kl_weight: list[float]
-    """Weight of every response's kappa term; 0: it has none."""
+    """Weight of every response's kappa term; 0: no kappa term."""
     plan: dict[str, Any] | None = None
-    """Tokens of the ``frame`` and of every candidate's block (``blocks``)."""
+    """Lengths in tokens of the ``frame`` and of every candidate's block (``blocks``)."""
 
     @property
     def causes(self) -> dict[str, int]:
-        """The first causes for which draws are left out, in the order of the requests, with their numbers of draws."""
+        """The first causes of excluded draws, in the order of the requests, with their numbers of draws."""
         counts = Counter(draw.cause for draw in self.draws if draw.cause is not None)
         return dict(itertools.islice(counts.items(), MAX_CAUSES))
 
 
 class ColliderSampler:
-    """Draws the colliders and the regenerated responses of one group.
+    """A sampler of the collider draws and the regenerated responses of one group.
 
     Args:
         config: the resolved ``gcpo:`` group.
-        prompts: builds the prompts.
-        generate: ``(prompt_ids, sampling_params) -> TokenOutput``-like, awaitable; raises ``ServerLostError`` where
-            the server is gone.
-        sampling_params: of the plain rollout (temperature, top-p, top-k); lengths and seeds are set here.
-        max_model_len: longest sequence that the server takes.
+        prompts: builder of the prompts.
+        generate: ``(prompt_ids, sampling_params) -> TokenOutput``-like, awaitable; raises ``ServerLostError`` if
+            the server is lost.
+        sampling_params: parameters of the plain rollout (temperature, top-p, top-k), without lengths and seeds.
+        max_model_len: longest sequence that the server supports.
         end_ids: tokens that end a response.
     """
 
@@ -102,15 +102,15 @@ class ColliderSampler:
         self.end_ids = end_ids
 
     async def draw(self, kind: str, prompt_ids: list[int], seed_parts: Sequence[Any]) -> Draw:
-        """One generation, which says how it ended.
+        """Generate one draw, with its outcome.
 
         Args:
             kind: one of ``KINDS``.
             prompt_ids: its prompt.
-            seed_parts: what distinguishes the request from all others of the run; see `seeded`.
+            seed_parts: values that identify the request within the run; see `seeded`.
 
         Raises:
-            ServerLostError: the server is gone; this is no failure of the draw.
+            ServerLostError: the server is lost, which is not a failure of the draw.
         """
         name, section = _NAMES[kind], "regenerated" if kind == "regenerated" else "collider"
         max_tokens = getattr(self.config, section).max_tokens
@@ -148,13 +148,13 @@ class ColliderSampler:
         seed_parts: tuple[Any, ...],
         equal_rewards: bool,
     ) -> GroupResult:
-        """All auxiliary generations of one group.
+        """Make all auxiliary generations of one group.
 
         Args:
             messages: the question as chat messages.
-            responses: token ids of the n responses, by identity.
-            seed_parts: what distinguishes this group from all others of the run; its seeds depend on it.
-            equal_rewards: whether all advantages are zero, so that Upsilon cannot matter.
+            responses: token ids of the n responses, by index.
+            seed_parts: values that identify this group within the run and determine its seeds.
+            equal_rewards: whether all advantages are zero, so that Upsilon has no effect.
         """
         config, n = self.config, len(responses)
         blocks = tuple(tuple(self.prompts.candidate_block(k, ids)) for k, ids in enumerate(responses))
@@ -196,7 +196,7 @@ class ColliderSampler:
         return GroupResult(contexts, outputs, draws, stats, kl_weight, layout)
 
     def failed(self, n: int, error: Exception, *, seed_parts: tuple[Any, ...], equal_rewards: bool) -> GroupResult:
-        """The result of a group of ``n`` responses whose stage raised: every draw that it needs counts as failed."""
+        """Return the result of a group of ``n`` responses whose stage raised: all its draws count as failed."""
         config = self.config
         kl_weight, wanted = self._needs(n, request_seed(config.seed, *seed_parts, "kappa"), equal_rewards)
         slots = config.collider.num_draws + config.leave_one_out_draws
@@ -210,10 +210,10 @@ class ColliderSampler:
         return GroupResult(*empty, draws, stats, kl_weight)
 
     def _needs(self, n: int, seed: int, equal_rewards: bool) -> tuple[list[float], list[int]]:
-        """The weights of the kappa terms, and the responses whose contexts are needed.
+        """Return the weights of the kappa terms, and the responses whose contexts are needed.
 
-        The contexts of a response that has neither Upsilon nor a kappa term are needed by nobody, and where all
-        advantages are zero Upsilon changes nothing.
+        The contexts of a response without Upsilon and kappa term are not needed, and if all
+        advantages are zero Upsilon has no effect.
         """
         kl_weight = self._kl_weight(n, seed)
         weighted = self.config.causal_target_on and not equal_rewards
@@ -222,7 +222,7 @@ class ColliderSampler:
     async def _draw_colliders(
         self, group: GroupPrompts, chosen: Sequence[int], parts: Callable[..., tuple], contexts: list[list[list[int]]]
     ) -> list[Draw]:
-        """The shared and the leave-one-out draws; the prompts over them are put into ``contexts``."""
+        """Generate the shared and the leave-one-out draws, and put the prompts that contain them into ``contexts``."""
         num_shared, num_leave_one_out = self.config.collider.num_draws, self.config.leave_one_out_draws
         prompt = group.collider_prompt()
         draws = await asyncio.gather(
@@ -233,8 +233,8 @@ class ColliderSampler:
                 for slot in range(num_leave_one_out)
             ),
         )
-        # Shared draws are exchangeable. The valid ones come first, so that l = 0, which p_c, Zbar_i and the policy's
-        # context are made of, is there whenever any of them is.
+        # Shared draws are exchangeable. Valid draws come first, so that l = 0, on which p_c, Zbar_i and the policy's
+        # context are based, is valid whenever any draw is valid.
         shared, rest = sorted(draws[:num_shared], key=lambda draw: not draw.valid), draws[num_shared:]
         for at, i in enumerate(chosen):
             leave_one_out = rest[at * num_leave_one_out : (at + 1) * num_leave_one_out]
@@ -248,7 +248,7 @@ class ColliderSampler:
         contexts: list[list[list[int]]],
         outputs: list[list[list[int]]],
     ) -> list[Draw]:
-        """The regenerated responses; the valid ones are put into ``outputs``."""
+        """Generate the regenerated responses, and put the valid ones into ``outputs``."""
         generations = self.config.collider.num_generations
         places = [
             (i, slot, m)
@@ -266,7 +266,7 @@ class ColliderSampler:
         return draws
 
     def _kl_weight(self, n: int, seed: int) -> list[float]:
-        """n / m for m of the n responses, drawn without replacement, 0 for the others."""
+        """Return the weight n / m for m of the n responses, drawn without replacement, and 0 for the others."""
         if not self.config.reference_on:
             return [0.0] * n
         count = max(1, round(self.config.reference.subsample * n))
@@ -282,7 +282,7 @@ class ColliderSampler:
         shared: Sequence[Draw],
         leave_one_out: Sequence[Draw],
     ) -> list[list[int]]:
-        """Prompts x_{i,l}, then those over the leave-one-out draws; empty where the draw is not valid."""
+        """Return the prompts x_{i,l} of the shared, then of the leave-one-out draws; empty for invalid draws."""
         append = self.config.reference.collider_context == "append"
         contexts: list[list[int]] = []
         for slot, draw in enumerate([*shared, *leave_one_out]):
@@ -299,12 +299,12 @@ class ColliderSampler:
 
 
 def _mean_common_prefix(responses: Sequence[Sequence[int]]) -> float:
-    """Tokens with which two answers begin in common, mean over pairs."""
+    """Return the mean length of the common prefix over pairs of responses, in tokens."""
     return float(np.mean([common_prefix(a, b) for a, b in itertools.combinations(responses, 2)]))
 
 
 def _count(draws: Sequence[Draw]) -> dict[str, float]:
-    """Counts by kind: draws, how they ended, tokens generated, prefilled and cached."""
+    """Counts by kind: draws, outcomes, and tokens generated, prefilled and cached."""
     counts: Counter[str] = Counter()
     for draw in draws:
         counts[f"{draw.kind}/draws"] += 1

@@ -1,4 +1,4 @@
-"""GCPO at the stations of a step: collider draws, states and log-probabilities, Upsilon and pi'_ref, the kappa term."""
+"""The hooks of GCPO in a step: collider draws, states and log-probabilities, Upsilon and pi'_ref, the kappa term."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class GCPO(Method):
 
     @property
     def samples(self) -> bool:
-        """Upsilon or the reference needs collider draws."""
+        """Whether Upsilon or the reference needs collider draws."""
         return self.settings.needs_rollout
 
     def start_rollout(self, sampling: Sampling) -> None:
-        """Make the prompt builder of the worker."""
+        """Create the prompt builder of the worker."""
         self.prompts = make_prompts(self.settings, sampling.tokenizer, self.run)
         self.sampling = sampling
         self.end_ids = self.prompts.end_ids | sampling.end_ids
@@ -53,7 +53,7 @@ class GCPO(Method):
         )
 
     async def on_group(self, group: SampledGroup, generate: Generate) -> list[RowFields]:
-        """The collider draws, and the generations over them."""
+        """Make the collider draws and the generations from them."""
         result = await self._sampler(generate).run(
             group.messages, group.responses, seed_parts=group.key, equal_rewards=group.equal_rewards
         )
@@ -63,9 +63,9 @@ class GCPO(Method):
         return self._row_fields(result, group)
 
     def on_group_failed(self, group: SampledGroup, error: Exception) -> list[RowFields]:
-        """The group trains without its causal part; every draw that it needed counts as failed.
+        """Let the group train without its causal part; each of its draws counts as failed.
 
-        A step in which that happens to all groups stops the run (`gcpo.methods.gcpo.missing`).
+        If all groups of a step fail, the run stops (`gcpo.methods.gcpo.missing`).
         """
 
         async def no_server(*_: Any) -> Any:
@@ -81,7 +81,7 @@ class GCPO(Method):
         return row_fields(result, group.rewards, dumps=self._dumps, dump_this=chosen)
 
     def empty_fields(self, count: int) -> list[RowFields]:
-        """Rows without contexts, so that nothing is scored for them and no draw is dumped twice."""
+        """Return fields without contexts, so that nothing is scored for these rows and no draw is dumped twice."""
         return row_fields(empty_result(self.settings, count), [], dumps=self._dumps, dump_this=False)
 
     @property
@@ -92,7 +92,7 @@ class GCPO(Method):
 
     @property
     def score_inputs(self) -> tuple[Field, ...]:
-        """The responses and their contexts; nothing where the run is plain GRPO."""
+        """Return the responses and their contexts, or nothing for plain GRPO."""
         if self.settings.is_grpo:
             return ()
         if not self.settings.needs_rollout:
@@ -101,16 +101,16 @@ class GCPO(Method):
         return (PROMPTS, RESPONSES, *sampled)
 
     def start_actor(self, engine: Engine) -> None:
-        """Probe the model on packed trees before training starts, where it is to be scored on them."""
+        """Probe the model on packed trees before training starts, if packed trees are used for scoring."""
         if self.settings.scoring.packing == "tree":
             engine.tree_problem()
 
     def before_score(self, batch: Batch, tokenizer: Any, metrics: dict[str, float]) -> None:
-        """Check that the rows have draws, and that the contexts of every group are as long as its blocks say.
+        """Check that the rows have draws, and that the contexts of every group have the lengths of its blocks.
 
         Raises:
-            RunStoppedError: another agent-loop manager made the rows.
-            ValueError: the contexts of a group are not those of its plan.
+            RunStoppedError: the rows come from another agent-loop manager.
+            ValueError: the contexts of a group do not match its plan.
         """
         self._entries: dict[str, dict[str, Any]] = {}
         if not self.settings.needs_rollout:
@@ -127,7 +127,7 @@ class GCPO(Method):
             ) from error
 
     def score(self, rows: Mapping[Field, Sequence[Tensor]], engine: Engine) -> Mapping[Field, Sequence[Tensor]]:
-        """Hidden states, and log-probabilities under the contexts."""
+        """Return hidden states and log-probabilities under the contexts."""
         config = self.settings
         scorer = engine.scorer(
             config.features.layer,
@@ -139,13 +139,13 @@ class GCPO(Method):
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a micro-batch of scoring and of the kappa term."""
+        """Largest number of tokens of a micro-batch of scoring and of the kappa term."""
         return int(self.settings.scoring.max_token_len_per_gpu or self.run.max_tokens)
 
     # ---- credit -----------------------------------------------------------------------------------------------------
 
     def credit(self, batch: Batch, metrics: dict[str, float]) -> CausalCredit | None:
-        """Upsilon; the reference goes into the batch."""
+        """Return Upsilon, and write the reference into the batch."""
         if self.settings.is_grpo:
             return None
         return CausalStage(self.settings, self.run, batch, self._entries).credit(metrics)
@@ -153,11 +153,11 @@ class GCPO(Method):
     # ---- update -----------------------------------------------------------------------------------------------------
 
     def term(self) -> KappaTerm | None:
-        """The kappa term."""
+        """Return the kappa term."""
         return KappaTerm(self.settings, self.max_tokens) if self.settings.reference_on else None
 
     def measures_gradients(self, step: int) -> bool:
-        """Every ``metrics.grad_norm_every`` steps."""
+        """Return every ``metrics.grad_norm_every`` steps."""
         every = self.settings.metrics.grad_norm_every
         return not self.settings.is_grpo and every > 0 and step % every == 0
 
@@ -165,11 +165,11 @@ class GCPO(Method):
 
     @property
     def whole_groups(self) -> bool:
-        """The contexts of a group share their beginnings."""
+        """Whether the groups stay together, since their contexts share prefixes."""
         return self.settings.needs_rollout
 
     def dump(self, batch: Batch) -> list[dict[str, Any]]:
-        """The draws that the rollout kept; those of a group are in its first row."""
+        """Return the draws that the rollout kept in the first row of their group."""
         if not self._dumps:
             return []
         draws = []
@@ -180,7 +180,7 @@ class GCPO(Method):
 
 
 def make_prompts(config: GCPOConfig, tokenizer: Any, run: Run) -> CandidatePrompts:
-    """The prompt builder that the settings ask for."""
+    """Return the prompt builder of the settings."""
     blocks = config.blocks
     return CandidatePrompts(
         tokenizer,
@@ -194,11 +194,11 @@ def check_layout(layout: Mapping[str, Any] | None, lengths: Sequence[Tensor]) ->
     """Refuse a group whose contexts cannot be those of its prompts.
 
     Args:
-        layout: ``frame``, the tokens around the blocks, and ``blocks``, those of every candidate's block.
+        layout: ``frame``, the number of tokens around the blocks, and ``blocks``, that of every candidate's block.
         lengths: tokens of the contexts of every response, in the order of its sessions.
 
     Raises:
-        ValueError: there are other numbers of responses or of tokens.
+        ValueError: the number of responses or tokens differs.
     """
     if not layout:
         return

@@ -1,6 +1,6 @@
-"""The parts of a step that were asked for and are not there: collider draws, targets and references.
+"""Counts of the missing parts of a step: collider draws, targets and references.
 
-Groups that are left out on purpose ask for nothing: all rewards equal, a single response, responses that
+Parts that are not needed do not count: groups with equal rewards or a single response, and responses that
 ``reference.subsample`` did not choose.
 """
 
@@ -18,12 +18,12 @@ PARTS = ("draws", "targets", "references")
 
 
 class NothingValidError(RunStoppedError):
-    """A step would train as plain GRPO, because a part that was asked for is missing in all of its groups."""
+    """A step would train as plain GRPO, because a requested part is missing in all of its groups."""
 
 
 @dataclass
 class Count:
-    """How many were asked for, and how many of them are missing."""
+    """The number of requested items, and the number of missing ones."""
 
     asked: int = 0
     missing: int = 0
@@ -35,7 +35,7 @@ class Count:
 
     @property
     def frac(self) -> float:
-        """The share that is missing; 0 where nothing was asked for."""
+        """The missing fraction; 0 if nothing was requested."""
         return self.missing / self.asked if self.asked else 0.0
 
 
@@ -44,10 +44,10 @@ class Missing:
     """Counts over the groups of a step.
 
     Attributes:
-        draws: by kind (``gcpo.methods.gcpo.draws.KINDS``): draws that failed, are empty or were cut.
+        draws: by kind (``gcpo.methods.gcpo.draws.KINDS``): counts of draws; missing ones failed, are empty or were cut.
         targets: responses without a target of Upsilon.
         references: responses without a causal reference.
-        causes: one line for every cause of a missing draw, in the order of the groups, each with its number of draws.
+        causes: the causes of missing draws in the order of the groups, one line each, with their numbers of draws.
     """
 
     draws: dict[str, Count] = field(default_factory=lambda: {kind: Count() for kind in KINDS})
@@ -65,17 +65,17 @@ class Missing:
 
     @property
     def parts(self) -> dict[str, Count]:
-        """The counts by part; ``draws`` over all kinds."""
+        """Return the counts by part; ``draws`` covers all kinds."""
         draws = Count()
         for count in self.draws.values():
             draws.add(count.asked, count.missing)
         return {"draws": draws, "targets": self.targets, "references": self.references}
 
     def shares(self) -> dict[str, float]:
-        """The missing share of every part that was asked for.
+        """Return the missing fraction of every requested part.
 
-        Of the draws it is the share of the kind that lost the most: with preset ``paper`` a group has 8 collider draws
-        and 512 generations after them, and without the former there are none of the latter.
+        For draws it is the largest fraction over the kinds: with preset ``paper`` a group has 8 collider draws
+        and 512 generations from them, and no generation without a collider draw.
         """
         shares = {part: count.frac for part, count in self.parts.items() if count.asked}
         if "draws" in shares:
@@ -83,14 +83,14 @@ class Missing:
         return shares
 
     def metrics(self) -> dict[str, float]:
-        """``gcpo/missing/*_frac``, for the parts that were asked for."""
+        """Return the metrics ``gcpo/missing/*_frac`` of the requested parts."""
         return {f"gcpo/missing/{part}_frac": share for part, share in self.shares().items()}
 
     def check(self, step: int) -> None:
-        """Stop a step in which a part that was asked for is missing altogether.
+        """Stop the run if a requested part of the step is completely missing.
 
         Raises:
-            NothingValidError: with the first causes.
+            NothingValidError: a part is completely missing; the message has the first causes.
         """
         gone = [
             f"none of the {count.asked} {part}"
@@ -104,7 +104,7 @@ class Missing:
             )
 
     def warning(self, step: int, max_missing: float) -> str | None:
-        """A sentence where the missing share of a part is above ``max_missing``, else ``None``."""
+        """Return a sentence if the missing fraction of a part is above ``max_missing``, else ``None``."""
         above = {part: share for part, share in self.shares().items() if share > max_missing}
         if not above:
             return None
@@ -120,5 +120,5 @@ class Missing:
 
 
 def _and(parts: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+    """Join texts as ``a``, ``a and b`` or ``a, b and c``."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -1,4 +1,4 @@
-"""The presets of the group ``gcpo``, and what values cannot work together."""
+"""The presets of the group ``gcpo``, and the check of values that cannot work together."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "reference": {"subsample": 0.25},
     },
 }
-"""What fields left ``null`` become; ``None`` here is n."""
+"""The values of fields left ``null``; ``None`` here means n."""
 
 
 def fill(settings: GCPOSettings, *, n: int, response_length: int) -> dict[str, Any]:
-    """Put the preset's values, and those that follow from the run, where a field is ``None``."""
+    """Replace ``None`` by the preset's value, or by a value that follows from the run."""
     values, preset = plain(settings), PRESETS[settings.preset]
     groups = {
         "collider": {**preset["collider"], "projection": "inclusive", "max_tokens": response_length},
@@ -52,7 +52,7 @@ def fill(settings: GCPOSettings, *, n: int, response_length: int) -> dict[str, A
 
 
 def check(config: GCPOConfig, *, n: int) -> None:
-    """Refuse values that cannot work together."""
+    """Refuse values that do not work together."""
     collider = config.collider
     if not config.is_grpo and n < 2:
         raise ConfigError(f"actor_rollout_ref.rollout.n is {n}: GCPO compares the responses of a group, set n >= 2")

@@ -1,4 +1,4 @@
-"""The causal reference of every response (Eq. 13) and the metrics about it, one response at a time, with torch only.
+"""The causal reference of every response (Eq. 13) and its metrics, computed one response at a time, with torch only.
 
 Responses differ in length, and each has log-probabilities under every context. A table of a whole batch would hold
 responses x contexts x the longest response in float64: 17 GB for 256 groups of 8 with 8 contexts and 16,384 tokens.
@@ -18,13 +18,13 @@ from gcpo.methods.gcpo.settings import GCPOConfig
 
 
 class ReferenceStage:
-    """Makes the references of a batch.
+    """The computation of the references of a batch.
 
     Args:
         config: the resolved configuration.
 
     Attributes:
-        count: responses that were to have a reference, and those of them that have none.
+        count: number of responses that need a reference, and of those without one.
     """
 
     def __init__(self, config: GCPOConfig) -> None:
@@ -37,15 +37,15 @@ class ReferenceStage:
     def add(
         self, log_p: Tensor, valid: Tensor, log_p_query: Tensor, mask: Tensor, *, chosen: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """The reference of one response; it measures KL' before the first update.
+        """Compute the reference of one response, and measure KL' before the first update.
 
         Args:
             log_p: [L + L', T], conditioned log-probabilities, shared draws first. The values of a
                 context that is not valid are never read, NaN included.
-            valid: [L + L'], which contexts are there.
+            valid: [L + L'], the valid contexts.
             log_p_query: [T], verl's old log-probabilities.
             mask: [T], response mask.
-            chosen: whether the response is to have a kappa term (``reference.subsample``).
+            chosen: whether the response has a kappa term (``reference.subsample``).
 
         Returns:
             log_ref [T]; mask of the kappa term, bool [T], False everywhere without a reference.
@@ -68,7 +68,7 @@ class ReferenceStage:
         if chosen and mask.any():
             self.count.add(1, int(not has_reference))
         if kl_mask.any():
-            # The slot that the policy is conditioned on: x_{i,0}, or the first that is there.
+            # The context of the policy: x_{i,0}, or the first valid one.
             on_context = log_p[int(valid[:num_shared].int().argmax())]
             self._measure(log_ref[kl_mask], log_p_query[kl_mask], on_context[kl_mask], floored[0][kl_mask])
         return log_ref, kl_mask
@@ -85,7 +85,7 @@ class ReferenceStage:
         self._log_ratio_max = max(self._log_ratio_max, float(log_ratio.max()))
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of all responses so far under ``gcpo/reference/``."""
+        """Return the metrics of all responses so far under ``gcpo/reference/``."""
         metrics: dict[str, float] = {}
         if self._kl:
             kl = torch.cat(self._kl)

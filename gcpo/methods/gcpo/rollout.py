@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 def is_chosen(config: GCPOConfig, purpose: str, key: tuple[Any, ...], fraction: float) -> bool:
-    """Whether a group is one of the share ``fraction`` of groups that are graded or dumped."""
+    """Return whether a group belongs to the fraction ``fraction`` of the groups that are graded or dumped."""
     return request_seed(config.seed, purpose, *key) / 0x7FFFFFFF < fraction
 
 
 async def grade_draws(group: SampledGroup, result: GroupResult) -> None:
-    """Grade the valid draws of a group, for our metrics only."""
+    """Grade the valid draws of a group, only for our metrics."""
 
     async def grade(draw: Draw) -> None:
         draw.reward = await group.grade(draw.token_ids)
@@ -50,7 +50,7 @@ async def grade_draws(group: SampledGroup, result: GroupResult) -> None:
 
 
 def empty_result(config: GCPOConfig, count: int) -> GroupResult:
-    """The result of ``count`` rows without any draw."""
+    """Return the result of ``count`` rows without any draw."""
     slots = config.collider.num_draws + config.leave_one_out_draws
     generations = slots * config.collider.num_generations
     nothing = [[[]] * slots] * count, [[[]] * generations] * count
@@ -60,14 +60,14 @@ def empty_result(config: GCPOConfig, count: int) -> GroupResult:
 def row_fields(
     result: GroupResult, rewards: Sequence[float | None], *, dumps: bool, dump_this: bool
 ) -> list[RowFields]:
-    """The fields of every row of a group.
+    """Return the fields of every row of a group.
 
     Args:
-        result: of the collider draws.
-        rewards: of the responses.
-        dumps: whether rows have the fields of the dump. TransferQueue leaves out a field that any row of a batch lacks,
-            so where one group is dumped, every row has them.
-        dump_this: whether they hold the draws of this group.
+        result: result of the collider stage.
+        rewards: rewards of the responses.
+        dumps: whether rows have the fields of the dump. TransferQueue omits a field that any row of a batch lacks,
+            so every row has them if one group is dumped.
+        dump_this: whether they contain the draws of this group.
     """
     rows: list[RowFields] = []
     for row, (contexts, outputs, weight) in enumerate(
@@ -100,7 +100,7 @@ def _report(result: GroupResult, rewards: Sequence[float | None]) -> dict[str, A
 
 
 def dump_fields(draws: Sequence[Draw]) -> dict[Any, Tensor]:
-    """Draws as three ragged rows, which `dumped_draws` reads; a row without draws holds one zero in each."""
+    """Convert draws to three ragged rows, which `dumped_draws` reads; without draws each row is one zero."""
     tokens = [token for draw in draws for token in draw.token_ids]
     entries = [
         entry for draw in draws for entry in (KINDS.index(draw.kind), OUTCOMES.index(draw.outcome), len(draw.token_ids))
@@ -114,7 +114,7 @@ def dump_fields(draws: Sequence[Draw]) -> dict[Any, Tensor]:
 
 
 def dumped_draws(tokens: Tensor, entries: Tensor, rewards: Tensor) -> list[dict[str, Any]]:
-    """The draws of one row of `dump_fields`: ``kind``, ``outcome``, ``reward`` (or ``None``) and ``token_ids``."""
+    """Return the draws in a row of `dump_fields`: ``kind``, ``outcome``, ``reward`` (or ``None``) and ``token_ids``."""
     if len(entries) < len(DUMP):
         return []
     table = entries.view(-1, 3)

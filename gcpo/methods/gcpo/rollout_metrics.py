@@ -1,4 +1,4 @@
-"""Metrics of a step from the counts that the rollout keeps for every group."""
+"""Metrics of a step from the rollout's counts of every group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> dict[str, float]:
-    """Sums and shares of what the rollout counted, one entry of ``stats`` for every group."""
+    """Return sums and fractions of the rollout's counts, with one entry of ``stats`` per group."""
     total: dict[str, float] = {}
     for entry in stats:
         for name, value in entry.items():
@@ -19,7 +19,7 @@ def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> 
         "gcpo/rollout/seconds_per_group": total.get("seconds", 0.0) / groups,
         "gcpo/tokens/generated/response": float(response_tokens),
     }
-    metrics |= _sizes([entry for entry in stats if "response_tokens" in entry])  # all but groups whose stage failed
+    metrics |= _sizes([entry for entry in stats if "response_tokens" in entry])  # all except groups whose stage failed
     prompt = cached = 0.0
     for kind in ("collider", "leave_one_out", "regenerated"):
         draws = total.get(f"{kind}/draws", 0.0)
@@ -44,10 +44,10 @@ def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> 
 
 
 def _sizes(stats: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Tokens of frames and blocks, how many groups had equal rewards, and how ragged the responses are.
+    """Return the tokens of frames and blocks, the number of groups with equal rewards, and the spreads of lengths.
 
-    A spread is a standard deviation over the mean of all: of the responses around the mean of their group, and of the
-    groups' means, without what they owe to the few responses of a group.
+    A spread is a standard deviation over the total mean: of the responses around their group's mean, and of the
+    groups' means, corrected for the small number of responses in a group.
     """
     if not stats:
         return {}
@@ -78,4 +78,4 @@ _SIZES = (
     "common_prefix_tokens",
     "common_prefix_draw_tokens",
 )
-"""A group with fewer than two draws lacks the last."""
+"""A group with fewer than two draws lacks the last one."""

@@ -1,4 +1,4 @@
-"""What GCPO asks the actor's engine about every response, and the fields that the answers become."""
+"""Requests of GCPO to the actor's engine about every response, and the fields made from the answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.scoring.requests import Score, Scorer, ScoreRequest
 
 SCORED_KINDS = ("response", "context", "regenerated")
-"""What is scored: y_i by itself, y_i or the state of the prompt under x_{i,l}, and O_{i,l,m}."""
+"""Kinds of scored sequences: only y_i, y_i or the state of the prompt under x_{i,l}, and O_{i,l,m}."""
 
 
 @dataclass
 class ScoredRow:
-    """A response: places of its requests, ``None`` where there is nothing to score, and its tokens by kind."""
+    """A response: indices of its requests, ``None`` without a request, and its tokens by kind."""
 
     length: int
     response: int | None = None
@@ -44,11 +44,11 @@ class RowRequests:
 
     Args:
         config: the resolved settings.
-        end_ids: tokens that are no content at the end of a response.
+        end_ids: tokens that end a response and are not content.
 
     Attributes:
-        requests: of all rows so far.
-        rows: an entry for each row.
+        requests: requests of all rows so far.
+        rows: one entry per row.
     """
 
     def __init__(self, config: GCPOConfig, end_ids: Collection[int]) -> None:
@@ -57,7 +57,7 @@ class RowRequests:
         self.rows: list[ScoredRow] = []
 
     def add(self, row: Mapping[Field, Tensor]) -> None:
-        """Ask for the state of a response, its log-probabilities under its contexts, and its regenerations' states.
+        """Request the state of a response, its log-probabilities under its contexts, and its regenerations' states.
 
         Args:
             row: ``prompts`` and ``responses``; with collider draws the contexts, the outputs and ``gcpo_kl_weight``.
@@ -104,16 +104,16 @@ class RowRequests:
 def score_rows(
     rows: Mapping[Field, Sequence[Tensor]], config: GCPOConfig, scorer: Scorer, end_ids: Collection[int]
 ) -> dict[Field, list[Tensor]]:
-    """States and conditioned log-probabilities of the old policy for every row.
+    """Compute states and conditioned log-probabilities of the old policy for every row.
 
     Args:
         rows: see `RowRequests.add`, a list for each field.
         config: the resolved settings.
-        scorer: answers the requests.
+        scorer: scorer of the requests.
         end_ids: see `RowRequests`.
 
     Returns:
-        ``gcpo_scored_tokens``, and ``gcpo_z``, ``gcpo_z_regenerated`` and ``gcpo_log_p`` where they are needed.
+        ``gcpo_scored_tokens``, and ``gcpo_z``, ``gcpo_z_regenerated`` and ``gcpo_log_p`` if they are needed.
     """
     asked = RowRequests(config, end_ids)
     for values in zip(*rows.values(), strict=True):
@@ -140,6 +140,6 @@ def _state(score: Score) -> Tensor:
 
 
 def _log_probs(row: ScoredRow, scores: Sequence[Score]) -> list[Tensor]:
-    """[T] for every context; zeros where it was not asked for."""
+    """Return the log-probabilities [T] under every context; zeros if not requested."""
     found = [None if at is None else scores[at].log_probs for at in row.contexts]
     return [torch.zeros(row.length) if values is None else values for values in found]

@@ -1,7 +1,7 @@
 """The ``gcpo:`` group of the configuration: the fields.
 
-`GCPOSettings` is what a user writes: a field that is ``None`` takes the value of ``preset``, and a value that is given
-always wins. `GCPOConfig` is what the code reads: `GCPOConfig.from_config` fills in and checks every value. Neither
+`GCPOSettings` holds the user's settings: a field that is ``None`` takes the value of ``preset``, and a given value
+always wins. The code reads `GCPOConfig`: `GCPOConfig.from_config` fills in and checks every value. Neither
 needs torch or verl, so that a wrong value is refused before anything starts.
 """
 
@@ -38,37 +38,37 @@ class ColliderSettings(Settings):
     removed = {"cache_tokens": "groups that take turns had no more prefix-cache hits; leave it out"}
 
     scheme: Scheme | None = None
-    """Which draws Phi averages over. ``shared``: every response uses the same L draws, made from all n responses (the
-    paper as printed). ``leave_one_out``: for each i also L' draws made from the other responses alone (Eq. 2)."""
+    """The draws that Phi averages over. ``shared``: every response uses the same L draws, made from all n responses (the
+    paper as printed). ``leave_one_out``: for each i also L' draws made from only the other responses (Eq. 2)."""
     num_draws: Count | None = None
     """L, shared draws per group. ``null`` in preset ``paper``: L = n."""
     num_leave_one_out_draws: Annotated[int, Field(ge=0)] | None = None
-    """L', draws per response where ``scheme`` is ``leave_one_out``."""
+    """L', draws per response if ``scheme`` is ``leave_one_out``."""
     num_generations: Count | None = None
     """M, regenerated responses O_{i,l,m} per context. ``null`` in preset ``paper``: M = n."""
     projection: Projection | None = None
     """Whether the mean over the shared draws includes l = 0 (the paper) or runs over l >= 1."""
     max_tokens: Count | None = None
-    """Longest collider draw in tokens; ``null``: ``rollout.response_length``. A draw that is cut is left out."""
+    """Longest collider draw in tokens; ``null``: ``rollout.response_length``. A cut draw is excluded."""
 
 
 class RegeneratedSettings(Settings):
     """The regenerated responses O_{i,l,m}."""
 
     max_tokens: Count | None = None
-    """Longest regenerated response in tokens; ``null``: ``rollout.response_length``. One that is cut is left out."""
+    """Longest regenerated response in tokens; ``null``: ``rollout.response_length``. A cut one is excluded."""
 
 
 class BlocksSettings(Settings):
-    """How a response is put into a prompt as a candidate block."""
+    """The form of a response as a candidate block in a prompt."""
 
     max_tokens: Count | None = None
-    """Tokens of a response that a block holds; ``null``: ``rollout.response_length``, so that nothing is cut."""
+    """Largest number of response tokens in a block; ``null``: ``rollout.response_length``, so that nothing is cut."""
     truncation: Literal["keep_end", "keep_start", "answer"] = "keep_end"
-    """Which part of a longer response stays; the end is where the answer is. ``answer``: of every response, however
-    short, the text from its last ``\\boxed{`` on (its end where it has none)."""
+    """The part of a longer response that stays; the end contains the answer. ``answer``: of every response, even a
+    short one, the text from its last ``\\boxed{`` on (its end if it has none)."""
     drop_think: Switch = True
-    """Leave out ``<think>...</think>`` first when a response does not fit."""
+    """Drop ``<think>...</think>`` first if a response does not fit."""
     intro: str = "\n\nOther answers to this question:"
     """Text between the question and the blocks."""
     candidate: str = "\n[Answer {label}]\n"
@@ -92,7 +92,7 @@ class FeaturesSettings(Settings):
     renamed = {"context": "input"}
 
     source: Source | None = None
-    """What Z is: the state at the end of a regenerated response (the paper), or at the end of the prompt x_{i,l},
+    """Definition of Z: the state at the end of a regenerated response (the paper), or of the prompt x_{i,l},
     which needs no regenerated response."""
     input: Literal["response", "prompt_response"] = "response"
     """The input that gives a response's state: only the response, or its prompt and the response."""
@@ -110,22 +110,22 @@ class WeightingSettings(Settings):
     renamed = {"control": "ablation"}
 
     target: Target | None = None
-    """What a response is compared with: the projection of Step 4 (the paper), the mean of the group (no extra
+    """The target of a response: the projection of Step 4 (the paper), the mean of the group (no extra
     generation), the conditioned mean, or nothing (Upsilon = 1). ``gcpo.weighting=off`` is short for ``off``."""
     similarity: Literal["cosine", "euclidean", "gaussian"] = "cosine"
-    """How they are compared."""
+    """Similarity of a response to its target."""
     missing: Literal["mean", "one"] = "mean"
-    """Upsilon of a response without a target. ``mean``: the mean Upsilon of the batch's responses that have one, 1 if
+    """Upsilon of a response without a target. ``mean``: the mean Upsilon of the batch's responses with a target, 1 if
     none has. ``one``: 1, which with alpha = 2 and cosines near 0.9 halves the step of the responses whose draws were
     cut."""
     ablation: Literal["none", "mean", "shuffled"] = "none"
-    """For experiments that ask whether Upsilon is more than a step size, after ``missing`` has filled in. ``mean``:
+    """For experiments on whether Upsilon only changes the step size; applied after ``missing``. ``mean``:
     every response gets the mean of the batch; ``shuffled``: the weights are permuted among the responses of a group
     that have a target."""
 
 
 class AdvantageConfig(Settings):
-    """How Upsilon enters the advantage."""
+    """The use of Upsilon in the advantage."""
 
     form: Literal["product", "signed"] = "product"
     """``product``: B = A * Upsilon (the paper). ``signed``: A * (1 + sign(A) * (Upsilon - mean Upsilon))."""
@@ -137,7 +137,7 @@ class ReferenceSettings(Settings):
     renamed = {"policy_context": "policy_condition", "fraction": "subsample"}
 
     reduction: Literal["mean", "sum"] = "mean"
-    """How the l contexts are reduced: Phi is an expectation, so a mean; the paper prints a sum."""
+    """Reduction over the contexts l: Phi is an expectation, so a mean; the paper prints a sum."""
     collider_context: Literal["replace", "append"] = "replace"
     """Whether y_{n,l} replaces y_n in x_{i,l}, or follows it."""
     policy_condition: Literal["collider", "query"] = "collider"
@@ -145,12 +145,12 @@ class ReferenceSettings(Settings):
     floor: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     """Smallest value of pi'_ref."""
     relative_floor: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Smallest value of pi'_ref as a share of pi_old(y|q)."""
+    """Smallest value of pi'_ref as a fraction of pi_old(y|q)."""
     max_kl: Positive = 10.0
-    """KL' of a token is cut here, and has no gradient beyond."""
+    """Upper bound of a token's KL', beyond which it has no gradient."""
     subsample: PositiveFraction | None = None
-    """Share of a group's responses that have a kappa term, drawn anew for every group (at least one of them). Their
-    terms are weighted by the inverse share, so that the gradient is the same in expectation. ``null``: the preset's."""
+    """Fraction of a group's responses that have a kappa term, drawn for every group (at least one response). Their
+    terms are weighted by the inverse fraction, which keeps the gradient's expectation. ``null``: the preset's."""
 
 
 class ScoringConfig(Settings):
@@ -159,35 +159,35 @@ class ScoringConfig(Settings):
     max_token_len_per_gpu: Count | None = None
     """Tokens in a micro-batch, without and with gradient; ``null``: verl's ``ppo_max_token_len_per_gpu``."""
     packing: Literal["tree", "dense"] = "tree"
-    """``tree``: what contexts share goes through the model once; ``dense``: every context goes through it by itself.
-    A model or setting that ``tree`` cannot serve is scored dense, and the log says so once. ``dense`` has as many
-    sequences in a micro-batch as verl's ``ppo_micro_batch_size_per_gpu`` where ``use_dynamic_bsz`` is off."""
+    """``tree``: a shared prefix goes through the model once; ``dense``: every context goes through it separately.
+    A model or setting that ``tree`` does not support is scored dense, which is logged once. ``dense`` has as many
+    sequences in a micro-batch as verl's ``ppo_micro_batch_size_per_gpu`` if ``use_dynamic_bsz`` is off."""
     min_shared_tokens: Count = 8
-    """Shorter stretches are repeated instead of shared: every stretch costs attention calls of its own."""
+    """Shorter stretches are repeated instead of shared: every stretch needs separate attention calls."""
 
 
 class MetricsConfig(Settings):
-    """What is measured besides training."""
+    """Measurements besides training."""
 
     graded_fraction: Fraction = 0.1
-    """Share of the groups whose auxiliary generations are graded, for our metrics alone (0 for code)."""
+    """Fraction of the groups whose auxiliary generations are graded, only for our metrics (0 for code)."""
     grad_norm_every: Annotated[int, Field(ge=0)] = 10
-    """The gradient norms of the policy, beta and kappa parts are measured every so many steps; 0: never."""
+    """The gradient norms of the policy, beta and kappa parts are measured every this many steps; 0: never."""
     dump_fraction: Fraction = 0.05
-    """Share of the groups whose auxiliary generations go to the rollout dump (``trainer.rollout_data_dir``). With
+    """Fraction of the groups whose auxiliary generations go to the rollout dump (``trainer.rollout_data_dir``). With
     preset ``paper`` and n = 8 a group has up to 528 of them."""
     max_missing: Fraction = 0.25
-    """A step warns where a larger share of the draws, targets or references that it asked for is missing
-    (``gcpo/missing/*_frac``). A step in which none of them is valid stops the run, whatever this is."""
+    """A step warns if a larger fraction of its requested draws, targets or references is missing
+    (``gcpo/missing/*_frac``). A step in which none is valid stops the run, whatever this value."""
 
 
 class GCPOSettings(Settings):
-    """The group ``gcpo`` as a user writes it."""
+    """The group ``gcpo`` as written by the user."""
 
     renamed = {"conditioned": "regenerated"}
 
     preset: Literal["paper", "balanced", "light"] = "balanced"
-    """Values of the fields left ``null``, as the study in docs/estimators.md sets them. ``paper``: L = M = n shared
+    """Values of the fields left ``null``, from the study in docs/estimators.md. ``paper``: L = M = n shared
     draws. ``balanced``: L = L' = 1, states of the prompts, no regenerated response. ``light``: the mean of the group
     as the target of Upsilon; L = L' = 1, only for the kappa term."""
     alpha: NotNegative = 2.0
@@ -195,9 +195,9 @@ class GCPOSettings(Settings):
     kappa: NotNegative = 0.06
     """Weight of the KL term to the causal reference; 0 turns it off."""
     seed: Seed | None = 0
-    """Seed of the sampling requests, validation included, and of the choices that are made here: the block orders, the
+    """Seed of the sampling requests, validation included, and of the method's random choices: the block orders, the
     responses with a kappa term, the groups that are graded or dumped, ``weighting.ablation: shuffled``. ``null``: no
-    request has a seed. The choices then follow from the step and the question only. Turn the seed off where a server
+    request has a seed. The choices then follow from the step and the question only. Turn the seed off if a server
     samples many requests together on a GPU: for requests with seeds vLLM calls a generator for each of them in Python,
     at every token."""
     collider: ColliderSettings = ColliderSettings()

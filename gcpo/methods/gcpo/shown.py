@@ -1,4 +1,4 @@
-"""The metrics of GCPO that the line of a step and the curves show."""
+"""The metrics of GCPO that are shown in step lines and curves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gcpo.methods.shown import Metrics, Shown
 
 
 def _missing(metrics: Metrics) -> str:
-    """The parts that a step asked for and that are missing, as fractions above 0."""
+    """Return the parts of a step that are missing, as percentages."""
     found = {part: metrics.get(f"gcpo/missing/{part}_frac", 0.0) for part in ("draws", "targets", "references")}
     parts = [f"{100 * one:.{0 if one >= 0.1 else 1}f} % of {part}" for part, one in found.items() if one > 0]
     return f"missing {', '.join(parts)}" if parts else ""

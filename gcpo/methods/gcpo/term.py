@@ -20,7 +20,7 @@ class KappaTerm(Term):
 
     Args:
         config: the resolved settings.
-        max_tokens: tokens of a row of the second pass.
+        max_tokens: largest number of tokens of a row of the second pass.
     """
 
     name = "kappa"
@@ -37,7 +37,7 @@ class KappaTerm(Term):
         self.min_shared = config.scoring.min_shared_tokens
 
     def context(self, row: Mapping[Field, Any]) -> Tensor | None:
-        """x_{i,0}, or the first shared context that is there; ``None`` without a reference."""
+        """Return x_{i,0}, or the first valid shared context; ``None`` without a reference."""
         lengths = row[CONTEXT_LENGTHS]
         present = torch.nonzero(lengths[: self.num_shared] > 0).flatten()
         if not len(present) or not bool(row[KL_MASK].any()):
@@ -45,9 +45,9 @@ class KappaTerm(Term):
         return split(row[CONTEXTS], lengths)[int(present[0])]
 
     def loss(self, log_prob: Tensor, columns: Mapping[Field, Tensor]) -> tuple[Tensor, Tensor]:
-        """KL' of every token [R, T] and its mask, bool [R, T]."""
+        """Return KL' of every token [R, T] and its mask, bool [R, T]."""
         mask = columns[KL_MASK].bool()
         # verl multiplies by the mask, and 0 * NaN is NaN, in the loss and in its gradient. Values outside the mask are
-        # therefore replaced before the divergence is taken.
+        # therefore replaced before the divergence is computed.
         log_prob, log_ref = (torch.where(mask, values, 0) for values in (log_prob, columns[LOG_REF]))
         return columns[KL_WEIGHT] * causal_kl(log_prob, log_ref, max_kl=self.max_kl), mask

@@ -1,4 +1,4 @@
-"""From the hidden states of a batch to Upsilon and the metrics about it, with torch only.
+"""Computation of Upsilon and its metrics from the hidden states of a batch, with torch only.
 
 The trainer fetches the fields of the batch, this module applies ``gcpo.algorithms`` group by group. The reference is in
 ``gcpo.methods.gcpo.reference``, the counts of the rollout in ``gcpo.methods.gcpo.rollout_metrics``.
@@ -27,11 +27,11 @@ from gcpo.methods.gcpo.settings import GCPOConfig
 
 @dataclass
 class GroupFeatures:
-    """Features of one group of n responses.
+    """The features of one group of n responses.
 
     Attributes:
         z: [n, d].
-        conditioned: [n, L + L', M, d], shared draws first; ``None`` where no context is needed.
+        conditioned: [n, L + L', M, d], shared draws first; ``None`` if no context is needed.
         valid: [n, L + L', M].
     """
 
@@ -40,7 +40,7 @@ class GroupFeatures:
     valid: Tensor | None = None
 
     def split(self, num_shared: int) -> dict[str, Any]:
-        """Arguments of ``causal_target`` for the shared and the leave-one-out draws.
+        """Return the arguments of ``causal_target`` for the shared and the leave-one-out draws.
 
         Raises:
             ValueError: the group has no states under contexts.
@@ -56,7 +56,7 @@ class GroupFeatures:
         }
 
     def centered(self, mean: Tensor) -> GroupFeatures:
-        """The group with ``mean`` [d] subtracted from every state."""
+        """Return the group with ``mean`` [d] subtracted from every state."""
         return GroupFeatures(self.z - mean, None if self.conditioned is None else self.conditioned - mean, self.valid)
 
 
@@ -65,8 +65,8 @@ class BatchWeights:
     """Upsilon of a batch.
 
     Attributes:
-        weights: [n] of every group.
-        has_target: bool [n] of every group; the weights of the other responses are ``weighting.missing``.
+        weights: Upsilon [n] of every group.
+        has_target: bool [n] of every group; the other responses have the weight of ``weighting.missing``.
         metrics: under ``gcpo/upsilon/``, ``gcpo/similarity/``, ``gcpo/causal/`` and ``gcpo/advantage/``.
     """
 
@@ -77,7 +77,7 @@ class BatchWeights:
 
 @dataclass(frozen=True)
 class _GroupWeights:
-    """Of one group: Upsilon, the similarity before alpha, has_target and cos(z, zbar), [n] each, and diagnostics."""
+    """One group's Upsilon, similarity before alpha, has_target and cos(z, zbar), [n] each, and diagnostics."""
 
     weight: Tensor
     similarity: Tensor
@@ -88,7 +88,7 @@ class _GroupWeights:
 
 
 def group_weight(group: GroupFeatures, config: GCPOConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Upsilon of one group.
+    """Compute Upsilon of one group.
 
     Returns:
         weight [n], 1 without a target; similarity before alpha [n]; has_target [n].
@@ -110,13 +110,13 @@ def group_weight(group: GroupFeatures, config: GCPOConfig) -> tuple[Tensor, Tens
 
 
 def filled(weights: Sequence[Tensor], has_target: Sequence[Tensor], missing: str) -> list[Tensor]:
-    """Upsilon with ``weighting.missing`` where a response has no target.
+    """Return Upsilon with ``weighting.missing`` for responses without a target.
 
-    With alpha = 2 and cosines near 0.9 a weight of 1 would halve the step of exactly those responses whose draws were
+    With alpha = 2 and cosines near 0.9 a weight of 1 would halve the step of those responses whose draws were
     cut, which are the long ones.
 
     Args:
-        weights: [n] of every group; the values in rows without a target are not read.
+        weights: [n] of every group; the values of responses without a target are not read.
         has_target: [n] of every group.
         missing: ``mean``: the mean over all responses of the batch that have a target, 1 if none has; ``one``: 1.
     """
@@ -130,11 +130,11 @@ def filled(weights: Sequence[Tensor], has_target: Sequence[Tensor], missing: str
 def controlled(
     weights: Sequence[Tensor], has_target: Sequence[Tensor], advantages: Sequence[Tensor], control: str, seed: int
 ) -> list[Tensor]:
-    """Upsilon [n] of every group under ``weighting.ablation``.
+    """Return Upsilon [n] of every group under ``weighting.ablation``.
 
-    ``mean`` is the mean of the responses whose advantage is not 0, since it scales a step as Upsilon does; those
-    without a target enter with the weight that they have, that of ``weighting.missing``. ``shuffled`` permutes the
-    weights among the responses of a group that have a target; the others keep theirs.
+    ``mean`` is the mean of the responses whose advantage is not 0, because it scales a step as Upsilon does; responses
+    without a target count with their weight of ``weighting.missing``. ``shuffled`` permutes the
+    weights among the responses of a group that have a target; the others keep their weights.
     """
     if control == "mean":
         everything, matters = torch.cat(list(weights)), torch.cat(list(advantages)) != 0
@@ -160,14 +160,14 @@ def batch_weights(
     mean: Tensor | None = None,
     seed: int = 0,
 ) -> BatchWeights:
-    """Upsilon of every group, and the metrics that tell whether it says anything.
+    """Return Upsilon of every group, and metrics about its information.
 
     Args:
-        groups: features of every group; one at a time is looked at, and none is kept.
+        groups: features of every group; they are read one at a time and not kept.
         advantages: A_i [n] of every group.
         config: the resolved configuration.
         mean: [d], the mean state of the batch's responses; used only with ``features.center: batch``.
-        seed: of the permutation where ``weighting.ablation`` is ``shuffled``.
+        seed: seed of the permutation if ``weighting.ablation`` is ``shuffled``.
 
     Raises:
         ValueError: ``features.center`` is ``batch`` and ``mean`` is not given.
@@ -202,7 +202,7 @@ def _group_weights(group: GroupFeatures, config: GCPOConfig) -> _GroupWeights:
 
 
 def _upsilon_metrics(groups: Sequence[_GroupWeights]) -> dict[str, float]:
-    """Over the responses with a target."""
+    """Return the metrics over the responses with a target."""
     has_target = torch.cat([group.has_target for group in groups])
     upsilon, similarity, cos_to_mean = (
         torch.cat([getattr(group, name) for group in groups])[has_target]
@@ -231,7 +231,7 @@ def _causal_metrics(groups: Sequence[_GroupWeights]) -> dict[str, float]:
 def _advantage_metrics(
     weights: Sequence[Tensor], has_target: Sequence[Tensor], advantages: Sequence[Tensor], form: str
 ) -> dict[str, float]:
-    """How far B is from A, in direction and in length."""
+    """Return the distance of B from A, in direction and in length."""
     before = torch.cat(list(advantages)).float()
     after = torch.cat(
         [
@@ -248,7 +248,7 @@ def _advantage_metrics(
 
 
 def noise_warning(metrics: dict[str, float]) -> str | None:
-    """A sentence where the causal part cannot be told from noise: its split-half reliability is within 2 SE of 0."""
+    """Return a warning if the causal part may be noise: its split-half reliability is within 2 SE of 0."""
     reliability = metrics.get("gcpo/causal/split_half")
     error = metrics.get("gcpo/causal/split_half_standard_error")
     if reliability is None or error is None or reliability > 2 * error:
