@@ -1,4 +1,4 @@
-"""The method's equations as pure functions on tensors, importable with torch alone."""
+"""The method's equations as pure functions on tensors, which import only torch."""
 
 from gcpo.algorithms.advantage import causal_advantage, group_relative_advantage
 from gcpo.algorithms.episodes import answer_divergence, episode_reward, token_advantage

@@ -1,4 +1,4 @@
-"""Executable checks of shapes and options, and what else the functions of this package share."""
+"""Executable checks of shapes and options, and other helpers that the functions of this package share."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_integer(name: str, tensor: Tensor) -> None:
 
 
 def as_float(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Bring tensors to the dtype that we compute in: float64 where one of them is, else float32."""
+    """Convert tensors to the dtype of the computation: float64 if one of them is float64, else float32."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return tuple(t.to(dtype) for t in tensors)
 
@@ -71,5 +71,5 @@ def as_mask(name: str, mask: Tensor | None, like: Tensor, spec: str, sizes: dict
 
 
 def or_one(x: Tensor) -> Tensor:
-    """x with its zeros replaced by ones, for a division that is to give zero there."""
+    """Return x with its zeros replaced by ones, for a division whose result should be zero there."""
     return torch.where(x == 0, 1, x)

@@ -12,7 +12,7 @@ FORMS = ("product", "signed")
 
 @torch.no_grad()
 def group_relative_advantage(rewards: Tensor, group: Tensor, *, norm_by_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """Computes the group-relative advantage of GRPO, bit for bit as verl does.
+    """Compute the group-relative advantage of GRPO, bit for bit as verl does.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), Eq. 8.
     The standard deviation is unbiased and ``eps`` is added to it; a group of one has mean 0 and deviation 1,
@@ -53,19 +53,19 @@ def group_relative_advantage(rewards: Tensor, group: Tensor, *, norm_by_std: boo
 def causal_advantage(
     advantage: Tensor, weight: Tensor, *, form: str = "product", has_target: Tensor | None = None
 ) -> Tensor:
-    """Weights the advantages of one group causally: B = A * Upsilon.
+    """Weight the advantages of one group causally: B = A * Upsilon.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), the
     text above Eq. 11. ``form="signed"`` is ours: B = A * (1 + sign(A) * (Upsilon - mean Upsilon)), because
     with the product a bad response that agrees with the target is pushed down harder. Its mean runs over the
     responses that have a target; the weight of the others is a placeholder, and they keep B = A. Weights that
-    are all 1 leave A as it is.
+    are all 1 leave A unchanged.
 
     Args:
         advantage: [n], the group-relative advantages of one group.
         weight: [n], the causal weights Upsilon of the same responses.
         form: "product" or "signed".
-        has_target: [n], which responses have a target; all when None. "product" multiplies every row by its
+        has_target: [n], True for responses with a target; all when None. "product" multiplies every row by its
             weight and does not need it; "signed" never reads the weight of the other rows, NaN included.
 
     Returns:

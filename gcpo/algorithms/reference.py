@@ -29,7 +29,7 @@ def causal_reference(
     log_p_marginal: Tensor | None = None,
     valid_marginal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the log of the causal reference, pi'_ref = p_c - mean_l p_l + p_q, floored.
+    """Compute the log of the causal reference, pi'_ref = p_c - mean_l p_l + p_q, floored.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), Eq. 13,
     which prints a sum over l. Without ``log_p_marginal`` (shared draws) p_c is the draw l = 0 and the
@@ -39,14 +39,14 @@ def causal_reference(
     Args:
         log_p_collider: [n, L, T], log pi_old(y_ij | x_il, y_i<j); L may be 0.
         log_p_query: [n, T], log pi_old(y_ij | q, y_i<j).
-        valid: [n, L], which draws count; all when None. What the others hold is never read, NaN included.
+        valid: [n, L], True for the draws that count; all when None. Other values are never read, NaN included.
         projection: Shared draws that are subtracted: "inclusive" (all, as printed) or "exclusive" (l >= 1).
             Has no effect with ``log_p_marginal``.
-        reduction: "mean", or "sum" as printed, for the subtracted term alone.
+        reduction: "mean", or "sum" as printed, only for the subtracted term.
         floor: Least probability of the reference.
-        relative_floor: Least probability of the reference as a share of p_q.
+        relative_floor: Least probability of the reference as a fraction of p_q.
         log_p_marginal: [n, K, T], log-probabilities in contexts whose collider draw did not see response i.
-        valid_marginal: [n, K], which of them count; all when None.
+        valid_marginal: [n, K], True for those that count; all when None.
 
     Returns:
         log_ref: [n, T], log max(pi'_ref, delta), delta = max(floor, relative_floor * p_q); float64 if an
@@ -56,7 +56,7 @@ def causal_reference(
             shared draw the inclusive reference is p_q (floored), and the exclusive one does not exist.
 
     Raises:
-        ValueError: Shapes that do not fit, an unknown option, a negative floor, or ``valid_marginal`` alone.
+        ValueError: Shapes that do not fit, an unknown option, a negative floor, or only ``valid_marginal`` is given.
     """
     check_option("projection", projection, PROJECTIONS)
     check_option("reduction", reduction, REDUCTIONS)
@@ -73,14 +73,14 @@ def causal_reference(
 
 
 def causal_kl(log_prob: Tensor, log_ref: Tensor, *, max_kl: float = 10.0) -> Tensor:
-    """Computes the divergence of the policy from the causal reference, rho - log rho - 1, of every token.
+    """Compute the divergence of the policy from the causal reference, rho - log rho - 1, of every token.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), Eq. 12,
     without its sum over i, which repeats the one of Eq. 10. rho = pi'_ref / pi_theta; log rho is clamped to
     +-20 and the result to ``max_kl``, and there is no gradient beyond either bound.
 
     Args:
-        log_prob: [n, T], log pi_theta(y_ij | x_i, y_i<j); the one argument that receives a gradient.
+        log_prob: [n, T], log pi_theta(y_ij | x_i, y_i<j); the only argument that receives a gradient.
         log_ref: [n, T], the log of the reference.
         max_kl: Bound on the divergence of one token.
 
@@ -96,12 +96,12 @@ def causal_kl(log_prob: Tensor, log_ref: Tensor, *, max_kl: float = 10.0) -> Ten
     check_at_least("max_kl", max_kl, 0)
     log_prob, log_ref = as_float(log_prob, log_ref.detach())
     log_rho = (log_ref - log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    # expm1 keeps the digits that exp(x) - 1 loses where the policy is close to the reference.
+    # expm1 keeps the digits that exp(x) - 1 loses if the policy is close to the reference.
     return (torch.expm1(log_rho) - log_rho).clamp(0, max_kl)
 
 
 class _Draws(NamedTuple):
-    """Checked float64 log-probabilities and masks: the draws of p_c and the ones that are subtracted."""
+    """Checked float64 log-probabilities and masks: the draws of p_c and the subtracted draws."""
 
     conditioned: Tensor
     conditioned_valid: Tensor
@@ -117,12 +117,12 @@ def _draws(
     log_p_marginal: Tensor | None,
     valid_marginal: Tensor | None,
 ) -> tuple[torch.dtype, Tensor, _Draws]:
-    """Check the tensors of `causal_reference` and pick what p_c and the subtracted term are made of."""
+    """Check the tensors of `causal_reference` and select the draws of p_c and of the subtracted term."""
     sizes: dict[str, int] = {}
     check_shape("log_p_collider", log_p_collider, "n L T", sizes)
     check_shape("log_p_query", log_p_query, "n T", sizes)
     valid = as_mask("valid", valid, log_p_collider, "n L", sizes)
-    # Differences of probabilities: float64, whatever comes in.
+    # Differences of probabilities need float64, whatever the input dtype.
     collider, query = log_p_collider.double(), log_p_query.double()
     if log_p_marginal is not None:
         check_shape("log_p_marginal", log_p_marginal, "n K T", sizes)
@@ -137,9 +137,9 @@ def _draws(
 
 
 def _mixture(draws: _Draws, log_p_query: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Eq. 13 as pi'_ref / scale and log scale, [n, T] each; scale is each token's largest probability.
+    """Compute Eq. 13 as pi'_ref / scale and log scale, [n, T] each; scale is each token's largest probability.
 
-    The division keeps probabilities apart that exp would round to zero, such as exp(-800).
+    The division preserves probabilities that exp would round to zero, such as exp(-800).
     """
     conditioned = torch.where(draws.conditioned_valid.unsqueeze(-1), draws.conditioned, -math.inf)
     projected = torch.where(draws.projected_valid.unsqueeze(-1), draws.projected, -math.inf)
@@ -157,5 +157,5 @@ def _mixture(draws: _Draws, log_p_query: Tensor, reduction: str) -> tuple[Tensor
 
 
 def _log(x: float) -> float:
-    """log x, and minus infinity for 0."""
+    """Return log x, or minus infinity for 0."""
     return math.log(x) if x > 0 else -math.inf

@@ -14,7 +14,7 @@ SIMILARITIES = ("cosine", "euclidean", "gaussian")
 
 
 class _Samples(NamedTuple):
-    """Checked features and masks: the conditioned samples of Zbar_i and the ones that Phi averages over."""
+    """Checked features and masks: the conditioned samples of Zbar_i and the samples of the average Phi."""
 
     conditioned: Tensor
     conditioned_valid: Tensor
@@ -32,7 +32,7 @@ def causal_target(
     z_marginal: Tensor | None = None,
     valid_marginal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the target of every response of a group, t_i = Zbar_i - Zbar'_i + zbar.
+    """Compute the target of every response of a group, t_i = Zbar_i - Zbar'_i + zbar.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), Steps 1
     to 4. zbar is the mean of z. Without ``z_marginal`` (shared draws) Zbar_i is the mean over the generations
@@ -43,12 +43,12 @@ def causal_target(
     Args:
         z: [n, d], the features z_i of the responses.
         z_conditioned: [n, L, M, d], the features of the generations O_{i,l,m}; L or M may be 0.
-        valid: [n, L, M], which of them count; all when None. What the others hold is never read, NaN
+        valid: [n, L, M], True for those that count; all when None. Other values are never read, NaN
             included.
         projection: Draws that Zbar'_i averages over when they are shared: "inclusive" (all, as printed) or
             "exclusive" (l >= 1). Has no effect with ``z_marginal``.
         z_marginal: [n, K, M, d], features from contexts whose collider draw did not see response i.
-        valid_marginal: [n, K, M], which of them count; all when None.
+        valid_marginal: [n, K, M], True for those that count; all when None.
 
     Returns:
         target: [n, d]; rows without a target are zeros. float64 if an input is, else float32. No gradient.
@@ -56,7 +56,7 @@ def causal_target(
             target is zbar itself, and the exclusive one does not exist.
 
     Raises:
-        ValueError: Shapes that do not fit, an unknown projection, or ``valid_marginal`` alone.
+        ValueError: Shapes that do not fit, an unknown projection, or only ``valid_marginal`` is given.
     """
     z, samples = _samples(z, z_conditioned, valid, projection, z_marginal, valid_marginal)
     part, has_target = _causal_part(samples)
@@ -73,7 +73,7 @@ def conditioned_target(
     z_marginal: Tensor | None = None,
     valid_marginal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the target of option ``weighting.target=conditioned``: Zbar'_i alone.
+    """Compute the target of option ``weighting.target=conditioned``: only Zbar'_i.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), Step 3.
 
@@ -81,7 +81,7 @@ def conditioned_target(
         z_conditioned: [n, L, M, d], as for `causal_target`.
         valid: [n, L, M], as for `causal_target`.
         projection: As for `causal_target`.
-        z_marginal: [n, K, M, d], as for `causal_target`; given, it is all that Zbar'_i averages over.
+        z_marginal: [n, K, M, d], as for `causal_target`; if given, Zbar'_i is the mean over it.
         valid_marginal: [n, K, M], as for `causal_target`.
 
     Returns:
@@ -98,7 +98,7 @@ def conditioned_target(
 
 @torch.no_grad()
 def group_mean_target(z: Tensor) -> Tensor:
-    """Computes the target of option ``weighting.target=group_mean``: zbar for every response.
+    """Compute the target of option ``weighting.target=group_mean``: zbar for every response.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), Step 1.
 
@@ -126,7 +126,7 @@ def causal_weight(
     similarity: str = "cosine",
     clamp_at_zero: bool = False,
 ) -> Tensor:
-    """Computes the causal weight Upsilon_i = alpha * sim(z_i, t_i) of the responses of one group.
+    """Compute the causal weight Upsilon_i = alpha * sim(z_i, t_i) of the responses of one group.
 
     See "Group Causal Policy Optimization for Post-Training Large Language Models" (arXiv 2508.05428), Eq. 11,
     and its ablation of the similarity: "cosine" (0 for a zero vector), "euclidean" 1 / (1 + |z - t|), or
@@ -136,7 +136,7 @@ def causal_weight(
     Args:
         z: [n, d], the features of the responses.
         target: [n, d], their targets.
-        has_target: [n], which rows have one; all when None. The target of the others is never read, NaN
+        has_target: [n], True for rows with a target; all when None. Other targets are never read, NaN
             included.
         alpha: The scale.
         similarity: "cosine", "euclidean" or "gaussian".
@@ -176,7 +176,7 @@ def causal_diagnostics(
     z_marginal: Tensor | None = None,
     valid_marginal: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Measures how large and how reliable the causal part D_i = Zbar_i - Zbar'_i of one group is.
+    """Measure the size and the reliability of the causal part D_i = Zbar_i - Zbar'_i of one group.
 
     The split-half reliability estimates D_i twice, from disjoint samples on both sides (the even and the odd
     ones among the valid), and is the cosine between the two, averaged over the responses; no Spearman-Brown
@@ -184,15 +184,15 @@ def causal_diagnostics(
     draw:
 
     - leave-one-out draws: the draws of ``z_conditioned`` and those of ``z_marginal`` are split, each with all
-      its generations; it takes two valid draws on each side.
+      its generations; this needs two valid draws on each side.
     - shared draws: Zbar_i belongs to the one draw l = 0, so its generations are split, and for Zbar'_i the
-      draws l >= 1; it takes two valid generations at l = 0 and two valid draws at l >= 1. l = 0 as a part of
-      Zbar'_i only scales D_i, so that both projections have the same reliability. A high value says that the
+      draws l >= 1; this needs two valid generations at l = 0 and two valid draws at l >= 1. l = 0 as a part of
+      Zbar'_i only scales D_i, so that both projections have the same reliability. A high value means that the
       generations depend on which y_{n,0} was drawn; averaged over which draw that is, the causal part of
       shared draws vanishes anyway.
 
     Args:
-        z: [n, d], as for `causal_target`, like all others.
+        z: [n, d], as for `causal_target`, as are all other arguments.
         z_conditioned: [n, L, M, d].
         valid: [n, L, M].
         projection: "inclusive" or "exclusive".
@@ -200,9 +200,9 @@ def causal_diagnostics(
         valid_marginal: [n, K, M].
 
     Returns:
-        shift: [], the mean of |D_i| over the responses with a target, over |zbar|; NaN where there is none.
+        shift: [], the mean of |D_i| over the responses with a target, over |zbar|; NaN without one.
         cos_to_mean: [n], cos(z_i, zbar).
-        split_half: [], the reliability over the responses that have two halves; NaN where there is none.
+        split_half: [], the reliability over the responses that have two halves; NaN without one.
 
     Raises:
         ValueError: As for `causal_target`.
@@ -236,7 +236,7 @@ def _samples(
     z_marginal: Tensor | None,
     valid_marginal: Tensor | None,
 ) -> tuple[Tensor, _Samples]:
-    """Check the arguments of `causal_target` and pick what Zbar_i and Zbar'_i average over."""
+    """Check the arguments of `causal_target` and select the samples of Zbar_i and Zbar'_i."""
     sizes: dict[str, int] = {}
     check_shape("z", z, "n d", sizes)
     check_shape("z_conditioned", z_conditioned, "n L M d", sizes)
@@ -255,21 +255,21 @@ def _samples(
 
 
 def _masked_mean(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of [n, L, M, d] over the valid (l, m), zeros where there is none, and whether there is one."""
+    """Return the mean of [n, L, M, d] over the valid (l, m), zeros if there is none, and whether there is one."""
     total = torch.where(valid.unsqueeze(-1), x, 0).flatten(1, 2).sum(1)
     count = valid.flatten(1, 2).sum(1)
     return total / count.clamp(min=1).unsqueeze(-1), count > 0
 
 
 def _causal_part(samples: _Samples) -> tuple[Tensor, Tensor]:
-    """Zbar_i - Zbar'_i [n, d], and whether both means exist [n]."""
+    """Return Zbar_i - Zbar'_i [n, d], and whether both means exist [n]."""
     conditioned, has_conditioned = _masked_mean(samples.conditioned, samples.conditioned_valid)
     projected, has_projected = _masked_mean(samples.projected, samples.projected_valid)
     return conditioned - projected, has_conditioned & has_projected
 
 
 def _half(samples: _Samples, parity: int) -> _Samples:
-    """The samples whose draw is even (0) or odd (1) among the draws of its row with a valid generation."""
+    """Return the samples whose draw is even (0) or odd (1) among the draws of its row with a valid generation."""
 
     def keep(valid: Tensor) -> Tensor:
         present = valid.any(-1)
@@ -282,7 +282,7 @@ def _half(samples: _Samples, parity: int) -> _Samples:
 
 
 def _length(x: Tensor) -> Tensor:
-    """Row-wise Euclidean norm of [n, d], without under- or overflow of the squares."""
+    """Return the row-wise Euclidean norm of [n, d], without under- or overflow of the squares."""
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[0])
     scale = or_one(x.abs().amax(-1, keepdim=True))
@@ -290,7 +290,7 @@ def _length(x: Tensor) -> Tensor:
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise cosine in [-1, 1] of [n, d] and [n, d]; 0 where a row is zero, without under- or overflow."""
+    """Return the row-wise cosine in [-1, 1] of [n, d] and [n, d]; 0 where a row is zero, without under- or overflow."""
     if a.shape[-1] == 0:
         return a.new_zeros(a.shape[0])
     a, b = (x / or_one(x.abs().amax(-1, keepdim=True)) for x in (a, b))
@@ -299,7 +299,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _gaussian(distance: Tensor, has_target: Tensor) -> Tensor:
-    """exp(-distance^2 / 2 sigma^2), sigma the median of the distances of the rows with a target; [n]."""
+    """Return exp(-distance^2 / 2 sigma^2), sigma the median of the distances of the rows with a target; [n]."""
     known = distance[has_target].sort().values
     if known.numel() == 0:
         return torch.ones_like(distance)
