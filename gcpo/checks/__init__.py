@@ -1,8 +1,8 @@
-"""Checks of a whole run: everything that can be known before the first process starts.
+"""Checks of a whole run: everything that can be checked before the first process starts.
 
 ``check_run`` needs neither Ray nor a GPU. ``recipe.gcpo.main_gcpo`` calls it before Ray starts; under
-``verl.trainer.main_ppo`` the trainer calls it before it makes a worker. The cheap checks come first, and modules that
-take seconds to import (transformers, torch) are imported where they are used, so that a refusal takes no time.
+``verl.trainer.main_ppo`` the trainer calls it before it creates a worker. The cheap checks come first, and modules that
+take seconds to import (transformers, torch) are imported where they are used, so that a refusal is fast.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def check_run(config: DictConfig) -> Any:
         The resolved settings of the method.
 
     Raises:
-        ConfigError: something in it cannot work; the sentence says which setting to change.
+        ConfigError: a setting cannot work; the sentence names the setting and the remedy.
     """
     for module in filter(None, os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")):
-        importlib.import_module(module)  # verl does the same; it may bring the method
+        importlib.import_module(module)  # verl does the same; it may register the method
     name = get(config, "algorithm.adv_estimator")
-    # A name that no method has is refused with the settings of GCPO.
+    # An unknown name is refused together with the settings of GCPO.
     name = name if name in method_names() else "gcpo"
     check_values(config)
     gcpo = _gcpo(config, name)
@@ -71,7 +71,7 @@ def check_run(config: DictConfig) -> Any:
 
 
 def _gcpo(config: DictConfig, name: str) -> GCPOConfig:
-    """The ``gcpo`` group, which every method has; its own parts are off in the run of another method."""
+    """Return the ``gcpo`` group, which every method has; GCPO's own parts are off for other methods."""
     n, length = get(config, "actor_rollout_ref.rollout.n"), get(config, "data.max_response_length")
     settings = group(config, "gcpo")
     gcpo = GCPOConfig.from_config(settings, n=n, response_length=length)
@@ -92,7 +92,7 @@ def _parse(config: DictConfig, name: str) -> Any:
 
 
 def _check_inputs(config: DictConfig) -> list[Table]:
-    """Data, reward function, checkpoint and packages; the training files."""
+    """Check data, reward function, checkpoint and packages, and return the training files."""
     train, validation = (read_tables(config, key) for key in ("data.train_files", "data.val_files"))
     check_reward(config, [*train, *validation])
     check_resume(config)

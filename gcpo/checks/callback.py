@@ -13,10 +13,10 @@ from gcpo.settings import ConfigError
 
 
 class CheckBeforeRay(Callback):
-    """Checks the configuration before hydra calls the main function. Our yaml names it in ``hydra.callbacks``."""
+    """A check of the configuration before hydra calls the main function, set in ``hydra.callbacks`` of our yaml."""
 
     enabled: ClassVar[bool] = True
-    """False where the main function makes the checks itself."""
+    """False if the main function makes the checks itself."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the configuration.

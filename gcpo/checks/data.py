@@ -1,4 +1,4 @@
-"""The data files: format, columns, prompts and right answers, and how many steps they give."""
+"""The data files: format, columns, prompts and right answers, and the number of steps that they provide."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gcpo.reading import MODEL, OUR_REWARD, files_of, first_line, get, group, pl
 from gcpo.settings import ConfigError
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
-"""What verl's data set reads."""
+"""File types that verl's data set reads."""
 OUR_DATASET = "pkg://gcpo.adapters.dataset"
 _GRADED = (None, OUR_REWARD)
-"""Reward functions that compare with the ground truth: verl's and ours. Another one may read it as it likes."""
+"""Reward functions that compare with the ground truth: verl's and ours. Other functions may use it in any way."""
 BATCH, STEPS, EPOCHS = "data.train_batch_size", "trainer.total_training_steps", "trainer.total_epochs"
 
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of one data file that are checked here."""
+    """The columns of one data file that this module checks."""
 
     file: str
     columns: tuple[str, ...]
@@ -40,7 +40,7 @@ class Table:
 def read_tables(config: DictConfig, key: str) -> list[Table]:
     """Read and check the local files that ``key`` names.
 
-    Files of other file systems (``hdfs://...``) are left to verl.
+    Files of other file systems (``hdfs://...``) are not checked.
 
     Raises:
         ConfigError: a file is missing, of another kind, without rows, or has a row that cannot be used.
@@ -111,7 +111,7 @@ def _read_json(path: Path, wanted: tuple[str, ...]) -> tuple[list[str], dict[str
 
 
 def _check_prompts(key: str, table: Table) -> None:
-    """Every prompt is a list of messages whose last one is a text."""
+    """Check that every prompt is a list of messages whose last one is a text."""
     for row, prompt in enumerate(table.prompts):
         messages = prompt if isinstance(prompt, list) else []
         last = messages[-1].get("content") if messages and isinstance(messages[-1], dict) else None
@@ -120,7 +120,7 @@ def _check_prompts(key: str, table: Table) -> None:
 
 
 def _check_truths(key: str, table: Table, *, graded: bool) -> None:
-    """Every row has a ground truth; where it is ``graded``, also one that an answer can be compared with."""
+    """Check that every row has a ground truth, and if it is ``graded``, one that can be compared with an answer."""
     for row, entry in enumerate(table.truths):
         where = f"row {row} of {table.file}"
         if not isinstance(entry, dict) or "ground_truth" not in entry:
@@ -134,7 +134,7 @@ def _check_truths(key: str, table: Table, *, graded: bool) -> None:
 
 
 def truth_problem(truth: Any) -> str | None:
-    """Why nothing can be compared with this ground truth, as a predicate (``is empty``); ``None`` if it is usable."""
+    """Return why an answer cannot be compared with a ground truth, as a predicate (``is empty``), or ``None``."""
     if truth is None:
         return "is missing"
     if isinstance(truth, float) and not math.isfinite(truth):
@@ -167,12 +167,12 @@ def _text_problem(truth: str) -> str | None:
 
 
 def check_steps(config: DictConfig, tables: list[Table]) -> None:
-    """The training rows give a batch, and the epochs give the steps that are asked for.
+    """Check that the training rows are enough for a batch, and the epochs for the requested steps.
 
-    verl validates and saves at the last step, which a run whose epochs end before it never reaches.
+    verl validates and saves at the last step, which a run with too few epochs never reaches.
 
     Raises:
-        ConfigError: there are fewer rows than a batch, or more steps than the epochs give.
+        ConfigError: there are fewer rows than in a batch, or more steps than in the epochs.
     """
     rows = _usable(config, tables)
     if rows is not None:
@@ -180,10 +180,10 @@ def check_steps(config: DictConfig, tables: list[Table]) -> None:
 
 
 def check_filtered_steps(config: DictConfig, tables: list[Table]) -> None:
-    """As `check_steps`, for the rows that ``data.filter_overlong_prompts`` leaves; this needs the tokenizer.
+    """Check as `check_steps` the rows that ``data.filter_overlong_prompts`` keeps; this needs the tokenizer.
 
     Raises:
-        ConfigError: as for `check_steps`, or the tokenizer cannot be read.
+        ConfigError: see `check_steps`, or the tokenizer cannot be read.
     """
     rows = _usable(config, tables)
     if rows is None:
@@ -195,7 +195,7 @@ def check_filtered_steps(config: DictConfig, tables: list[Table]) -> None:
 
 
 def _usable(config: DictConfig, tables: list[Table]) -> int | None:
-    """The number of training rows; ``None`` where a file is on another file system."""
+    """Return the number of training rows, or ``None`` if a file is on another file system."""
     if len(tables) != len(files_of(config, "data.train_files")):
         return None
     rows, limit = sum(len(table.prompts) for table in tables), get(config, "data.train_max_samples", -1)
@@ -203,7 +203,7 @@ def _usable(config: DictConfig, tables: list[Table]) -> int | None:
 
 
 def needed_rows(config: DictConfig) -> int:
-    """So many rows are enough for a batch, and for the steps that are asked for."""
+    """Return the number of rows that is enough for a batch and for the requested steps."""
     batch, steps = get(config, BATCH), get(config, STEPS)
     return batch * (1 if steps is None else math.ceil(steps / get(config, EPOCHS)))
 
@@ -226,10 +226,10 @@ def _compare(config: DictConfig, rows: int, which: str) -> None:
 
 
 def _rows_that_fit(config: DictConfig, prompts: list[Any], usable: int) -> int:
-    """The rows that verl's filter leaves; ``usable`` where it is off or cannot be known here.
+    """Return the number of rows that verl's filter keeps; ``usable`` if it is off or cannot be predicted.
 
-    Counting stops when there are enough. Where verl draws a sample of the rows, any of them may be in it, so that no
-    row is taken for one that is left out.
+    Counting stops when there are enough rows. If verl samples the rows, any row may be in the sample, so that no
+    row counts as removed.
     """
     if not get(config, "data.filter_overlong_prompts") or usable < len(prompts):
         return usable
@@ -245,7 +245,7 @@ def _rows_that_fit(config: DictConfig, prompts: list[Any], usable: int) -> int:
 
 
 def _lengths(config: DictConfig, prompts: list[Any]) -> Iterator[bool]:
-    """Whether each prompt has at most ``data.max_prompt_length`` tokens."""
+    """Yield whether each prompt has at most ``data.max_prompt_length`` tokens."""
     limit, tokenizer = get(config, "data.max_prompt_length"), load_tokenizer(config)
     addition = get(config, "data.episode_prompt") or "" if get(config, "data.custom_cls.path") == OUR_DATASET else ""
     options = group(config, "data.apply_chat_template_kwargs")
@@ -256,14 +256,14 @@ def _lengths(config: DictConfig, prompts: list[Any]) -> Iterator[bool]:
         try:
             text = render(messages, add_generation_prompt=True, tokenize=False, **options)
         except Exception:
-            yield False  # verl leaves out a row whose prompt cannot be rendered.
+            yield False  # verl drops a row whose prompt cannot be rendered.
             continue
-        # A token of a byte-level tokenizer stands for at least one byte, so that a short text need not be encoded.
+        # A token of a byte-level tokenizer has at least one byte, so that a short text need not be encoded.
         yield len(text.encode()) <= limit or len(tokenizer.encode(text, add_special_tokens=False)) <= limit
 
 
 def load_tokenizer(config: DictConfig) -> Any:
-    """The tokenizer of the run, with its chat template.
+    """Return the tokenizer of the run, with its chat template.
 
     Raises:
         ConfigError: transformers cannot read it.

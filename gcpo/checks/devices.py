@@ -1,4 +1,4 @@
-"""Batch sizes against each other and against the devices."""
+"""Checks of the batch sizes and the devices."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gcpo.reading import ACTOR, ROLLOUT, get
 from gcpo.settings import ConfigError
 
 CPUS_PER_RANK = 3
-"""verl reserves so many of Ray's CPUs for every device of its pool."""
+"""Number of Ray's CPUs that verl reserves for every device of its pool."""
 
 
 def check_batches(config: DictConfig) -> None:
-    """The mini-batch divides the batch, and the batch divides over the devices.
+    """Check that the mini-batch divides the batch, and that the batch divides over the devices.
 
     Raises:
-        ConfigError: it does not; verl would fill the batch up with padding rows, or stop in the update.
+        ConfigError: it does not; verl would pad the batch, or stop in the update.
     """
     batch, mini, n = (get(config, key) for key in ("data.train_batch_size", f"{ACTOR}.ppo_mini_batch_size",
                                                    f"{ROLLOUT}.n"))  # fmt: skip
@@ -48,10 +48,10 @@ def check_batches(config: DictConfig) -> None:
 
 
 def check_devices(config: DictConfig) -> None:
-    """A rollout engine fits on the devices, and this machine has them where it is the only one.
+    """Check that a rollout engine fits on the devices, and that a single machine has them.
 
     Raises:
-        ConfigError: there are fewer devices than the settings ask for.
+        ConfigError: there are fewer devices than the settings need.
     """
     gpus, nodes = get(config, "trainer.n_gpus_per_node"), get(config, "trainer.nnodes")
     sizes = {f"{ROLLOUT}.{name}": get(config, f"{ROLLOUT}.{name}", 1)
@@ -65,7 +65,7 @@ def check_devices(config: DictConfig) -> None:
             f"{nodes}); set {' '.join(f'{key}=1' for key in larger)}"
         )
     if nodes > 1 or _on_cluster(config):
-        return  # Only Ray can count the devices of its cluster, and verl asks it before it makes a worker.
+        return  # Only Ray can count the devices of its cluster, and verl asks it before it creates a worker.
     if get(config, "trainer.device") == "cpu":
         _check_logical(config, gpus)
     elif get(config, "trainer.device") == "cuda":
@@ -73,14 +73,14 @@ def check_devices(config: DictConfig) -> None:
 
 
 def _on_cluster(config: DictConfig) -> bool:
-    """Whether Ray runs already; a process of Ray that was given no GPU does not see those of its machine."""
+    """Return whether Ray runs already; a Ray process without a GPU does not see those of its machine."""
     ray = sys.modules.get("ray")
     running = ray is not None and ray.is_initialized()
     return bool(running or get(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS"))
 
 
 def _check_logical(config: DictConfig, gpus: int) -> None:
-    """On a CPU a device is a process, and Ray counts what it is told."""
+    """Check the logical devices: on a CPU a device is a process, and the settings of Ray give their number."""
     logical, cpus = get(config, "ray_kwargs.ray_init.num_gpus", 0), get(config, "ray_kwargs.ray_init.num_cpus")
     if logical < gpus:
         raise ConfigError(
@@ -110,7 +110,7 @@ def _check_gpus(gpus: int) -> None:
 
 
 def count_gpus() -> int:
-    """GPUs that PyTorch can use on this machine."""
+    """Return the number of GPUs that PyTorch can use on this machine."""
     import torch
 
     return torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Lengths of prompts and responses against the model's context and the token budgets."""
+"""Checks of the lengths of prompts and responses against the model's context and the token budgets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PROMPT, _RESPONSE = "data.max_prompt_length", "data.max_response_length"
 
 
 def longest_prompt(config: DictConfig, gcpo: GCPOConfig) -> int:
-    """Tokens of the longest prompt with candidates: the question, the blocks with their labels, the fixed texts.
+    """Return the tokens of the longest prompt with candidates: the question, blocks with labels, and fixed texts.
 
-    The labels and fixed texts are counted as one token a character, which no tokenizer exceeds for plain text.
+    The labels and fixed texts are counted as one token per character, an upper bound for plain text.
     """
     n = get(config, f"{ROLLOUT}.n")
     blocks = gcpo.blocks
@@ -26,12 +26,12 @@ def longest_prompt(config: DictConfig, gcpo: GCPOConfig) -> int:
 
 
 def check_lengths(config: DictConfig, gcpo: GCPOConfig, model: Any) -> None:
-    """Everything that is generated and scored fits; ``rollout.max_model_len`` is filled in where it is null.
+    """Check that everything generated and scored fits, and fill in ``rollout.max_model_len`` if it is null.
 
     Args:
-        config: the run's configuration; changed as said.
+        config: the run's configuration; may be changed.
         gcpo: the resolved ``gcpo`` group.
-        model: transformers' configuration of the model, or ``None`` where it is not known.
+        model: transformers' configuration of the model, or ``None`` if it is unknown.
 
     Raises:
         ConfigError: a prompt with its response is longer than the context or a token budget.
@@ -63,7 +63,7 @@ def check_lengths(config: DictConfig, gcpo: GCPOConfig, model: Any) -> None:
 
 
 def _check_budgets(config: DictConfig, gcpo: GCPOConfig, row: int, longest_row: int) -> None:
-    """verl stops in the middle of a step at a row that is longer than a micro-batch."""
+    """Check that no row is longer than a micro-batch, at which verl would stop within a step."""
     budget = gcpo.scoring.max_token_len_per_gpu or get(config, f"{ACTOR}.ppo_max_token_len_per_gpu")
     if not gcpo.is_grpo and longest_row > budget:
         raise ConfigError(

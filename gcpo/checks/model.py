@@ -1,4 +1,4 @@
-"""The model folder: configuration, weights, tokenizer and chat template, without loading any of them into memory."""
+"""The model folder: configuration, weights, tokenizer and chat template, without loading them into memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SAFETENSORS_HEADER_LIMIT = 100_000_000
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder that ``path`` names on this machine; ``None`` for a model of the hub or of another file system."""
+    """Return the local folder of ``path``, or ``None`` for a model of the hub or of another file system."""
     local = Path(path).expanduser()
     return local if local.is_dir() else None
 
 
 def check_model(config: DictConfig) -> None:
-    """A model folder on this machine is whole: ``config.json``, weights, tokenizer, chat template.
+    """Check that a local model folder is complete: ``config.json``, weights, tokenizer, chat template.
 
     Raises:
         ConfigError: something is missing or cut off; the sentence names the file.
@@ -61,10 +61,10 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> None:
-    """The folder's weight files are there and as long as they say; they are not loaded.
+    """Check that the folder's weight files exist and have their stated sizes, without loading them.
 
     Raises:
-        ConfigError: there is none, a shard of an index is missing, or a file is cut off.
+        ConfigError: there is no weight file, a shard of an index is missing, or a file is cut off.
     """
     for suffix, whole in ((".safetensors", _check_safetensors), (".bin", _check_pickle)):
         names = _weight_files(folder, suffix)
@@ -95,7 +95,7 @@ def _weight_files(folder: Path, suffix: str) -> list[str]:
 
 
 def _check_safetensors(file: Path) -> None:
-    """The header's length, and the end of the last tensor, against the size of the file."""
+    """Check the header's length, and the end of the last tensor, against the size of the file."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -119,7 +119,7 @@ def _check_safetensors(file: Path) -> None:
 
 
 def _check_pickle(file: Path) -> None:
-    """PyTorch's format is a zip archive, whose directory is at the end; older files are a bare pickle."""
+    """Check a PyTorch file: a zip archive, whose directory is at the end, or in older versions a bare pickle."""
     with file.open("rb") as stream:
         start = stream.read(2)
     if start == b"PK" and zipfile.is_zipfile(file) or start[:1] == b"\x80":
@@ -131,7 +131,7 @@ def _check_pickle(file: Path) -> None:
 
 
 def tokenizer_path(config: DictConfig) -> str:
-    """Where verl reads the tokenizer from."""
+    """Return the path from which verl reads the tokenizer."""
     return str(get(config, f"{MODEL}.tokenizer_path") or get(config, KEY))
 
 
@@ -155,11 +155,11 @@ def _check_tokenizer(config: DictConfig, path: str) -> None:
         )
 
 
-# ---- what transformers says ------------------------------------------------------------------------------------------
+# ---- transformers' configuration -------------------------------------------------------------------------------------
 
 
 def model_config(config: DictConfig) -> Any:
-    """transformers' configuration of the model's text part, from its folder or the hub; ``None`` for other places.
+    """Return transformers' configuration of the model's text part, from its folder or the hub, else ``None``.
 
     Raises:
         ConfigError: it cannot be read.

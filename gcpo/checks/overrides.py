@@ -1,4 +1,4 @@
-"""Hydra's errors about the command line in one sentence, with the nearest key that exists."""
+"""One-sentence forms of hydra's errors about the command line, with the nearest existing key."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gcpo.methods import method_class, method_names
 from gcpo.reading import first_line
 
 _UNREAD = ("critic", *LEGACY)
-"""Groups of verl's yaml that no run of ours reads; their keys are never suggested."""
+"""Groups of verl's yaml that our runs never read; their keys are not suggested."""
 
 
 def override_problem(error: Exception, compose: Callable[[], DictConfig]) -> str:
-    """One sentence for an error that hydra or omegaconf raised while it composed the configuration.
+    """Return one sentence for an error that hydra or omegaconf raised while it composed the configuration.
 
     Args:
         error: the error.
-        compose: composes the configuration without the overrides of the command line, for the keys that exist.
+        compose: composes the configuration without the overrides of the command line, to find the existing keys.
     """
     text = str(error).strip()
     override = getattr(error, "override", None)
@@ -61,7 +61,7 @@ def _unknown_option(group: str, option: str, text: str) -> str:
 
 
 def nearest(key: str, keys: Iterable[str]) -> str | None:
-    """The key that is most like ``key``: alike as a whole, or with the same last name elsewhere."""
+    """Return the key most similar to ``key``: as a whole, or with the same last name in another group."""
     known = list(keys)
     if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return close[0]
@@ -75,7 +75,7 @@ def nearest(key: str, keys: Iterable[str]) -> str | None:
 
 
 def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
-    """Every key of a configuration, groups included; interpolations are not resolved."""
+    """Return every key of a configuration, groups included; interpolations are not resolved."""
     if not OmegaConf.is_dict(node):
         return
     for name in node:

@@ -1,4 +1,4 @@
-"""Packages and classes that settings name and that verl imports when the models are up."""
+"""Checks of packages and classes in the settings that verl imports only after loading the models."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _PACKAGES = {
 
 
 def check_packages(config: DictConfig) -> None:
-    """The packages of the loggers are installed, and the optimizer exists.
+    """Check that the packages of the loggers are installed, and that the optimizer exists.
 
     Raises:
-        ConfigError: one of them does not.
+        ConfigError: a package or the optimizer is missing.
     """
     loggers = get(config, "trainer.logger", [])
     for name in [loggers] if isinstance(loggers, str) else loggers:

@@ -1,4 +1,4 @@
-"""The checkpoint that ``trainer.resume_mode=resume_path`` names."""
+"""Check of the checkpoint for ``trainer.resume_mode=resume_path``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PATH, MODE = "trainer.resume_from_path", "trainer.resume_mode"
 
 
 def check_resume(config: DictConfig) -> None:
-    """The folder to resume from is a checkpoint of verl, and checkpoints can be written.
+    """Check that the folder to resume from is a checkpoint of verl, and that checkpoints can be written.
 
     Raises:
-        ConfigError: the path is not set, does not exist, or is no folder ``global_step_N`` with an actor in it; or
+        ConfigError: the path is not set, does not exist, or is not a folder ``global_step_N`` with an actor; or
             ``trainer.default_local_dir`` is not a folder.
     """
     _check_output(config)
@@ -31,7 +31,7 @@ def check_resume(config: DictConfig) -> None:
     if not isinstance(path, str) or not path.strip():
         raise ConfigError(f"{MODE} is resume_path, and {PATH} is {path!r}: name a folder global_step_N")
     if not re.search(r"global_step_\d+$", path):
-        # verl takes everything behind the name for the number of the step.
+        # verl reads everything after the name as the number of the step.
         raise ConfigError(f"{PATH} is {path!r}: its last part must be global_step_N, without a slash behind it")
     folder = Path(path)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The reward function: it exists, knows its options, and can grade the data."""
+"""Checks that the reward function exists, has valid options, and can grade the data."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "time_limit": (lambda value: _is_number(value) and value > 0, "a number of seconds greater than 0"),
     "memory_limit_mb": (lambda value: _is_number(value) and value >= 1, "a number of MiB of at least 1"),
 }
-"""The options of ``gcpo.rewards``: what accepts a value, and the sentence about it."""
+"""The options of ``gcpo.rewards``: the test of a value, and the description of valid values."""
 
 
 def check_reward(config: DictConfig, tables: Iterable[Table]) -> None:
-    """The reward function can be found, its options have values that it takes, and programs can be run.
+    """Check that the reward function exists, its options have valid values, and programs can be run.
 
     Args:
         config: the run's configuration.
         tables: the local data files; programs among them need a sandbox.
 
     Raises:
-        ConfigError: one of these does not hold.
+        ConfigError: a check fails.
     """
     path = get(config, f"{KEY}.path")
     if path is None:
@@ -83,7 +83,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _check_rows(tables: Iterable[Table]) -> bool:
-    """Every row has a grader that can read its ground truth; whether there are programs among the rows."""
+    """Check that every row has a grader that can read its ground truth; whether there are programs among the rows."""
     from gcpo.rewards import grader_of, problem_of
 
     programs = False
@@ -107,18 +107,18 @@ def _check_sandbox(options: dict[str, Any]) -> None:
         raise ConfigError(f"{_OPTIONS}: {error}") from error
 
 
-# ---- where the function is -------------------------------------------------------------------------------------------
+# ---- location of the function ----------------------------------------------------------------------------------------
 
 
 def check_function(path: Any, name: Any) -> None:
-    """The module exists and defines the function. The module's code is read and not run.
+    """Check that the module exists and defines the function. The module's code is read and not run.
 
     Args:
-        path: a file, ``file://...`` or ``pkg://module``, as verl takes them.
+        path: a file, ``file://...`` or ``pkg://module``, as for verl.
         name: the name of the function.
 
     Raises:
-        ConfigError: there is no such module or function, or it is no Python.
+        ConfigError: there is no such module or function, or it is not Python.
     """
     if not isinstance(path, str) or not path.strip():
         raise ConfigError(f"{KEY}.path is {path!r}; it must be a Python file or pkg://module")
@@ -137,7 +137,7 @@ def check_function(path: Any, name: Any) -> None:
 
 
 def _module_file(path: str) -> Path | None:
-    """The file of the module; ``None`` where it is no Python source."""
+    """Return the file of the module, or ``None`` if it is not Python source."""
     if not path.startswith("pkg://"):
         file = Path(path.removeprefix("file://"))
         if not file.is_file():
@@ -154,7 +154,7 @@ def _module_file(path: str) -> Path | None:
 
 
 def _defined(statements: Iterable[ast.stmt]) -> set[str]:
-    """The names that a module has after these statements, branches included."""
+    """Return the names that a module has after these statements, including branches."""
     names: set[str] = set()
     for statement in statements:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -1,6 +1,6 @@
-"""Settings that compose wrongly with what GCPO and GC2PO add to verl.
+"""Checks of settings that conflict with the additions of GCPO and GC2PO to verl.
 
-docs/verl_settings.md has the list of verl's settings with a verdict for each of them.
+docs/verl_settings.md lists verl's settings with a verdict for each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MANAGER = "gcpo.adapters.rollout.GCPOAgentLoopManager"
 _MULTI_TURN = "multi-turn and tool use are not supported"
 
 REFUSED: dict[str, tuple[str, str]] = {
-    # key: (reason, the assignment that makes it right)
+    # key: (reason, the correct assignment)
     f"{ROLLOUT}.multi_turn.enable": (_MULTI_TURN, "False"),
     f"{ROLLOUT}.multi_turn.tool_config_path": (_MULTI_TURN, "null"),
     f"{ROLLOUT}.multi_turn.function_tool_path": (_MULTI_TURN, "null"),
@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[str, str]] = {
 }
 
 LEGACY = ("custom_reward_function", "reward_model", "sandbox_fusion")
-"""Groups that verl's V1 trainer keeps in its yaml and never reads; the group of the same name in ``reward`` counts."""
+"""Groups that verl's V1 trainer keeps in its yaml and never reads; it reads that group in ``reward`` instead."""
 
 
 def check_supported(config: DictConfig, gcpo: GCPOConfig, mode: str) -> None:
@@ -60,7 +60,7 @@ def check_supported(config: DictConfig, gcpo: GCPOConfig, mode: str) -> None:
         mode: ``gcpo`` or ``gc2po``.
 
     Raises:
-        ConfigError: one of them is set; the sentence gives the assignment that makes it right.
+        ConfigError: such a setting is used; the sentence gives the correct assignment.
     """
     _check_required(config, mode)
     for key, (why, right) in REFUSED.items():
@@ -91,7 +91,7 @@ def _check_required(config: DictConfig, mode: str) -> None:
 
 
 def _check_without_effect(config: DictConfig) -> None:
-    """Settings that verl has and does not read in this trainer, where a value was given all the same."""
+    """Refuse values of settings that verl has and does not read in this trainer."""
     for name in LEGACY:
         found = OmegaConf.select(config, name, default=None)
         for key, value in _leaves(found, name):
@@ -163,7 +163,7 @@ def _check_lora(config: DictConfig) -> None:
 
 
 def _check_objective(config: DictConfig, gcpo: GCPOConfig, mode: str) -> None:
-    """What changes rewards or the response mask after the causal stage has read them; plain GRPO has no such stage."""
+    """Refuse settings that change rewards or the response mask after the causal stage, which GRPO does not have."""
     if mode == "gcpo" and gcpo.is_grpo:
         return
     if get(config, "algorithm.use_kl_in_reward"):
@@ -210,7 +210,7 @@ def _check_engine(config: DictConfig, gcpo: GCPOConfig) -> None:
 
 
 def _check_micro_batches(config: DictConfig) -> None:
-    """verl asserts these in a worker, when the model is loaded."""
+    """Check the sizes that verl asserts only in a worker, after loading the model."""
     dynamic = bool(get(config, f"{ACTOR}.use_dynamic_bsz"))
     if bool(get(config, f"{ROLLOUT}.log_prob_use_dynamic_bsz")) != dynamic:
         raise ConfigError(

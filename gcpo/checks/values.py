@@ -1,6 +1,6 @@
-"""Types and ranges of verl's settings, so that a wrong value is refused before a process starts.
+"""Checks of types and ranges of verl's settings, so that a wrong value is refused before a process starts.
 
-verl reads most of them for the first time in a worker, after Ray, the model and vLLM are up.
+verl reads most of them only in a worker, after starting Ray, the model and vLLM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gcpo.settings import ConfigError
 
 @dataclass(frozen=True)
 class Number:
-    """What a numeric setting may be."""
+    """The valid values of a numeric setting."""
 
     least: float = 0
     most: float = math.inf
@@ -26,7 +26,7 @@ class Number:
     """Whether ``least`` itself is excluded."""
     null: bool = False
     also: tuple[float, ...] = ()
-    """Values outside the range that have a meaning of their own."""
+    """Values outside the range that have a special meaning."""
     hint: str = ""
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Number:
         return f"{kind} {bound}{also}{', or null' if self.null else ''}{self.hint}"
 
     def accepts(self, value: Any) -> bool:
-        """Whether ``value`` is a number of this kind."""
+        """Return whether ``value`` is a number of this kind."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return False
         if self.whole and value != int(value):
@@ -178,10 +178,10 @@ SWITCHES = (
 
 
 def check_values(config: DictConfig) -> None:
-    """Every number, name and switch that verl or gcpo reads is of the right type and in its range.
+    """Check that every number, name and switch that verl or gcpo reads has the right type and range.
 
     Raises:
-        ConfigError: one is not; the sentence names the key and the values that it may have.
+        ConfigError: one does not; the sentence names the key and its valid values.
     """
     for key, number in NUMBERS.items():
         value = get(config, key)
