@@ -26,7 +26,7 @@ def show_list() -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep", description="Prepare a data set: verl's parquet schema and a provenance file."
     )
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def evaluation_sets(options: argparse.Namespace, dataset: DataSet) -> EvaluationSets:
-    """The problems that must not be trained on."""
+    """Return the problems that are excluded from training."""
     sets = load_sets(options.against, [one.name for one in SETS.values() if one.kind == "eval"], options.data)
     if sets.origin:
         print(f"compared with: {', '.join(one['set'] for one in sets.origin)}")
@@ -109,7 +109,7 @@ def show_result(output: Path, prepared: Prepared) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command and return the exit code."""
     options = parse(arguments)
     if options.list:
         show_list()

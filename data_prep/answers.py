@@ -1,4 +1,4 @@
-"""Answers as the reward function wants them: normalised once, when a set is prepared."""
+"""Normalisation of answers for the reward function, done once when a set is prepared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_ANSWER = (
     "proof", "the proof", "see proof", "see the proof", "see above", "proof above", "proof complete",
     "proof is complete", "proof omitted", "proved", "proven", "hence proved", "as shown", "shown above",
     "qed", "q.e.d", r"\qed", r"\blacksquare", r"\square", r"\box", "\u25a0", "\u25a1", "\u220e",
-    # references to a text that is not there
+    # references to a missing text
     "see solution", "see the solution", "see explanation", "see the explanation", "omitted",
     # empty columns of other programs
     "notfound", "not found", "answer not found", "no answer", "no answer found", "not available", "not provided",
@@ -31,15 +31,15 @@ _ENDS = " .,:;!?$-\u2010\u2011\u2012\u2013\u2014\u2212_\u2026"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
-# As in gcpo.rewards.math: with a remark these are alternatives, and a bare "4 or 5" is a list that needs both.
+# As in gcpo.rewards.math: with a remark these are alternatives, but a bare "4 or 5" is a list that needs both.
 _ACCEPTED = re.compile(r"(\d+(?: or \d+)+) \(.*\)", re.ASCII)
 
 
 def answers_of(value: Any) -> list[str]:
-    """All right answers that the value of an answer column holds, normalised, without duplicates.
+    """Return all right answers in the value of an answer column, normalised, without duplicates.
 
     Raises:
-        Drop: there is no answer that could be graded.
+        Drop: there is no gradable answer.
     """
     if isinstance(value, str) and (both := _ACCEPTED.fullmatch(value.strip())):
         value = both[1].split(" or ")
@@ -59,14 +59,14 @@ def answers_of(value: Any) -> list[str]:
 
 
 def is_no_answer(answer: str) -> bool:
-    """Whether an answer is one of `NO_ANSWER`, or only punctuation and dashes."""
+    """Return whether an answer is one of `NO_ANSWER`, or only punctuation and dashes."""
     bare = _FONTS.sub(lambda match: match[1] or match[2] or "", answer)
     bare = re.sub(r"\s+", " ", bare).strip(_ENDS).lower()
     return not bare or bare in NO_ANSWER
 
 
 def canonical(value: Any) -> str:
-    """An answer as text: numbers without leading zeros, thousands separators, units and ``.0``; others unchanged."""
+    """Return an answer as text: numbers lose leading zeros, thousands separators, units and ``.0``."""
     if value is None or isinstance(value, bool):
         return ""
     if isinstance(value, float):
@@ -79,15 +79,15 @@ def canonical(value: Any) -> str:
 
 
 def encode(answers: Sequence[str]) -> str:
-    """The column ``ground_truth``: the answer itself, or several right ones as a JSON list."""
+    """Return the column ``ground_truth``: the answer itself, or several right ones as a JSON list."""
     return answers[0] if len(answers) == 1 else json.dumps(list(answers), ensure_ascii=False)
 
 
 def boxed(solution: Any) -> str:
-    r"""The answer in the ``\boxed{}`` of a solution.
+    r"""Return the answer in the ``\boxed{}`` of a solution.
 
     Raises:
-        Drop: there is none, or several hold different answers: they may be parts of the answer or steps to it.
+        Drop: there is none, or several have different answers, which may be parts of the answer or steps to it.
     """
     found = [answer for answer in boxes_of(solution) if answer.strip()] if isinstance(solution, str) else []
     if not found:
@@ -98,7 +98,7 @@ def boxed(solution: Any) -> str:
 
 
 def boxes_of(text: str) -> Iterator[str]:
-    """The contents of all closed boxes, in order; of nested boxes only the outermost counts."""
+    """Yield the contents of all closed boxes, in order; of nested boxes only the outermost counts."""
     at = 0
     while box := _BOX.search(text, at):
         at, depth = box.end(), 1
@@ -111,14 +111,14 @@ def boxes_of(text: str) -> Iterator[str]:
 
 
 def string_of(value: Any, what: str) -> str:
-    """``value``; raises `Drop` if it is no text."""
+    """Return ``value``; raise `Drop` if it is not a string."""
     if not isinstance(value, str):
         raise Drop(f"its {what} is no text")
     return value
 
 
 def text_of(value: Any, what: str = "question") -> str:
-    """``value`` without white space at its ends; raises `Drop` if it is empty or no text."""
+    """Return ``value`` without surrounding white space; raise `Drop` if it is empty or not a string."""
     text = value.strip() if isinstance(value, str) else ""
     if not text:
         raise Drop(f"empty {what}")

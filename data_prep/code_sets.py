@@ -1,12 +1,12 @@
-"""The sets of programs: where they are on the hub, their prompts, and their tests as ``gcpo.rewards.code`` reads them.
+"""The sets of programs: their places on the hub, their prompts, and their tests in the form of ``gcpo.rewards.code``.
 
-**MBPP** has the prompt of its authors: the task and its tests, here with the request for a code block, since the answer
+**MBPP** has the prompt of its authors: the task and its tests, with an added request for a code block, since the answer
 is a chat message and not a continuation up to their ``[DONE]``. Task ids 601 to 974 are for training, 511 to 600 are
 held out, 11 to 510 are the evaluation set ``mbpp_test``, and 1 to 10 are only for few-shot prompts: MBPP's own splits.
 
 **HumanEval** has EvalPlus' prompt for chat models: one sentence, and the function's head in a code block. The answer is
 a whole function or the rest of one. HumanEval has no few-shot examples; frameworks that offer them (such as
-lm-evaluation-harness with ``--num_fewshot 5``, which warns about it) draw from the 164 problems that are measured.
+lm-evaluation-harness with ``--num_fewshot 5``, which warns about it) draw from the 164 evaluation problems.
 ``humaneval_5shot`` uses problems 2 to 6 of MBPP's prompt split instead (2, 3 and 4 are the examples of MBPP's authors),
 in HumanEval's form, as earlier turns of the conversation.
 
@@ -47,7 +47,7 @@ HUMANEVAL_QUESTION = (
 
 
 def lines(text: Any, what: str) -> str:
-    """Text with ``LF`` line ends, which vary in MBPP; raises `Drop` if it is no text."""
+    """Return text with ``LF`` line ends, which vary in MBPP; raise `Drop` if it is not a string."""
     return string_of(text, what).replace("\r\n", "\n")
 
 
@@ -55,13 +55,13 @@ def lines(text: Any, what: str) -> str:
 
 
 def mbpp_tests(row: Raw) -> dict[str, Any]:
-    """The tests of a row of MBPP.
+    """Return the tests of a row of MBPP.
 
     ``names`` are the names that the tests use and the reference solution defines. Some shadow builtins (``sum``), which
     a program may replace only where the reference solution does.
 
     Raises:
-        Drop: a test is no Python, or nothing of the program is tested.
+        Drop: a test is not Python, or the tests do not use the program.
     """
     setup = lines(row.get("test_setup_code") or "", "setup of the tests")
     cases = tests_of(row)
@@ -74,7 +74,7 @@ def mbpp_tests(row: Raw) -> dict[str, Any]:
     names = [name for name in defined if name in used]
     if not names:
         raise Drop("its tests test nothing")
-    # One test compares with sys.getsizeof and leaves the import to the program.
+    # One test compares with sys.getsizeof and relies on the program's import.
     modules = sorted(name for name in used if name in sys.stdlib_module_names and not hasattr(builtins, name))
     imports = "".join(f"import {name}\n" for name in modules if name not in names)
     before = imports + (setup and setup.rstrip() + "\n")
@@ -82,19 +82,19 @@ def mbpp_tests(row: Raw) -> dict[str, Any]:
 
 
 def tests_of(row: Raw) -> list[str]:
-    """The tests of a row of MBPP; raises `Drop` if they are no list of texts."""
+    """Return the tests of a row of MBPP; raise `Drop` if they are not a list of strings."""
     if not isinstance(row["test_list"], list):
         raise Drop("its tests are no list")
     return [lines(test, "test") for test in row["test_list"]]
 
 
 def names_of(tree: ast.AST, context: type[ast.expr_context]) -> set[str]:
-    """Names that are used in this context."""
+    """Return the names that are used in this context."""
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
 
 
 def top_level_names(tree: ast.Module) -> list[str]:
-    """Functions, classes and variables of a module, in order."""
+    """Return the functions, classes and variables of a module, in order."""
     found: dict[str, None] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -105,7 +105,7 @@ def top_level_names(tree: ast.Module) -> list[str]:
 
 
 def mbpp_row(row: Raw, *, held_out: bool = False) -> Row:
-    """A row of MBPP."""
+    """Return a row of MBPP."""
     task, tests = text_of(row["text"]), mbpp_tests(row)
     shown = "\n".join(test.strip() for test in tests_of(row))
     prompt = MBPP_QUESTION.format(task=task, tests=shown)
@@ -114,7 +114,7 @@ def mbpp_row(row: Raw, *, held_out: bool = False) -> Row:
 
 
 def task_id(row: Raw) -> int:
-    """Its number, which tells its split."""
+    """Return the task id, which determines the split."""
     try:
         return int(row["task_id"])
     except (TypeError, ValueError, OverflowError):
@@ -122,7 +122,7 @@ def task_id(row: Raw) -> int:
 
 
 def mbpp_train(row: Raw) -> Row:
-    """A row of MBPP to train on; its validation part is held out."""
+    """Return a row of MBPP to train on; its validation part is held out."""
     number = task_id(row)
     if number in MBPP_TEST:
         raise Drop("of MBPP's test part (task ids 11 to 510)")
@@ -132,7 +132,7 @@ def mbpp_train(row: Raw) -> Row:
 
 
 def mbpp_test(row: Raw) -> Row:
-    """A row of MBPP to evaluate on."""
+    """Return a row of MBPP to evaluate on."""
     if task_id(row) not in MBPP_TEST:
         raise Drop("not of MBPP's test part (task ids 11 to 510)")
     return mbpp_row(row)
@@ -142,7 +142,7 @@ def mbpp_test(row: Raw) -> Row:
 
 
 def humaneval_row(row: Raw, examples: Sequence[Mapping[str, str]] = ()) -> Row:
-    """A row of HumanEval, after the turns of the examples."""
+    """Return a row of HumanEval, after the turns of the examples."""
     prompt = lines(row["prompt"], "prompt")
     entry_point = text_of(row["entry_point"], "entry point")
     tests = {"prompt": prompt, "test": lines(row["test"], "test"), "entry_point": entry_point}
@@ -156,9 +156,9 @@ def humaneval_row(row: Raw, examples: Sequence[Mapping[str, str]] = ()) -> Row:
 
 
 def example_of(row: Raw) -> tuple[str, str]:
-    """A problem of MBPP in HumanEval's form: (what is asked, the whole program).
+    """Return a problem of MBPP in HumanEval's form: (the question, the whole program).
 
-    The task and the tests become the docstring of the function that is tested, the tests as in a console.
+    The task and the tests become the docstring of the tested function, with the tests as in a console.
     """
     entry = mbpp_tests(row)["names"][-1]
     tree = ast.parse(lines(row["code"], "reference solution"))
@@ -181,13 +181,13 @@ def example_of(row: Raw) -> tuple[str, str]:
 
 
 def five_shot(sources: Sequence[str]) -> DataSet:
-    """HumanEval with five examples of MBPP.
+    """Return HumanEval with five examples of MBPP.
 
     Args:
-        sources: of MBPP: files, a folder, or a data set of the hub; nothing: its usual place.
+        sources: source of MBPP: files, a folder, or a data set of the hub; empty: its usual place.
 
     Raises:
-        DataError: MBPP can't be read, or the examples are not in it.
+        DataError: MBPP cannot be read, or lacks the examples.
     """
     try:
         source = read_source(MBPP_PROMPTS, sources)
@@ -227,7 +227,7 @@ def _without_examples(row: Raw) -> Row:
 
 
 def eurus_row(row: Raw) -> Row:
-    """A row of Eurus-2-RL-Data, which is in verl's schema already; its system message is left out."""
+    """Return a row of Eurus-2-RL-Data, which is in verl's schema already, without its system message."""
     origin = string_of(row["data_source"], "data source")
     if origin not in VERL_CODE:
         raise Drop("no problem of a programming contest")
@@ -265,7 +265,7 @@ def _mbpp(
 
 
 MBPP_PROMPTS = _mbpp("mbpp_prompt", "eval", "MBPP's few-shot part", mbpp_row, "prompt")
-"""The source of the few-shot examples; not a set of its own."""
+"""The source of the few-shot examples, not a separate set."""
 
 HUMANEVAL_5SHOT = _set(
     "humaneval_5shot",

@@ -1,7 +1,7 @@
 """The steps of every data set: read, convert, drop, decontaminate, write.
 
-A set is a `data_prep.schema.DataSet`: where it is on the hub, the schemas its files come in, and for each schema a
-function that turns a raw row into a `Row` or raises `Drop`. `prepare` does the rest, the same for all sets. The same
+A set is a `data_prep.schema.DataSet`: its place on the hub, the schemas of its files, and for each schema a
+function that turns a raw row into a `Row` or raises `Drop`. `prepare` does the rest for all sets. The same
 input gives the same bytes.
 """
 
@@ -28,7 +28,7 @@ def read_source(dataset: DataSet, sources: Sequence[str], revision: str | None =
     """Read local files, a local folder, or a data set of the hub; by default the set's usual place.
 
     Raises:
-        DataError: the source does not exist or can't be read.
+        DataError: the source does not exist or cannot be read.
     """
     if not sources:
         if not dataset.hubs:
@@ -50,7 +50,7 @@ def _looks_like_hub(source: str) -> bool:
 
 
 def find_schema(dataset: DataSet, source: Source) -> Schema:
-    """The set's first schema whose columns the source has.
+    """Return the set's first schema whose columns the source has.
 
     Raises:
         DataError: a column is missing.
@@ -65,13 +65,13 @@ def find_schema(dataset: DataSet, source: Source) -> Schema:
 
 @dataclass
 class Prepared:
-    """Rows in verl's schema, and what happened to the others.
+    """Rows in verl's schema, and records of the other rows.
 
     Attributes:
         dropped: reason -> numbers (from 0 in the source) of the dropped rows.
         noted: note -> numbers of rows that were kept.
-        overlaps: the rows that an evaluation set also has, with the place in it and the similarity.
-        changed: files in the output folder that had other bytes before.
+        overlaps: the rows that an evaluation set also has, with the position in that set and the similarity.
+        changed: files in the output folder whose bytes changed.
     """
 
     dataset: DataSet
@@ -86,14 +86,14 @@ class Prepared:
 
     @property
     def summary(self) -> str:
-        """How many rows were dropped, and why."""
+        """The numbers of dropped rows with the reasons."""
         return ", ".join(f"{len(which)} × {reason}" for reason, which in self.dropped.items()) or "none dropped"
 
     def require_rows(self, label: str) -> None:
         """Refuse a result without rows.
 
         Raises:
-            DataError: no row is left, or a training set has none to train on.
+            DataError: no row remains, or a training set has none to train on.
         """
         if not self.train and not self.test:
             raise DataError(f"{label} has no usable row of {self.dataset.name} ({self.summary})")
@@ -101,7 +101,7 @@ class Prepared:
             raise DataError(f"{label} has no row of {self.dataset.name} to train on ({self.summary})")
 
     def provenance(self, source: Source, drawn: dict[str, int] | None, compared: list[Any]) -> dict[str, Any]:
-        """The content of ``provenance.json``, without the written files."""
+        """Return the content of ``provenance.json``, without the written files."""
         listed = {
             name: {reason: {"count": len(which), "rows": which} for reason, which in reasons.items()}
             for name, reasons in (("dropped", self.dropped), ("noted", self.noted))
@@ -136,14 +136,14 @@ def convert_rows(
     seed: int = SEED,
     evaluation: EvaluationSets | None = None,
 ) -> Prepared:
-    """Rows in verl's schema.
+    """Convert raw rows to verl's schema.
 
     Args:
         dataset: the set that the rows belong to.
         source: the raw rows.
-        rows: how many of the usable ones to draw at random; None: all, in the order of the source.
-        seed: of the draw; the same seed and source give the same rows in the same order.
-        evaluation: problems that must not be trained on; ignored for an evaluation set.
+        rows: number of usable rows to draw at random; None: all rows, in the order of the source.
+        seed: seed of the draw; the same seed and source give the same rows in the same order.
+        evaluation: problems that are excluded from training; ignored for an evaluation set.
 
     Raises:
         DataError: no schema fits.
@@ -176,7 +176,7 @@ def convert_rows(
 
 
 def _convert(dataset: DataSet, schema: Schema, raw: Mapping[str, Any]) -> Row:
-    """A row of the set.
+    """Convert a raw row.
 
     Raises:
         Drop: a column is missing, or the row cannot be used.
@@ -187,7 +187,7 @@ def _convert(dataset: DataSet, schema: Schema, raw: Mapping[str, Any]) -> Row:
     row = schema.convert(raw)
     try:
         (row.question + row.ground_truth).encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and no file can
+    except UnicodeEncodeError:  # a lone surrogate, which JSON allows but no file
         raise Drop("half a character, which is no text") from None
     return checked(dataset, row)
 
@@ -196,7 +196,7 @@ def _decontaminate(prepared: Prepared, row: Row, index: int, seen: set[str], eva
     """Drop a training row that is a duplicate or also in an evaluation set; a held-out row may be in one.
 
     Raises:
-        Drop: for either reason.
+        Drop: the row is such a duplicate.
     """
     key = key_of(row.question)
     if key in seen:
@@ -223,17 +223,17 @@ def prepare(
 
     Args:
         dataset: the set to prepare.
-        output: a folder of its own; earlier files of this set are replaced.
+        output: the set's folder, in which earlier files of this set are replaced.
         sources: local files, a folder, or a data set of the hub; by default the set's usual place.
-        revision: of the data set of the hub.
-        rows: how many rows to draw; None: the set's own number.
-        seed: of the draw.
-        evaluation: problems that must not be trained on.
-        examples: like ``sources``, of the set that few-shot examples are taken from.
+        revision: revision of the data set of the hub.
+        rows: number of rows to draw; None: the set's default.
+        seed: seed of the draw.
+        evaluation: problems that are excluded from training.
+        examples: sources of the set with the few-shot examples, like ``sources``.
         say: called with a line about the source.
 
     Raises:
-        DataError: the source can't be used, no row is left, or ``output`` can't be written; ``output`` is unchanged.
+        DataError: the source cannot be used, no row remains, or ``output`` cannot be written; ``output`` is unchanged.
     """
     check_output(dataset, output)
     if dataset.few_shot is not None:

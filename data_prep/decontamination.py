@@ -1,4 +1,4 @@
-"""Decontamination: training problems that an evaluation set also has, word for word or nearly so."""
+"""Decontamination: detection of training problems that an evaluation set also contains, exactly or nearly."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from data_prep.files import read_file, sha256_of
 from data_prep.schema import PROVENANCE, DataError
 
 GRAM = 5
-"""Words of an n-gram."""
+"""Number of words of an n-gram."""
 MIN_SHARED = 0.6
-"""Two problems are nearly the same if they share at least this fraction of the shorter one's n-grams."""
+"""Two problems are nearly the same if they share at least this fraction of the shorter problem's n-grams."""
 FEWEST = 10
-"""Lower bound of the n-grams of a problem in that fraction: a short problem does not match all that contain it."""
+"""Lower bound of a problem's n-grams in that fraction, so that a short problem does not match all that contain it."""
 QUESTION_COLUMNS = ("question", "problem", "Question", "Problem", "prompt", "text")
 
 _DIAGRAM = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
@@ -28,28 +28,28 @@ _WORD = re.compile(r"\\[a-z]+|[^\W\d_]+|\d|[^\s\w]")
 
 
 def words(question: str) -> list[str]:
-    """A problem as words, digits and operators, without diagrams, punctuation and what only changes the layout."""
+    """Return a problem as words, digits and operators, without diagrams, punctuation and layout."""
     text = _FRACTION.sub(r"\\frac ", _DIAGRAM.sub(" ", question))
     return _WORD.findall(_LAYOUT.sub(" ", text).lower())
 
 
 def key_of(question: str) -> str:
-    """A key that is equal for problems that differ only in layout."""
+    """Return a key that is equal for problems that differ only in layout."""
     return " ".join(words(question)) or question.strip()
 
 
 def grams(parts: Sequence[str], size: int = GRAM) -> set[tuple[str, ...]]:
-    """All runs of ``size`` words; of a shorter text, the text itself."""
+    """Return all runs of ``size`` words; of a shorter text, the text itself."""
     if len(parts) <= size:
         return {tuple(parts)} if parts else set()
     return {tuple(parts[start : start + size]) for start in range(len(parts) - size + 1)}
 
 
 class EvaluationSets:
-    """The problems of evaluation sets, found by their text or by most of their n-grams.
+    """The problems of evaluation sets, indexed by text and n-grams.
 
     Attributes:
-        origin: which sets these are, for the provenance.
+        origin: the origins of the sets, for the provenance.
     """
 
     def __init__(self) -> None:
@@ -71,11 +71,11 @@ class EvaluationSets:
                 self._index[gram].append(place)
 
     def find(self, question: str) -> dict[str, Any] | None:
-        """The problem that is the same, or nearly so.
+        """Find an equal or nearly equal problem.
 
         Returns:
             Its ``set`` and ``set_row``; ``match``: exact (but for white space), letters (the same letters and digits)
-            or near; ``shared``: the fraction of the shorter problem's n-grams that the other one has; or None.
+            or near; ``shared``: the fraction of the shorter problem's n-grams that the other problem has; or None.
         """
         of_question = grams(words(question))
         if (place := self._exact.get(key_of(question))) is not None:
@@ -102,15 +102,15 @@ def _letters(question: str) -> str:
 
 
 def load_sets(against: Sequence[str], names: Sequence[str], folder: Path) -> EvaluationSets:
-    """Evaluation sets by name, as prepared under ``folder``, or any file that has problems.
+    """Load evaluation sets by name, as prepared in ``folder``, or from any file with problems.
 
     Args:
-        against: names or files; ``auto`` means all that are prepared, ``none`` none.
+        against: names or files; ``auto`` means all prepared sets, ``none`` no set.
         names: names of all evaluation sets.
-        folder: where sets are prepared.
+        folder: the folder of prepared sets.
 
     Raises:
-        DataError: one does not exist or has no problems.
+        DataError: a set does not exist or has no problems.
     """
     sets = EvaluationSets()
     for one in against:

@@ -18,7 +18,7 @@ SPLITS = ("train", "test", "validation")
 
 
 def files_of(dataset: DataSet, path: Path) -> list[Path]:
-    """The file itself, or a folder's files of the set's split."""
+    """Return the file itself, or the files of the set's split in a folder."""
     if not path.exists():
         raise DataError(f"there is no file or folder {path}; give one, or a data set of the hub as OWNER/NAME")
     if path.is_file():
@@ -40,7 +40,7 @@ def files_of(dataset: DataSet, path: Path) -> list[Path]:
     chosen = [file for file in found if splits[file] == dataset.folder_split] or [
         file for file in found if not splits[file]
     ]
-    # Without the split in their names, parts of one set differ only in numbers; other files are other sets.
+    # Names without a split differ only in numbers if they are parts of one set.
     kinds = {re.sub(r"\d+", "", file.name) for file in chosen if split_of(Path(file.name)) is None}
     if chosen and len(kinds) <= 1:
         return chosen
@@ -57,10 +57,10 @@ def split_of(path: Path) -> str | None:
 
 
 def read_files(dataset: DataSet, files: Sequence[Path]) -> Source:
-    """Rows of local files of the same schema.
+    """Read the rows of local files with the same schema.
 
     Raises:
-        DataError: a file can't be read, or it has no rows.
+        DataError: a file cannot be read, or it has no rows.
     """
     import pyarrow as pa
 
@@ -86,17 +86,17 @@ def read_files(dataset: DataSet, files: Sequence[Path]) -> Source:
 
 
 def read_file(path: Path, used: Callable[[Iterable[str]], list[str]] = list) -> tuple[Any, set[str]]:
-    """Rows of a json, jsonl (also gzipped) or parquet file, and the names of all its columns.
+    """Read the rows of a json, jsonl (also gzipped) or parquet file, and the names of all its columns.
 
     Args:
         path: the file.
-        used: chooses the columns of a parquet file that are read.
+        used: function that selects the columns to read from a parquet file.
 
     Returns:
         A list of mappings, or an arrow table for parquet.
 
     Raises:
-        DataError: it can't be read, or holds no rows of objects.
+        DataError: the file cannot be read, or has no rows of objects.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -118,7 +118,7 @@ def read_file(path: Path, used: Callable[[Iterable[str]], list[str]] = list) -> 
 
 
 def _rows_of_json(text: str) -> Any:
-    """A list of objects, or one object per line, which some files with the suffix .json hold as well."""
+    """Return a list of objects, or one object per line, which some files with the suffix .json also contain."""
     if text.lstrip()[:1] in ("[", ""):
         return json.loads(text) if text.strip() else []
     rows = []
@@ -133,12 +133,12 @@ def _rows_of_json(text: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error."""
+    """Return the first line of an error's message."""
     text = getattr(error, "strerror", None) or str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

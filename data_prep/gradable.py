@@ -1,10 +1,10 @@
-"""Whether the grader can grade the right answers of a set.
+"""Check that the grader can grade the right answers of a set.
 
 An answer is useless if the grader rejects a response that has exactly this answer in its box. An answer that
 math-verify cannot parse as mathematics is compared only as text; such rows are counted.
 
-A separate program, ``python -m data_prep.gradable``, parses the answers: sympy evaluates while it parses, which never
-ends for some answers, in code that no exception interrupts. A signal ends the program at such an answer.
+A separate program, ``python -m data_prep.gradable``, parses the answers: sympy evaluates while parsing, which does not
+end for some answers, in code that no exception interrupts. A signal ends the program at such an answer.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from gcpo.rewards import GraderError, boxed_answer, grader_of, same_answer
 UNGRADABLE = "an answer that the grader cannot take for right, such as unclosed braces"
 TEXT_ONLY = "an answer that math-verify cannot read, which is compared as text only"
 SECONDS = 5.0
-"""Processor time per answer."""
+"""Processor time per answer in seconds."""
 MEMORY = 2**30
-"""Bytes of address space."""
+"""Address space in bytes."""
 _PLAIN = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
 
 
 def checked(dataset: DataSet, row: Row) -> Row:
-    """The row; in an evaluation set, which keeps all rows, with a note where it cannot be graded.
+    """Return the row; in an evaluation set, which keeps all rows, with a note if it cannot be graded.
 
     Raises:
-        Drop: it cannot be graded, and the set is one to train on.
+        Drop: the row cannot be graded, and the set is a training set.
     """
     if dataset.ability != "math" or is_gradable(row.ground_truth):
         return row
@@ -47,43 +47,43 @@ def checked(dataset: DataSet, row: Row) -> Row:
 
 
 def is_gradable(ground_truth: str) -> bool:
-    """Whether the grader accepts each of the right answers in the box of a response."""
+    """Return whether the grader accepts each of the right answers in the box of a response."""
     try:
         if grader_of("", ground_truth) != "boxed":
             return False
-    except ValueError:  # it looks like the tests of a program
+    except ValueError:  # it has the form of a program's tests
         return False
     boxes = [boxed_answer(rf"\boxed{{{answer}}}") for answer in forms_of(ground_truth)]
     return all(box is not None and same_answer(box, ground_truth) for box in boxes)
 
 
 def forms_of(ground_truth: str) -> list[str]:
-    """All right answers in a ``ground_truth`` that ``data_prep.answers.encode`` wrote."""
+    """Return all right answers in a ``ground_truth`` that ``data_prep.answers.encode`` wrote."""
     return json.loads(ground_truth) if ground_truth.startswith('["') else [ground_truth]
 
 
 def compared_as_text(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The numbers (in the source) of prepared rows with a right answer that math-verify cannot read."""
+    """Return the numbers (in the source) of prepared rows with a right answer that math-verify cannot read."""
     answers = {row["extra_info"]["source_row"]: forms_of(row["reward_model"]["ground_truth"]) for row in rows}
     not_read = unreadable(answer for forms in answers.values() for answer in forms)
     return [number for number, forms in answers.items() if not_read.intersection(forms)]
 
 
 def unreadable(answers: Iterable[str]) -> set[str]:
-    """The answers that math-verify cannot parse within the limits. Plain numbers need no parser."""
+    """Return the answers that math-verify cannot parse within the limits. Plain numbers need no parser."""
     left = [answer for answer in dict.fromkeys(answers) if not _PLAIN.fullmatch(answer)]
     found: set[str] = set()
     while left:
         replies = _read(left)
         found |= {answer for answer, reply in zip(left, replies, strict=False) if reply == "0"}
-        if len(replies) < len(left):  # it ended at an answer that takes too long
+        if len(replies) < len(left):  # the program ended at an answer that takes too long
             found.add(left[len(replies)])
         left = left[len(replies) + 1 :]
     return found
 
 
 def _read(answers: list[str]) -> str:
-    """One digit per answer, up to the answer at which the program ended."""
+    """Return one digit per answer, up to the answer at which the program ended."""
     folder = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *filter(None, sys.path)])}
     command = [sys.executable, "-m", "data_prep.gradable"]
@@ -105,7 +105,7 @@ def main() -> None:
 
     from math_verify import LatexExtractionConfig, parse
 
-    logging.disable(logging.CRITICAL)  # math-verify warns that it has no time limit
+    logging.disable(logging.CRITICAL)  # suppresses math-verify's warning about a missing time limit
     config = LatexExtractionConfig(boxed_match_priority=0)
     no_limit: Any = None  # declared as a number
     replies.write(b"r")
@@ -113,7 +113,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signal ends this process
         try:
             read = parse(f"\\boxed{{{answer}}}", [config], fallback_mode="no_fallback", parsing_timeout=no_limit)
-        except Exception:  # sympy raises many kinds of errors on what it cannot read
+        except Exception:  # sympy raises many kinds of errors on unreadable texts
             read = []
         signal.setitimer(signal.ITIMER_PROF, 0)
         replies.write(b"1" if read else b"0")

@@ -1,4 +1,4 @@
-"""Reading from the hub, with the `datasets` library and its cache."""
+"""Reading of data sets from the hub, with the `datasets` library and its cache."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 HASHED = 65_536
-"""Rows that are hashed at a time."""
+"""Number of rows that are hashed at a time."""
 TIMEOUT = 20
-"""Seconds until the cache is used instead of the hub."""
+"""Seconds to wait for the hub before the cache is used."""
 
 
 def read_hub(dataset: DataSet, hub: Hub, revision: str | None = None) -> Source:
-    """The rows of a data set of the hub, or of its copy in the cache if the hub does not answer.
+    """Return the rows of a data set of the hub, or of its copy in the cache if the hub does not answer.
 
     Raises:
-        DataError: neither has it, or it has no such revision, configuration or split, or no rows.
+        DataError: neither has the data set, or it has no such revision, configuration or split, or no rows.
     """
     import datasets
     import huggingface_hub
@@ -71,10 +71,10 @@ def read_hub(dataset: DataSet, hub: Hub, revision: str | None = None) -> Source:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """The commit of a revision; None where the hub does not answer.
+    """Return the commit of a revision, or None if the hub does not answer.
 
     Raises:
-        DataError: the hub answers that there is none.
+        DataError: the hub has no such data set or revision.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -89,13 +89,13 @@ def _commit(name: str, revision: str | None) -> str | None:
         raise DataError(
             f"there is no file {name}, and no data set of this name on the hub that you may read"
         ) from error
-    except Exception:  # no network: HTTP libraries and proxies have errors of their own
+    except Exception:  # no network: HTTP libraries and proxies raise many kinds of errors
         return None
 
 
 @contextlib.contextmanager
 def _cache_only(wanted: bool) -> Iterator[None]:
-    """Switch the libraries offline: otherwise they retry for half a minute although the hub does not answer."""
+    """Switch the libraries offline, since they would retry an unreachable hub for half a minute."""
     import huggingface_hub
     from datasets import config
 
@@ -109,7 +109,7 @@ def _cache_only(wanted: bool) -> Iterator[None]:
 
 
 def _one_split(splits: Any, hub: Hub) -> Any:
-    """The requested split, or the only one."""
+    """Return the requested split, or the only one."""
     if hub.split in splits:
         return splits[hub.split]
     if len(splits) == 1:
@@ -118,7 +118,7 @@ def _one_split(splits: Any, hub: Hub) -> Any:
 
 
 def _commit_of_cache(part: Any) -> str | None:
-    """The commit in the names of the files that a data set was loaded from."""
+    """Return the commit in the names of the files from which a data set was loaded."""
     places = [*(part.info.download_checksums or {}), *(file["filename"] for file in part.cache_files)]
     return next((match[0] for place in places if (match := re.search(r"\b[0-9a-f]{40}\b", place))), None)
 
@@ -126,7 +126,7 @@ def _commit_of_cache(part: Any) -> str | None:
 def _hash_of_rows(table: pa.Table) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(table), HASHED):
-        # A slice keeps the chunks and offsets of the table; the same rows would have another hash.
+        # A slice keeps the chunks and offsets of the table, which would change the hash of equal rows.
         rows = table.take(list(range(start, min(start + HASHED, len(table)))))
         for batch in rows.combine_chunks().to_batches():
             digest.update(batch.serialize())

@@ -1,4 +1,4 @@
-"""The mathematics sets: where they are on the hub, and how their rows are read."""
+"""The mathematics sets: their places on the hub, and the conversion of their rows."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from gcpo.rewards import same_answer
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 LAST_YEAR = 2023
-"""Of AIME problems that may be trained on; those of 2024 are an evaluation set."""
+"""Last year of AIME problems for training; those of 2024 are an evaluation set."""
 
 LONGEST = 200
-"""Characters of an answer of NuminaMath; a longer one is a sentence or a list that no grader can compare."""
+"""Largest length of a NuminaMath answer; longer ones are sentences or lists that no grader can compare."""
 
 Raw = Mapping[str, Any]
 
 
 def problem(question: Any, answer: Any, details: Mapping[str, Any], held_out: bool = False) -> Row:
-    """A row of a question and its answer, in whatever form the answer comes."""
+    """Return a row from a question and its answer in any form."""
     text, answers = text_of(question), answers_of(answer)
     note = "several answers, or forms of one" if len(answers) > 1 else None
     return Row(text, encode(answers), details=details, held_out=held_out, note=note)
 
 
 def kept(row: Raw, names: tuple[str, ...]) -> dict[str, Any]:
-    """The columns of these names that have a value."""
+    """Return the columns with these names that have a value."""
     return {name.lower().replace(" ", "_"): row[name] for name in names if row.get(name) not in (None, "")}
 
 
 def columns(question: str, answer: str, *details: str) -> Schema:
-    """A schema with a question and an answer column."""
+    """Return a schema with a question and an answer column."""
     return Schema((question, answer), lambda row: problem(row[question], row[answer], kept(row, details)), details)
 
 
 def worked(question: str, solution: str, *details: str) -> Schema:
-    r"""A schema without an answer column: the answer is what the last ``\boxed{}`` of the solution holds."""
+    r"""Return a schema without an answer column: the answer is the content of the last ``\boxed{}`` of the solution."""
     return Schema(
         (question, solution), lambda row: problem(row[question], boxed(row[solution]), kept(row, details)), details
     )
 
 
 def aime(question: str, answer: str, year: str, *details: str) -> Schema:
-    """A schema with the year of the exam, which decides whether a row may be trained on."""
+    """Return a schema with the year of the exam, which decides whether a row may be trained on."""
 
     def convert(row: Raw) -> Row:
         try:
@@ -59,12 +59,12 @@ def aime(question: str, answer: str, year: str, *details: str) -> Schema:
 
 
 def numina_cot(row: Raw) -> Row:
-    r"""NuminaMath-CoT: no answer column, and some boxes hold sentences."""
+    r"""Convert a row of NuminaMath-CoT, which has no answer column and sentences in some boxes."""
     return numina(row, boxed(row["solution"]), ("source",))
 
 
 def numina_15(row: Raw) -> Row:
-    """NuminaMath-1.5: columns mark the rows that are proofs or not valid."""
+    """Convert a row of NuminaMath-1.5, whose columns mark proofs and invalid rows."""
     if str(row.get("question_type") or "").lower() == "proof":
         raise Drop("a proof is asked for")
     if str(row.get("problem_is_valid") or "Yes") != "Yes" or str(row.get("solution_is_valid") or "Yes") != "Yes":
@@ -73,14 +73,14 @@ def numina_15(row: Raw) -> Row:
 
 
 def numina(row: Raw, answer: Any, details: tuple[str, ...]) -> Row:
-    """A row of NuminaMath; an answer of more than `LONGEST` characters is dropped."""
+    """Return a row of NuminaMath; an answer of more than `LONGEST` characters is dropped."""
     if isinstance(answer, str) and len(answer.strip()) > LONGEST:
         raise Drop(f"an answer of more than {LONGEST} characters")
     return problem(row["problem"], answer, kept(row, details))
 
 
 def gsm8k(row: Raw) -> Row:
-    """GSM8K: the answer follows ``####`` at the end of the solution."""
+    """Convert a row of GSM8K, whose answer follows ``####`` at the end of the solution."""
     solution = row["answer"]
     if not isinstance(solution, str) or "####" not in solution:
         raise Drop("no #### before the answer")
@@ -88,7 +88,7 @@ def gsm8k(row: Raw) -> Row:
 
 
 def minerva(row: Raw) -> Row:
-    """MinervaMATH: the box of the solution counts, with the forms of an answer column that agrees with it.
+    """Convert a row of MinervaMATH: the box of the solution counts, with the forms of an agreeing answer column.
 
     In some rows of DeepScaleR's copy that column has the answer of another part of the question.
     """

@@ -1,4 +1,4 @@
-"""The prepared files: rows in verl's schema as parquet, with a ``provenance.json`` beside them.
+"""The prepared files: rows in verl's schema as parquet, with a ``provenance.json`` in the same folder.
 
 All files have the same columns with the same types, because verl concatenates the files of a run.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def verl_row(dataset: DataSet, row: Row, index: int, split: str, source_row: int) -> dict[str, Any]:
-    """A row in verl's schema."""
+    """Return a row in verl's schema."""
     prompt = f"{row.question} {dataset.instruction}".rstrip() if row.prompt is None else row.prompt
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -43,7 +43,7 @@ def verl_row(dataset: DataSet, row: Row, index: int, split: str, source_row: int
 
 
 def parquet_schema() -> pa.Schema:
-    """Columns and types of all files."""
+    """Return the columns and types of every file."""
     import pyarrow as pa
 
     text, number = pa.string(), pa.int64()
@@ -60,7 +60,7 @@ def parquet_schema() -> pa.Schema:
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether a parquet file is in verl's schema already."""
+    """Return whether a parquet file has verl's schema."""
     import pyarrow.parquet as pq
 
     try:
@@ -70,10 +70,10 @@ def is_prepared(path: Path) -> bool:
 
 
 def check_output(dataset: DataSet, output: Path) -> None:
-    """Refuse a folder of another set.
+    """Refuse a folder that holds another set.
 
     Raises:
-        DataError: the folder holds another set, or its provenance can't be read.
+        DataError: the folder holds another set, or its provenance cannot be read.
     """
     try:
         existing = json.loads((output / PROVENANCE).read_text()).get("set", dataset.name)
@@ -86,18 +86,18 @@ def check_output(dataset: DataSet, output: Path) -> None:
 
 
 def write_set(output: Path, parts: Mapping[str, list[dict[str, Any]]], provenance: dict[str, Any]) -> list[str]:
-    """Write all files into a folder of their own and rename them when they are complete.
+    """Write all files into a temporary folder and rename them when they are complete.
 
     Args:
         output: the folder of the set.
         parts: rows in verl's schema by split.
-        provenance: its ``files`` and ``versions`` are added.
+        provenance: the provenance, to which ``files`` and ``versions`` are added.
 
     Returns:
-        The parquet files that existed before with other bytes.
+        The parquet files that existed with other bytes.
 
     Raises:
-        DataError: ``output`` can't be written; it is then as it was before.
+        DataError: ``output`` cannot be written; it is then unchanged.
     """
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     fresh = False
@@ -114,7 +114,7 @@ def write_set(output: Path, parts: Mapping[str, list[dict[str, Any]]], provenanc
         for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, OSError | ValueError):  # arrow's errors are one or the other
+        if isinstance(error, OSError | ValueError):  # arrow raises one of the two
             raise DataError(f"{output} can't be written: {first_line(error)}") from error
         raise
 

@@ -1,4 +1,4 @@
-"""What a data set is: its rows, the schemas that its files come in, and where it lies."""
+"""Description of a data set: its rows, the schemas of its files, and its place."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH = 1024
-"""Rows that are taken from a table at a time."""
+"""Number of rows that are converted from a table at a time."""
 PROVENANCE = "provenance.json"
 
 
 class DataError(Exception):
-    """Input that can't be used; the message is one sentence for the user."""
+    """Input that cannot be used; the message is one sentence for the user."""
 
 
 class Drop(Exception):
-    """Raised by a schema's function: the row can't be used; the message says why and is counted."""
+    """Raised by a schema's function: the row cannot be used; the reasons are counted."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One problem.
+    """One problem of a data set.
 
     Attributes:
-        question: the problem without instruction; duplicates and overlaps are found by it.
+        question: the problem without instruction, by which duplicates and overlaps are found.
         ground_truth: passed to the reward function; see `data_prep.answers.encode` for several right answers.
         prompt: the user's message, or all messages; by default the question and the set's instruction.
         details: other columns worth keeping, as JSON values; written to ``extra_info.details``.
-        held_out: a row of a training set that must not be trained on; it goes to ``test.parquet``.
-        note: counted in the provenance, such as "two answers were accepted".
+        held_out: a row of a training set for evaluation only, written to ``test.parquet``.
+        note: a remark that is counted in the provenance, such as "two answers were accepted".
     """
 
     question: str
@@ -45,11 +45,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Schema:
-    """One form that a set's rows come in.
+    """One form of a set's rows.
 
     Attributes:
-        columns: the columns that a source must have to be read this way.
-        convert: makes a `Row` of a raw row that has these columns, or raises `Drop`.
+        columns: the columns that a source must have for this schema.
+        convert: converts a raw row with these columns to a `Row`, or raises `Drop`.
         optional: columns that ``convert`` reads if they exist; all others are ignored.
     """
 
@@ -76,14 +76,14 @@ class DataSet:
         title: one line for the list of sets.
         kind: ``train`` or ``eval``; only training sets lose duplicates and rows that an evaluation set has.
         ability: verl's column of this name.
-        schemas: the forms it comes in; the first one whose columns all exist is used.
-        hubs: where it is on the hub, the usual place first; empty for a set that is not on the hub.
-        rows: the known numbers of rows of the source; another number is reported.
-        split: the files of a local folder that are read; None: ``train`` or ``test`` by ``kind``.
-        instruction: follows the question, after a space.
-        found_in: where to find a set that is not on the hub, for the message that asks for its file.
+        schemas: its schemas; the first one whose columns all exist is used.
+        hubs: its places on the hub, the usual one first; empty for a set that is not on the hub.
+        rows: the known numbers of rows of the source; other numbers are reported.
+        split: the split that is read from a local folder; None: ``train`` or ``test`` by ``kind``.
+        instruction: text after the question, following a space.
+        found_in: the place of a set that is not on the hub, for the message that asks for its file.
         sample: number of rows to draw at random; None: all of them.
-        few_shot: makes the set with examples from the given sources; None: the set has no examples.
+        few_shot: creates the set with examples from the given sources; None: the set has no examples.
         examples: the origin of the examples, for the provenance.
     """
 
@@ -107,12 +107,12 @@ class DataSet:
         return self.split or ("train" if self.kind == "train" else "test")
 
     def used(self, columns: Iterable[str]) -> list[str]:
-        """The columns that a schema reads."""
+        """Return the columns that a schema reads."""
         used = {column for schema in self.schemas for column in (*schema.columns, *schema.optional)}
         return [column for column in columns if column in used]
 
     def hub(self, name: str) -> Hub:
-        """How to read a data set of the hub; an unknown one has the set's split and no configuration."""
+        """Return the access to a data set of the hub; an unknown one has the set's split and no configuration."""
         return {hub.name: hub for hub in self.hubs}.get(name, Hub(name, self.folder_split))
 
 
@@ -120,7 +120,7 @@ class Records:
     """Raw rows: a list of mappings, or an arrow table, of which only the requested rows become Python objects.
 
     Attributes:
-        columns: all columns of the source, also those that were not read.
+        columns: all columns of the source, including those that were not read.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]] | pa.Table, columns: Iterable[str]) -> None:
@@ -131,7 +131,7 @@ class Records:
         return len(self._rows)
 
     def read(self, indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-        """The rows of these numbers, in this order."""
+        """Yield the rows with these numbers, in order."""
         if isinstance(self._rows, Sequence):
             yield from (self._rows[index] for index in indices)
             return

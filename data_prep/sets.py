@@ -11,10 +11,10 @@ SETS: dict[str, DataSet] = {dataset.name: dataset for dataset in (*math_sets.SET
 
 
 def find_set(name: str) -> DataSet:
-    """The set of this name.
+    """Return the set with this name.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such set.
     """
     if name in SETS:
         return SETS[name]
