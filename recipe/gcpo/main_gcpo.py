@@ -1,8 +1,8 @@
-"""Train: ``python -m recipe.gcpo.main_gcpo [--config-name gc2po_trainer] [device=cpu] [key=value ...]``.
+"""Training command: ``python -m recipe.gcpo.main_gcpo [--config-name gc2po_trainer] [device=cpu] [key=value ...]``.
 
-verl's own entry point with our yaml and our checks, which run before Ray starts. What is wrong is said in one line on
-the standard error, and the exit status is then 2. verl itself takes many seconds to import, so that it is imported
-when the checks are done.
+verl's entry point with our yaml and our checks, which run before Ray starts. A problem is reported in one line on
+the standard error, with exit status 2. The import of verl takes many seconds, so verl is imported
+after the checks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def main() -> None:
-    """The command: compose the configuration, check it, train."""
+    """Compose the configuration, check it, and train."""
     environment = os.environ.get(_FULL_ERROR)
     composed: list[DictConfig] = []
 
@@ -44,12 +44,12 @@ def main() -> None:
         train(config)
 
     sys.argv = with_search_path(sys.argv)
-    CheckBeforeRay.enabled = False  # `train` checks
-    # hydra prints its own page about an error unless this is set; it is read when an error occurs.
+    CheckBeforeRay.enabled = False  # `train` makes the checks
+    # hydra reads this when an error occurs, and prints a page about the error unless it is set.
     os.environ[_FULL_ERROR] = "1"
     try:
         run()
-    except Exception as error:  # hydra raises TypeError and others too while it composes
+    except Exception as error:  # hydra may also raise TypeError and others while composing
         if composed:
             raise
         refuse(override_problem(error, lambda: compose_defaults(sys.argv)))
@@ -61,7 +61,7 @@ def train(config: DictConfig) -> None:
     """Check the configuration, then run verl's trainer.
 
     Raises:
-        SystemExit: status 2, after one sentence on the standard error, where a check refuses the configuration.
+        SystemExit: status 2, after one sentence on the standard error, if a check refuses the configuration.
     """
     Fusion.client = staticmethod(_fusion)
     try:
@@ -91,7 +91,7 @@ def _fusion(**request: Any) -> tuple[Any, str | None]:
 
 
 def check_with_verl(config: DictConfig) -> None:
-    """verl's own checks of the configuration; what they say is said as ours is.
+    """Run verl's checks of the configuration, and report their messages as those of our checks.
 
     Raises:
         SystemExit: status 2, as in `train`.
@@ -107,7 +107,7 @@ def check_with_verl(config: DictConfig) -> None:
                 use_reference_policy=need_reference_policy(config),
                 use_critic=need_critic(config),
             )
-    except Exception as error:  # assertions, and whatever its dataclasses raise
+    except Exception as error:  # assertions, and errors of its dataclasses
         refuse(f"verl refuses the configuration: {first_line(error)}")
     finally:
         sys.stdout.write(said.getvalue())
@@ -117,9 +117,9 @@ def check_with_verl(config: DictConfig) -> None:
 
 
 def with_search_path(arguments: list[str]) -> list[str]:
-    """The command line with the folder of verl's yaml files as hydra's search path.
+    """Return the command line with the folder of verl's yaml files as hydra's search path.
 
-    The yaml files name the package ``verl.trainer.config``, which hydra would import, and all of verl with it.
+    The yaml files name the package ``verl.trainer.config``, which hydra would import together with all of verl.
     """
     if any(_SEARCH_PATH in argument for argument in arguments):
         return arguments
@@ -128,14 +128,14 @@ def with_search_path(arguments: list[str]) -> list[str]:
         return arguments
     folder = Path(next(iter(found.submodule_search_locations))) / "trainer" / "config"
     override = f"{_SEARCH_PATH}=['file://{folder}']"
-    # argparse wants the overrides side by side.
+    # argparse needs adjacent overrides.
     at = next((i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-")), None)
     at = len(arguments) if at is None else at
     return [*arguments[:at], override, *arguments[at:]]
 
 
 def compose_defaults(arguments: list[str]) -> DictConfig:
-    """The configuration that the command line names, without its overrides."""
+    """Return the configuration named on the command line, without its overrides."""
     name: Any = "gcpo_trainer"
     for before, argument in zip(arguments, [*arguments[1:], ""], strict=True):
         if before in ("--config-name", "-cn"):
