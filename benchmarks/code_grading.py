@@ -1,13 +1,13 @@
-"""Do reference solutions pass, do mutated ones fail, and how many programs are graded in a second.
+"""Check that reference solutions pass and mutated ones fail, and measure the graded programs per second.
 
 ``python -m benchmarks.code_grading --humaneval FILE --mbpp FILE`` grades all reference solutions of HumanEval and MBPP
-and ``--mutants`` mutations of each with ``gcpo.rewards.code``, and every one of them once more the usual way, with the
-tests behind the program in the same process (in the sandbox, too). It prints a table and writes ``code_grading.json``.
-Where others use the machine, the processor's time for a program says more than programs a second.
+and ``--mutants`` mutations of each with ``gcpo.rewards.code``, and every program once more the usual way, with the
+tests after the program in the same process (in the sandbox, too). It prints a table and writes ``code_grading.json``.
+On a shared machine, the processor time per program is more reliable than programs per second.
 
-A mutation changes one thing in a solution: a comparison, an operator, a number, or what is returned. Not every mutation
-makes a program wrong, and tests don't find everything; where the usual way lets a mutant pass as well, the tests let it
-pass, not the grader.
+A mutation changes one thing in a solution: a comparison, an operator, a number, or a returned value. Not every mutation
+makes a program wrong, and tests do not find every error; if a mutant also passes the usual way, the tests accept it
+and not the grader.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Solution:
     """A program and its tests.
 
     Attributes:
-        name: of the problem.
+        name: name of the problem.
         source: the whole program.
-        tests: as in ``ground_truth``.
-        kind: what was mutated; empty for the reference.
-        line: the line that was mutated, as it is now.
+        tests: the tests, as in ``ground_truth``.
+        kind: kind of the mutation; empty for the reference.
+        line: the mutated line.
     """
 
     name: str
@@ -65,17 +65,17 @@ class Solution:
 
     @property
     def one_process(self) -> str:
-        """The program with its tests behind it."""
+        """The program followed by its tests."""
         if "entry_point" in self.tests:
             return f"{self.source}\n{self.tests['test']}\ncheck({self.tests['entry_point']})\n"
         return "\n".join((self.source, *self.tests["assert_case"]))
 
 
 def solutions(dataset: DataSet, source: Path) -> list[Solution]:
-    """The reference solutions of a set.
+    """Return the reference solutions of a set.
 
     Raises:
-        DataError: the source can't be read.
+        DataError: the source cannot be read.
     """
     found = []
     for row in convert_rows(dataset, read_source(dataset, [str(source)])).test:
@@ -85,7 +85,7 @@ def solutions(dataset: DataSet, source: Path) -> list[Solution]:
 
 
 def mutants(source: str) -> list[tuple[str, str]]:
-    """All mutations of a program, as (kind, source)."""
+    """Return all mutations of a program, as (kind, source)."""
     tree = ast.parse(source)
     found = []
     for number, node in enumerate(ast.walk(tree)):
@@ -97,7 +97,7 @@ def mutants(source: str) -> list[tuple[str, str]]:
 
 
 def changes(node: ast.AST) -> list[tuple[str, Callable[[Any], None]]]:
-    """What can be changed in a node."""
+    """Return the possible mutations of a node."""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in FLIPPED:
         return [("comparison", lambda n: n.ops.__setitem__(0, FLIPPED[type(n.ops[0])]()))]
     if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in FLIPPED:
@@ -110,7 +110,7 @@ def changes(node: ast.AST) -> list[tuple[str, Callable[[Any], None]]]:
 
 
 def drawn(originals: Sequence[Solution], count: int) -> list[Solution]:
-    """``count`` mutations of each solution, the same every time."""
+    """Return ``count`` random mutations of each solution, the same in every run."""
     draw = random.Random(SEED)
     found = []
     for one in originals:
@@ -123,16 +123,16 @@ def drawn(originals: Sequence[Solution], count: int) -> list[Solution]:
 
 
 def graded(programs: Sequence[Solution], seconds: float) -> list[Grade]:
-    """What the reward says."""
+    """Grade programs with the reward function."""
     return grade_many(
         [f"```python\n{one.source}\n```" for one in programs], [one.tests for one in programs], time_limit=seconds
     )
 
 
 def graded_in_one_process(programs: Sequence[Solution], seconds: float) -> list[Verdict]:
-    """What the usual way says: nothing is raised until the end is reached."""
+    """Grade programs the usual way: a program passes if it reaches the end without an exception."""
     sandbox, limits = open_sandbox(), Limits(time=seconds)
-    # What the program itself prints goes elsewhere.
+    # The program's own output is discarded.
     before = "import io, sys\nreal_output, sys.stdout = sys.stdout, io.StringIO()\n"
     after = "\nprint('the end', file=real_output)\n"
 
@@ -144,7 +144,7 @@ def graded_in_one_process(programs: Sequence[Solution], seconds: float) -> list[
 
 
 def measure(name: str, originals: Sequence[Solution], count: int, seconds: float) -> dict[str, Any]:
-    """Everything about one set."""
+    """Measure one set and return the results."""
     start, used = time.perf_counter(), sum(os.times()[:4])  # of this process and its ended children
     reference = graded(originals, 10 * seconds)
     elapsed, used = time.perf_counter() - start, sum(os.times()[:4]) - used

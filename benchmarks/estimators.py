@@ -1,4 +1,4 @@
-"""The error of cheaper estimates of Upsilon and of the kappa term, on the same groups as the whole method.
+"""The error of cheaper estimates of Upsilon and of the kappa term, on the same groups as the full method.
 
 ``python -m benchmarks.estimators --model models/arithmetic-warm --data data/arithmetic`` samples groups of n = 8
 responses, with L = 8 shared draws, L' = 8 leave-one-out draws for every response, and M = 8 regenerated responses for
@@ -38,7 +38,7 @@ KAPPA = [
     Estimate("leave one out, L = L' = 2", 2, 2),
     Estimate("leave one out, L = L' = 4", 4, 4),
 ]
-"""Those whose gradient of the kappa term is compared; generations play no part in it."""
+"""Estimates whose gradients of the kappa term are compared, which do not depend on generations."""
 ESTIMATES = [
     LIGHT,
     *KAPPA[:4],
@@ -95,14 +95,14 @@ TABLES = (
 
 @dataclass
 class Features:
-    """States of one group: responses [n, d]; by source, states [n, 2n, n or 1, d], shared draws first, and valid."""
+    """The states of a group: responses [n, d]; by source, states [n, 2n, n or 1, d], shared draws first, and valid."""
 
     z: torch.Tensor
     states: dict[str, torch.Tensor]
     valid: dict[str, torch.Tensor]
 
     def samples(self, estimate: Estimate) -> dict[str, Any]:
-        """Arguments of the public functions for the samples that an estimate uses."""
+        """Return the arguments of the public functions for the samples that an estimate uses."""
         z, valid = self.states[estimate.source], self.valid[estimate.source]
         count = estimate.generations if estimate.source == "response" else 1
         shared, own = slice(estimate.shared), slice(N, N + estimate.leave_one_out)
@@ -113,7 +113,7 @@ class Features:
 
 
 def features_of(policy: Policy, group: Group, contexts: Contexts) -> Features:
-    """States of a group; those of prompts are over ``contexts``."""
+    """Return the states of a group; states of prompts use ``contexts``."""
     ids = {
         "response": [one for row in group.result.outputs for one in row],
         "prompt": [one for row in contexts for one in row],
@@ -126,7 +126,7 @@ def features_of(policy: Policy, group: Group, contexts: Contexts) -> Features:
 
 
 def upsilon(features: Features, estimate: Estimate) -> torch.Tensor:
-    """Upsilon [n]; NaN without a target."""
+    """Compute Upsilon [n]; NaN without a target."""
     if not estimate.shared:
         return causal_weight(features.z, group_mean_target(features.z))
     target, has_target = causal_target(features.z, **features.samples(estimate))
@@ -134,7 +134,7 @@ def upsilon(features: Features, estimate: Estimate) -> torch.Tensor:
 
 
 def compare(values: list[torch.Tensor], truth: list[torch.Tensor]) -> dict[str, Any]:
-    """Rank correlation inside groups and mean absolute error, with 95 % intervals over groups."""
+    """Return the rank correlation inside groups and mean absolute error, with 95 % intervals over groups."""
     from scipy.stats import spearmanr
 
     ranks, errors = [], []
@@ -147,7 +147,7 @@ def compare(values: list[torch.Tensor], truth: list[torch.Tensor]) -> dict[str, 
 
 
 def generated_tokens(groups: Sequence[Group], estimate: Estimate) -> float:
-    """Tokens that an estimate generates, as a multiple of the responses' own."""
+    """Return the generated tokens of an estimate as a multiple of the responses' tokens."""
     generations = N * (estimate.shared + estimate.leave_one_out) * estimate.generations
     counts = {
         "collider": estimate.shared,
@@ -163,7 +163,7 @@ def generated_tokens(groups: Sequence[Group], estimate: Estimate) -> float:
 
 
 def study_upsilon(groups: Sequence[Group], features: list[Features]) -> list[dict[str, Any]]:
-    """Every estimate of Upsilon against both truths."""
+    """Compare every estimate of Upsilon with both truths."""
     truths = {name: [upsilon(f, estimate) for f in features] for name, estimate in TRUTHS.items()}
     entries = []
     for estimate in [*TRUTHS.values(), *ESTIMATES]:
@@ -193,7 +193,7 @@ def study_upsilon(groups: Sequence[Group], features: list[Features]) -> list[dic
 def study_kappa(
     policy: Policy, groups: Sequence[Group], cut: dict[str, list[Contexts]], seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every estimate, fractions of the responses, and cut blocks, by the gradient of the kappa term."""
+    """Compare estimates, fractions of the responses, and cut blocks by the gradient of the kappa term."""
     whole = [group.result.contexts for group in groups]
     gradients = {e.name: kappa_gradients(policy, groups, whole, e) for e in (PAPER, LEAVE_ONE_OUT, *KAPPA)}
     paper, leave_one_out, one = (gradients[e.name] for e in (PAPER, LEAVE_ONE_OUT, ONE_EACH))
@@ -220,7 +220,7 @@ def study_kappa(
 def study_blocks(
     policy: Policy, groups: Sequence[Group], cut: dict[str, list[Contexts]], features: list[Features]
 ) -> list[dict[str, Any]]:
-    """Upsilon of ``balanced`` with cut blocks against whole responses."""
+    """Compare Upsilon of ``balanced`` with cut blocks and with whole responses."""
     if cut["whole responses"] != [group.result.contexts for group in groups]:
         raise RuntimeError("the contexts over whole responses are not those of the run")
     whole = [upsilon(f, BALANCED) for f in features]
@@ -234,13 +234,13 @@ def study_blocks(
 
 
 def plot(entries: list[dict[str, Any]], path: Path) -> None:
-    """Rank correlation of Upsilon against the tokens spent."""
+    """Plot the rank correlation of Upsilon against the tokens spent."""
     figure, axes = two_axes(figsize=(11, 4.2), sharey=True)
     for axis, truth in zip(axes, TRUTHS, strict=True):
         for k, entry in enumerate(sorted(entries, key=lambda entry: entry["generated"])):
             mean, half = entry[truth]["rank correlation"]
             color = {"shared": "C0", "leave one out": "C1"}.get(entry["name"].split(",")[0], "C2")
-            x = max(entry["generated"], 0.6)  # the mean of the group needs none
+            x = max(entry["generated"], 0.6)  # the mean of the group needs no generated tokens
             axis.errorbar(x, mean, half, fmt="s" if entry["source"] == "prompt" else "o", color=color, ms=5, lw=1)
             offset = (4, (4, -10)[k % 2])
             axis.annotate(entry["short"], (x, mean), fontsize=7, xytext=offset, textcoords="offset points")
@@ -252,7 +252,7 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
 
 
 def cell(template: str, row: dict[str, Any]) -> str:
-    """A cell of a table; a dash for a missing value."""
+    """Return a cell of a table; a dash for a missing value."""
     try:
         return template.format_map(row)
     except TypeError:

@@ -1,4 +1,4 @@
-"""The grader's comparison of numbers beside math-verify's, on generated pairs.
+"""The grader's comparison of numbers, checked against math-verify's on generated pairs.
 
 ``python -m benchmarks.grader_pairs --pairs 20000 --output outputs/grader_pairs`` generates pairs of numbers, each in
 one of the forms that `gcpo.rewards` compares without math-verify, and grades every pair three times:
@@ -7,8 +7,8 @@ one of the forms that `gcpo.rewards` compares without math-verify, and grades ev
 * exact: the same two expressions compared by math-verify with the exact rules of the worker processes;
 * bare: math-verify with its own rules.
 
-The generator knows both numbers, and so the right verdict. The program fails where ours differs from the right verdict
-or from exact. It counts where bare differs, and writes examples to ``grader_pairs.json``.
+The generator knows both numbers and therefore the right verdict. The program fails if ours differs from that verdict
+or from exact. It counts the differences of bare, and writes examples to ``grader_pairs.json``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.common import arguments, save
 
 
 class Number(NamedTuple):
-    """A number as it is written: its text, its exact value, the form, and the decimals of a plain decimal."""
+    """A written number: its text, its exact value, the form, and the decimals of a plain decimal."""
 
     text: str
     value: Fraction
@@ -58,7 +58,7 @@ def _integer(value: Fraction, rng: random.Random) -> Number | None:
 
 
 def _decimal(value: Fraction, rng: random.Random) -> Number | None:
-    """A decimal: exact, or rounded to one to nine places."""
+    """Return a decimal: exact, or rounded to one to nine places."""
     places = rng.randint(1, 9)
     with localcontext() as context:
         context.prec = 60
@@ -94,7 +94,7 @@ def _mixed(value: Fraction, rng: random.Random) -> Number | None:
 def _scientific(value: Fraction, rng: random.Random) -> Number | None:
     exponent = rng.randint(-30, 30)
     mantissa = Decimal(value.numerator) / Decimal(value.denominator)
-    if Fraction(mantissa) == value and rng.random() < 0.8:  # it has an end as a decimal
+    if Fraction(mantissa) == value and rng.random() < 0.8:  # it has a finite decimal form
         exponent = rng.randint(-6, 6)
         mantissa = mantissa.scaleb(-exponent)
     else:
@@ -107,7 +107,7 @@ def _scientific(value: Fraction, rng: random.Random) -> Number | None:
 
 
 def _repeating(value: Fraction, rng: random.Random) -> Number | None:
-    """The decimal expansion of a fraction with its period under a bar."""
+    """Return the decimal expansion of a fraction with its period under a bar."""
     rest, digits, seen = abs(value.numerator) % value.denominator, "", {}
     while rest and rest not in seen and len(digits) < 40:
         seen[rest] = len(digits)
@@ -134,7 +134,7 @@ def _value(rng: random.Random) -> Fraction:
 
 
 def _near(value: Fraction, rng: random.Random) -> Fraction:
-    """A value that a mistake could give."""
+    """Return a value that could result from a mistake."""
     mistakes = [-value, value + 1, value * 10, value + Fraction(1, 10 ** rng.randint(1, 20))]
     return rng.choice([*mistakes, 1 / value] if value else mistakes)
 
@@ -147,7 +147,7 @@ def _written(value: Fraction, rng: random.Random) -> Number:
 
 
 def _stands_for(decimal: Number, number: Fraction) -> bool:
-    """Whether a decimal with six significant digits is the correct rounding of a number without end."""
+    """Return whether a decimal with six significant digits correctly rounds a number without finite decimal form."""
     digits = decimal.text.lstrip("+-0.").rstrip("0").replace(".", "")
     if decimal.form != "decimal" or len(digits) < 6:
         return False
@@ -156,9 +156,9 @@ def _stands_for(decimal: Number, number: Fraction) -> bool:
 
 
 def pairs(count: int, seed: int) -> Iterator[Pair]:
-    """Pairs of numbers in the forms of `FORMS`.
+    """Yield pairs of numbers in the forms of `FORMS`.
 
-    They come in groups of 30: all ordered pairs of six texts, of which four are written for one value and two for
+    The pairs come in groups of 30: all ordered pairs of six texts, of which four are written for one value and two for
     values near it. A text may be the rounded form of its value; the right verdict is about the values of the texts.
     """
     rng = random.Random(seed)
@@ -183,7 +183,7 @@ def _bare(found: list[Pair]) -> list[bool]:
 
 
 def ours(pair: Pair) -> bool | None:
-    """The grader's verdict without math-verify, ``None`` where it needs it."""
+    """Return the grader's verdict without math-verify, or ``None`` if it needs math-verify."""
     from gcpo.rewards import is_decided, same_answer
 
     if not is_decided(f"\\boxed{{{pair.answer.text}}}", pair.truth.text):
@@ -192,14 +192,14 @@ def ours(pair: Pair) -> bool | None:
 
 
 def exact(pair: Pair) -> bool:
-    """math-verify's verdict with the rules of the worker processes."""
+    """Return math-verify's verdict with the rules of the worker processes."""
     from gcpo.rewards.expressions import expression
     from gcpo.rewards.math_verify_rules import same
     from gcpo.rewards.notation import normalize
 
     try:
         return same(expression(normalize(pair.truth.text)), expression(normalize(pair.answer.text)))
-    except Exception:  # it cannot be read, as in a worker
+    except Exception:  # unreadable expressions differ, as in a worker
         return False
 
 
@@ -211,7 +211,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     found = list(pairs(args.pairs, args.seed))
-    bare = _bare(found)  # before the exact rules take the place of math-verify's own
+    bare = _bare(found)  # before the exact rules replace math-verify's
     wrong: dict[str, list[str]] = {"ours": [], "exact": [], "bare": []}
     forms: Counter[str] = Counter()
     for pair, theirs in zip(found, bare, strict=True):

@@ -1,17 +1,17 @@
-"""Grades per second on real responses, ours beside bare math-verify, and the agreement of both with the labels.
+"""Grades per second on real responses, of gcpo and of bare math-verify, and the agreement of both with the labels.
 
 ``python -m benchmarks.grading --rollouts FOLDER --output outputs/grading`` reads every ``.jsonl`` file of the folder. A
 row has the right ``answer``, ``response`` or ``responses`` (a list of texts), and their labels as ``score`` or
-``correct``. Five ways to grade run one after another, in rounds:
+``correct``. Five ways to grade are measured in turn, in several rounds:
 
 * bare: ``verify(parse(truth), parse(response))`` of math-verify with its own time limits, in the main thread;
 * one caller: ``compute_score``, one response after another;
 * all cores: ``grade_many``;
-* workers, one caller, and workers, all cores: the same where no answer is decided as a text or a number, but every
-  boxed answer is compared by math-verify in a worker. This is what a set of hard answers would cost.
+* workers, one caller, and workers, all cores: the same, except that no answer is decided as a text or a number: every
+  boxed answer is compared by math-verify in a worker. This is the cost of a set of hard answers.
 
-Ours has forgotten, before every measurement, all answers that it has seen. It prints medians over the rounds, every
-response where a label and a grade differ, and writes ``grading.json``.
+All caches are cleared before every measurement. The command prints medians over the rounds, every
+response whose label and grade differ, and writes ``grading.json``.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from gcpo.rewards import boxed_answer, compute_score, grade_many, normalize
 from gcpo.rewards.math_verify_pool import shared, size
 
 Row = tuple[str, str, bool]
-"""Right answer, response, label."""
+"""The right answer, the response and its label."""
 
 
 def read(file: Path) -> list[Row]:
-    """The responses of a file."""
+    """Return the responses of a file."""
     found: list[Row] = []
     for row in map(json.loads, file.read_text().splitlines()):
         responses = row["responses"] if "responses" in row else row["response"]
@@ -46,19 +46,19 @@ def read(file: Path) -> list[Row]:
 
 
 def bare(rows: list[Row]) -> list[bool]:
-    """math-verify as its documentation calls it."""
+    """Grade with math-verify as in its documentation."""
     from math_verify import parse, verify
 
     return [bool(verify(parse(f"${truth}$"), parse(response))) for truth, response, _ in rows]
 
 
 def one_caller(rows: list[Row]) -> list[bool]:
-    """One response after another."""
+    """Return one response after another."""
     return [compute_score("", response, truth)["acc"] == 1 for truth, response, _ in rows]
 
 
 def all_cores(rows: list[Row]) -> list[bool]:
-    """All at once."""
+    """Return all at once."""
     results = grade_many([response for _, response, _ in rows], [truth for truth, _, _ in rows])
     return [result["acc"] == 1 for result in results]
 
@@ -70,7 +70,7 @@ def _in_worker(row: Row) -> bool:
 
 
 def workers_all_cores(rows: list[Row]) -> list[bool]:
-    """All at once, each compared by math-verify in a worker."""
+    """Return all at once, each compared by math-verify in a worker."""
     with ThreadPoolExecutor(size()) as threads:
         return list(threads.map(_in_worker, rows))
 
@@ -85,7 +85,7 @@ WAYS: dict[str, Callable[[list[Row]], list[bool]]] = {
 
 
 def forget() -> None:
-    """Clear what is remembered of answers, here and in the workers, which are started anew."""
+    """Clear all caches, and restart the workers."""
     normalize.cache_clear()
     grader._same_mathematics.cache_clear()
     shared().close()

@@ -1,4 +1,4 @@
-"""The gradient of the kappa term by the samples that an estimate uses, for `estimators`."""
+"""The gradient of the kappa term from the samples of an estimate, for `estimators`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from benchmarks.sampled_groups import Contexts, Group, N, Policy
 from gcpo.algorithms import causal_kl, causal_reference
 
 REPEATS = 50
-"""Drawings of a fraction of the responses."""
+"""Number of random selections of a fraction of the responses."""
 BOOTSTRAP = 400
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to get Upsilon: the number of draws and of their generations, the projection and the feature."""
+    """An estimator of Upsilon: the numbers of draws and generations, the projection and the feature."""
 
     name: str
     shared: int
@@ -39,9 +39,9 @@ class Estimate:
 def kappa_gradients(
     policy: Policy, groups: Sequence[Group], contexts: Sequence[Contexts], estimate: Estimate, repeat: int = 0
 ) -> torch.Tensor:
-    """Gradient of the mean KL' of every response [G * n, parameters] under the reference of an estimate.
+    """Return the gradient of the mean KL' of every response [G * n, parameters] under the reference of an estimate.
 
-    Every ``repeat`` takes other draws.
+    Every value of ``repeat`` uses other draws.
     """
     first, own_first = repeat * estimate.shared, N + repeat * estimate.leave_one_out
     slots = [*range(first, first + estimate.shared), *range(own_first, own_first + estimate.leave_one_out)]
@@ -69,7 +69,7 @@ def kappa_gradients(
 def reference_of(
     log_p: torch.Tensor, query: torch.Tensor, valid: torch.Tensor, estimate: Estimate
 ) -> tuple[torch.Tensor, bool]:
-    """The reference of one response [1, T], and whether there is one, from log_p [1, L + L', T], shared draws first."""
+    """Return a response's reference [1, T], and whether it exists, from log_p [1, L + L', T], shared draws first."""
     count, leave_one_out = estimate.shared, {}
     if estimate.leave_one_out:
         leave_one_out = {"log_p_marginal": log_p[:, count:], "valid_marginal": valid[:, count:]}
@@ -80,12 +80,12 @@ def reference_of(
 
 
 def by_group(gradients: torch.Tensor) -> torch.Tensor:
-    """Mean gradient of every group [G, parameters]."""
+    """Return the mean gradient of every group [G, parameters]."""
     return gradients.view(-1, N, gradients.shape[1]).mean(1)
 
 
 def draw_variance(policy: Policy, groups: Sequence[Group], estimate: Estimate) -> float | None:
-    """Variance of the batch gradient over disjoint sets of draws, relative to the squared mean gradient."""
+    """Return the variance of the batch gradient over disjoint sets of draws, relative to the squared mean gradient."""
     repeats = N // max(estimate.shared, estimate.leave_one_out)
     if repeats < 2:
         return None
@@ -95,14 +95,14 @@ def draw_variance(policy: Policy, groups: Sequence[Group], estimate: Estimate) -
 
 
 def largest_part(gradients: torch.Tensor) -> float:
-    """The largest fraction of the batch gradient that one group has, along it."""
+    """Return the largest fraction of the batch gradient, along its direction, that one group contributes."""
     groups = by_group(gradients)
     whole = groups.sum(0)
     return float((groups @ whole).max() / whole.square().sum())
 
 
 def fraction_variance(gradients: torch.Tensor, fraction: float, seed: int) -> dict[str, float]:
-    """The effect of drawing a fraction of a group's responses: mean cosine and relative variance of the gradient."""
+    """Return the effect of a fraction of a group's responses: mean cosine and relative variance of the gradient."""
     generator = torch.Generator().manual_seed(seed)
     groups = gradients.view(-1, N, gradients.shape[1])
     whole = groups.mean((0, 1))
@@ -116,9 +116,9 @@ def fraction_variance(gradients: torch.Tensor, fraction: float, seed: int) -> di
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor, seed: int) -> list[float]:
-    """Cosine of two batch gradients, and its 95 % percentile interval over drawings of the groups."""
+    """Return the cosine of two batch gradients, and its 95 % percentile interval from bootstrap samples of groups."""
     a, b = by_group(a).double(), by_group(b).double()
-    # Inner products of the groups are all that a drawing needs.
+    # A bootstrap sample needs only inner products of the groups.
     products = [x @ y.T for x, y in ((a, b), (a, a), (b, b))]
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(a), (BOOTSTRAP, len(a)), generator=generator)

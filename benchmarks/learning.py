@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.learning --seeds 0 1 2`` trains every method with every seed on the quick-start configuration,
 prints the accuracy on the held-out questions before and after with a 95 % interval over seeds (Student's t), and writes
-``learning.json`` and ``learning.png``. Runs that are there already are not repeated.
+``learning.json`` and ``learning.png``. Existing runs are not repeated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ACCURACY = "val-core/gcpo/arithmetic/acc/mean@1"
 
 
 def plot(curves: dict[str, list[list[dict]]], path: Path) -> None:
-    """Training reward of every step and held-out accuracy, a thin line for every seed."""
+    """Plot the training reward of every step and the held-out accuracy, with a thin line for every seed."""
     figure, axes = two_axes(figsize=(10, 3.6))
     for number, (method, runs) in enumerate(curves.items()):
         for axis, name in zip(axes, ("critic/score/mean", ACCURACY), strict=True):

@@ -1,15 +1,15 @@
-"""Contexts of a group scored as packed prefix trees, beside dense micro-batches of the same token budget.
+"""Contexts of a group scored as packed prefix trees, compared with dense micro-batches of the same token budget.
 
 ``python -m benchmarks.packing --output outputs/packing`` makes groups of n responses of random tokens and ragged
-lengths, every x_{i,l} with y_i behind it on the group's plan, and a random model of transformers; no engine, no vLLM.
-The sides take turns in every round. It prints medians and writes ``packing.json``:
+lengths, every x_{i,l} with y_i, ordered by the group's plan, and a random model of transformers; no engine, no vLLM.
+Every round runs both sides. It prints medians and writes ``packing.json``:
 
-* ratio: dense over packed, in seconds, and in seconds of processor time, which other work on the machine disturbs less;
-* token bound: tokens of dense over tokens of packed, what the ratio would be if every token cost the same;
-* memory: the largest resident size while the gradient is taken, less that before, each side in a process of its own.
+* ratio: dense over packed, in seconds, and in seconds of processor time, which other work on the machine affects less;
+* token bound: tokens of dense over tokens of packed, which is the ratio if every token costs the same;
+* memory: the largest resident size while the gradient is taken, minus that before, each side in its own process.
 
-Dense rows are sorted by length and padded on the right, without a mask: behind a causal row padding needs none, and
-that is the fastest that dense can be. Both sides run the language-model head on the scored positions alone.
+Dense rows are sorted by length and padded on the right, without a mask: padding after a causal row needs no mask, and
+this is the fastest dense form. Both sides run the language-model head only on the scored positions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIDES = ("dense", "packed")
 
 @dataclass(frozen=True)
 class Problem:
-    """Sequences x_{i,l} + y_i, and how many tokens y_i has at the end of each."""
+    """Sequences x_{i,l} + y_i, and the number of tokens of y_i at the end of each."""
 
     sequences: list[torch.Tensor]
     targets: list[int]
@@ -49,7 +49,7 @@ class Problem:
 
 
 def make_problem(args: argparse.Namespace, draws: int) -> Problem:
-    """Groups of random tokens; response lengths are uniform within ``spread`` of ``length``."""
+    """Return groups of random tokens; response lengths are uniform within ``spread`` of ``length``."""
     generator = torch.Generator().manual_seed(args.seed)
 
     def tokens(length: int) -> torch.Tensor:
@@ -74,7 +74,7 @@ def make_problem(args: argparse.Namespace, draws: int) -> Problem:
 
 
 def make_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
-    """A random model; the same for the same arguments."""
+    """Return a random model, which depends only on the arguments."""
     torch.manual_seed(args.seed)
     config = Qwen2Config(
         vocab_size=args.vocabulary,
@@ -94,7 +94,7 @@ def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def packed(model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Log-probabilities, pack after pack. Building the tree is part of it."""
+    """Yield the log-probabilities of every pack, including the construction of the tree."""
     for pack in PrefixForest(problem.sequences, min_shared=args.min_shared).packs(args.budget):
         places = [place[-problem.targets[i] - 1 :] for i, place in zip(pack.sequences, pack.places, strict=True)]
         output = model(
@@ -109,7 +109,7 @@ def packed(model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace) 
 
 
 def dense(model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Log-probabilities, micro-batch after micro-batch."""
+    """Yield the log-probabilities of every micro-batch."""
     order = sorted(range(len(problem.sequences)), key=lambda i: len(problem.sequences[i]))
     while order:
         count = 1
@@ -126,7 +126,7 @@ def dense(model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace) -
 
 
 def score(side: str, model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace, gradient: bool) -> float:
-    """The sum of all log-probabilities; with ``gradient`` its gradient is left in the parameters."""
+    """Return the sum of all log-probabilities; with ``gradient``, store its gradient in the parameters."""
     total = 0.0
     with torch.set_grad_enabled(gradient), tree_attention_on(model.config) if side == "packed" else nullcontext():
         for values in (packed if side == "packed" else dense)(model, problem, args):
@@ -137,13 +137,13 @@ def score(side: str, model: Qwen2ForCausalLM, problem: Problem, args: argparse.N
 
 
 def resident(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` of this process in bytes."""
+    """Return ``VmRSS`` or ``VmHWM`` of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
 def gradient_memory(side: str, args: argparse.Namespace, draws: int) -> int:
-    """Bytes that one gradient pass takes at its peak beyond what was resident before, with gradients in place."""
+    """Return the peak bytes of one gradient pass beyond the resident bytes before it, with existing gradients."""
     model, problem = make_model(args), make_problem(args, draws)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -155,13 +155,13 @@ def gradient_memory(side: str, args: argparse.Namespace, draws: int) -> int:
 
 
 def memory_apart(side: str, draws: int) -> int:
-    """``gradient_memory`` in a process of its own."""
+    """Run ``gradient_memory`` in a new process."""
     command = [sys.executable, "-m", "benchmarks.packing", *sys.argv[1:], "--memory-of", side, "--draws", str(draws)]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def measure(args: argparse.Namespace, draws: int) -> dict[str, Any]:
-    """Seconds, tokens and memory of both sides for one L."""
+    """Measure seconds, tokens and memory of both sides for one L."""
     model, problem = make_model(args), make_problem(args, draws)
     packs = PrefixForest(problem.sequences, min_shared=args.min_shared).packs(args.budget)
     tokens = {"dense": problem.tokens, "packed": sum(map(len, packs))}
@@ -176,7 +176,7 @@ def measure(args: argparse.Namespace, draws: int) -> dict[str, Any]:
     for name, gradient in (("forward", False), ("with gradient", True)):
         spent: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
         sums: dict[str, float] = {}
-        for attempt in range(args.rounds + 1):  # the first warms up
+        for attempt in range(args.rounds + 1):  # the first round warms up
             for side in SIDES:
                 model.zero_grad(set_to_none=False)
                 started = time.perf_counter(), time.process_time()
@@ -221,7 +221,7 @@ ROWS = {
         "{0[gradient memory, MiB][dense]} / {0[gradient memory, MiB][packed]} ({0[memory ratio]:.2f}x)"
     ),
 }
-"""Name and format of every row of the table; it has a column for every L."""
+"""Name and format of every row of the table, which has a column for every L."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""GC2PO's robustness and effectiveness by the size of the perturbation, beside the correctness of the responses.
+"""GC2PO's robustness and effectiveness for several sizes of the perturbation, and their correlation with correctness.
 
 ``python -m benchmarks.perturbations`` samples with unchanged weights (learning rate 0) on the quick-start configuration
 and prints, for each intervention and distribution, the mean over steps of robustness and effectiveness and of the
@@ -22,7 +22,7 @@ METRICS = {
 
 
 def variants(sigmas: list[float], etas: list[float]) -> dict[str, list[str]]:
-    """Overrides by name."""
+    """Return the overrides of every variant by name."""
     sizes = [("sigma", "gaussian", value) for value in sigmas] + [("eta", "group", value) for value in etas]
     return {
         f"{intervention}, {name} = {value:g}": [

@@ -22,11 +22,11 @@ from gcpo.seeding import request_seed
 N = 8
 """Responses, shared draws, leave-one-out draws of a response, and generations of a context."""
 Contexts = list[list[list[int]]]
-"""Token ids by response and slot; slots 0 to N - 1 are the shared draws; an empty list: no valid draw."""
+"""Token ids by response and slot; slots 0 to N - 1 are the shared draws; an empty list means no valid draw."""
 
 
 class Engine:
-    """vLLM's offline engine behind the asynchronous call of the collider stage."""
+    """vLLM's offline engine with the asynchronous call of the collider stage."""
 
     def __init__(self, model: str, max_model_len: int) -> None:
         from vllm import LLM
@@ -48,7 +48,7 @@ class Engine:
         return await self.waiting[name]
 
     async def drive(self, work: Any) -> Any:
-        """Run the coroutine ``work``, stepping the engine whenever it waits."""
+        """Run the coroutine ``work``, and step the engine whenever it waits."""
         task = asyncio.ensure_future(work)
         while not task.done():
             await asyncio.sleep(0)
@@ -77,7 +77,7 @@ class Group:
 def sample_groups(
     engine: Engine, prompts: CandidatePrompts, questions: Sequence[Any], seed: int, response_length: int
 ) -> Iterator[Group]:
-    """One group per question, each with N samples of every kind."""
+    """Yield one group per question, each with N samples of every kind."""
     config = GCPOConfig.from_config(
         {
             "seed": seed,
@@ -97,7 +97,7 @@ def sample_groups(
         seeds = [request_seed(seed, "plain", index, k) for k in range(N)]
         outputs = await asyncio.gather(*(engine(prompt, {**params, "seed": one}) for one in seeds))
         responses = [output.token_ids for output in outputs]
-        # Not the rewards of the task: every group gets every sample.
+        # Rewards of the task are ignored, so that every group gets every sample.
         result = await stage.run(messages, responses, seed_parts=("study", index), equal_rewards=False)
         return Group(messages, prompt, responses, result)
 
@@ -107,7 +107,7 @@ def sample_groups(
 
 
 def cut_contexts(group: Group, prompts: CandidatePrompts) -> Contexts:
-    """The contexts of a group with the block budget of ``prompts``, over the same draws and the same order of ties."""
+    """Return the contexts of a group under the block budget of ``prompts``, with the same draws and tie order."""
     before = LeaveOneOutPlan.from_dict(group.result.plan["plan"])
     blocks = tuple(tuple(prompts.candidate_block(k, ids)) for k, ids in enumerate(group.responses))
     plan = leave_one_out_plan(N, 2 * N, lengths=[len(block) for block in blocks], permutation=before.permutation)
@@ -131,7 +131,7 @@ class Policy:
         self.budget = budget
 
     def _hidden(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index, hidden states [length, d]) of every sequence that is not empty."""
+        """Yield (index, hidden states [length, d]) of every sequence that is not empty."""
         present = [i for i, sequence in enumerate(sequences) if len(sequence)]
         with tree_attention_on(self.model.config):
             for pack in PrefixForest([torch.tensor(sequences[i]) for i in present]).packs(self.budget):
@@ -142,14 +142,14 @@ class Policy:
 
     @torch.no_grad()
     def states(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        """State of the last token of every sequence [N, d]; zero for an empty one."""
+        """Return the state of the last token of every sequence [N, d], zero for an empty one."""
         states = torch.zeros(len(sequences), self.model.config.hidden_size)
         for i, hidden in self._hidden(sequences):
             states[i] = hidden[-1]
         return states
 
     def log_probs(self, contexts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """log pi(target | context) [length of the target], with gradient where it is on; zeros for an empty context."""
+        """Return log pi(target | context) [target length], with gradient if enabled; zeros for an empty context."""
         values = [torch.zeros(len(target)) for target in targets]
         joined = [[*context, *target] if context else [] for context, target in zip(contexts, targets, strict=True)]
         for i, hidden in self._hidden(joined):
