@@ -1,4 +1,4 @@
-"""The embedded task: column addition and subtraction, worked out digit by digit.
+"""The embedded task: column addition and subtraction, computed digit by digit.
 
 ``python -m examples.arithmetic.task --output DIR`` writes ``train.parquet`` and ``test.parquet`` in verl's schema.
 A question asks for the sum or the difference of two numbers of two, three or four digits (levels 1, 2 and 3) and
@@ -35,12 +35,12 @@ OPERATIONS: tuple[Operation, ...] = ("+", "-")
 
 
 class PrepError(Exception):
-    """Input that this package cannot work with; the message is one sentence for the user."""
+    """Input that this package cannot use; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True, order=True)
 class Question:
-    """One question: ``left operation right``; its level is the number of digits of both operands less one."""
+    """One question: ``left operation right``; its level is the number of digits of its operands minus one."""
 
     level: int
     operation: Operation
@@ -49,24 +49,24 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The question as the user puts it."""
+        """The question as text."""
         return f"What is {self.left} {self.operation} {self.right}?"
 
     @property
     def answer(self) -> int:
-        """The right result."""
+        """The right answer."""
         return self.left + self.right if self.operation == "+" else self.left - self.right
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """Same for questions that are the same exercise: a sum does not change when its operands change places."""
+        """A key of the exercise, which is the same for a sum with swapped operands."""
         if self.operation == "+":
             return self.operation, min(self.left, self.right), max(self.left, self.right)
         return self.operation, self.left, self.right
 
     @property
     def columns(self) -> list[tuple[int, int]]:
-        """Digits of both operands, last column first."""
+        """The digits of both operands, last column first."""
         return [(int(a), int(b)) for a, b in zip(str(self.left)[::-1], str(self.right)[::-1], strict=True)]
 
 
@@ -80,7 +80,7 @@ class Solution:
 
 
 def parse_question(text: str) -> Question:
-    """The `Question` whose `Question.text` this is."""
+    """Return the `Question` with this `Question.text`."""
     left, operation, right = text.removeprefix("What is ").removesuffix("?").split(" ")
     if operation not in OPERATIONS:
         raise ValueError(f"not a question of this task: {text!r}")
@@ -92,12 +92,12 @@ def work_out(
     keeps: Callable[[int], bool] = lambda column: True,
     slips: Callable[[int], int] = lambda column: 0,
 ) -> Solution:
-    """Work a question out column by column.
+    """Compute the answer to a question column by column.
 
     Args:
-        question: what to work out.
-        keeps: told the column (0 is the last digit), whether the carry or borrow into it is applied.
-        slips: told the column, the error that is added to its result.
+        question: the question.
+        keeps: function of the column (0: the last digit) that returns whether the carry or borrow into it is applied.
+        slips: function of the column that returns the error added to its result.
     """
     adds = question.operation == "+"
     steps: list[str] = []
@@ -125,7 +125,7 @@ def work_out(
 
 @dataclass(frozen=True)
 class NoisySolver:
-    """Writes worked solutions with errors injected at fixed probabilities.
+    """A generator of worked solutions with errors injected at fixed probabilities.
 
     Attributes:
         forget_carry: probability that a carry into a column is forgotten.
@@ -138,12 +138,12 @@ class NoisySolver:
     miscount: float
 
     def solve(self, question: Question, rng: random.Random, reminded: frozenset[int] = frozenset()) -> Solution:
-        """A worked solution.
+        """Write a worked solution.
 
         Args:
-            question: what to work out.
+            question: the question.
             rng: source of the errors.
-            reminded: columns whose carry stands in a solution in the prompt; it is forgotten with probability 0.05.
+            reminded: columns whose carry is in a solution of the prompt; it is forgotten with probability 0.05.
         """
         forget = self.forget_carry if question.operation == "+" else self.forget_borrow
 
@@ -157,7 +157,7 @@ class NoisySolver:
 
 
 def draw_question(rng: random.Random, level: int, operation: Operation) -> Question:
-    """A question of ``level`` whose computation needs at least one carry or borrow."""
+    """Return a question of ``level`` whose computation needs at least one carry or borrow."""
     low, high = 10**level, 10 ** (level + 1) - 1
     while True:
         left, right = rng.randint(low, high), rng.randint(low, high)
@@ -169,10 +169,10 @@ def draw_question(rng: random.Random, level: int, operation: Operation) -> Quest
 
 
 def questions(rng: random.Random, count: int, taken: set[tuple[str, int, int]]) -> Iterator[Question]:
-    """``count`` different questions, none in ``taken``, levels and operations in turn; ``taken`` grows by them.
+    """Yield ``count`` different questions outside ``taken``, alternating levels and operations; add them to ``taken``.
 
     Raises:
-        PrepError: there are not that many different questions.
+        PrepError: there are fewer different questions.
     """
     for i in range(count):
         level, operation = LEVELS[i % 3], OPERATIONS[(i // 3) % 2]
@@ -187,12 +187,12 @@ def questions(rng: random.Random, count: int, taken: set[tuple[str, int, int]]) 
 
 
 def held_out(count: int = TEST_SIZE, seed: int = SEED) -> list[Question]:
-    """The held-out questions; drawn first, so that they do not depend on the number of training questions."""
+    """Return the held-out questions, drawn first, so that they do not depend on the number of training questions."""
     return list(questions(random.Random(seed), count, set()))
 
 
 def row(question: Question, index: int, split: str) -> dict[str, Any]:
-    """One row of verl's schema."""
+    """Return one row of verl's schema."""
     return {
         "data_source": DATA_SOURCE,
         "prompt": [{"role": "user", "content": question.text}],
@@ -206,7 +206,7 @@ def prepare(output: Path, train_size: int = TRAIN_SIZE, test_size: int = TEST_SI
     """Write ``train.parquet`` and ``test.parquet`` into ``output``; the same bytes every time.
 
     Raises:
-        PrepError: a size that cannot be had, or a folder that cannot be written.
+        PrepError: a size is not possible, or the folder cannot be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -217,7 +217,7 @@ def prepare(output: Path, train_size: int = TRAIN_SIZE, test_size: int = TEST_SI
     taken = {question.key for question in test}
     train = list(questions(random.Random(seed + 1), train_size, taken))
     try:
-        # Two quick starts of one checkout make the same files.
+        # Two quick starts in one checkout write the same files.
         with lock(output):
             output.mkdir(parents=True, exist_ok=True)
             for split, rows in (("train", train), ("test", test)):

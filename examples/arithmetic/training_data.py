@@ -1,4 +1,4 @@
-"""What the warm start is trained on: the recipe, worked solutions as token ids, and batches of them."""
+"""Training data of the warm start: the recipe, worked solutions as token ids, and their batches."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gcpo.collider.prompts import CandidatePrompts
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the model depends on; a change of a value makes it anew."""
+    """All values that determine the model; a changed value causes a new model."""
 
     version: int = 2
-    """Raised when the code below changes what it makes."""
+    """Increased when a code change changes the model."""
     vocab_size: int = 352
     hidden_size: int = 96
     intermediate_size: int = 256
@@ -28,7 +28,7 @@ class Recipe:
     initializer_range: float = 0.08
     plain_examples: int = 24_000
     plain_first: float = 0.6
-    """Share of the plain examples that come before any example with candidates."""
+    """Fraction of the plain examples that come before any example with candidates."""
     candidate_examples: int = 9_000
     max_blocks: int = 8
     batch_tokens: int = 1024
@@ -42,13 +42,13 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """Names the recipe."""
+        """Return a hash that identifies the recipe."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and of the response that is trained on."""
+    """Token ids of a prompt and of its target response."""
 
     prompt: list[int]
     response: list[int]
@@ -59,7 +59,7 @@ class Example:
 
 
 def make_examples(recipe: Recipe, tokenizer: Any, excluded: set[tuple[str, int, int]]) -> list[list[Example]]:
-    """The plain examples and those with candidates, none about an excluded question."""
+    """Return the plain examples and those with candidates, without excluded questions."""
     rng = random.Random(recipe.seed)
     solver = NoisySolver(recipe.forget_carry, recipe.forget_borrow, recipe.miscount)
     prompts = CandidatePrompts(tokenizer)
@@ -102,7 +102,7 @@ def make_examples(recipe: Recipe, tokenizer: Any, excluded: set[tuple[str, int, 
 
 
 def make_batches(examples: Sequence[Example], budget: int, rng: random.Random) -> list[list[Example]]:
-    """Batches of examples of about the same length, at most ``budget`` tokens with padding, in random order."""
+    """Return batches of examples of about the same length, at most ``budget`` tokens with padding, in random order."""
     batches: list[list[Example]] = []
     for example in sorted(examples, key=lambda e: (e.size // 4, rng.random())):
         width = max([example.size, *(e.size for e in batches[-1])]) if batches else example.size
@@ -114,7 +114,7 @@ def make_batches(examples: Sequence[Example], budget: int, rng: random.Random) -
 
 
 def collate(items: Sequence[Sequence[Example]]) -> dict[str, Any]:
-    """One batch of ``make_batches`` as tensors; the loss covers only the responses."""
+    """Convert one batch of ``make_batches`` to tensors; the loss covers only the responses."""
     import torch
 
     (batch,) = items

@@ -1,11 +1,11 @@
 """The warm-started model of the quick start.
 
-``python -m examples.arithmetic.warm_start --data DIR --output MODEL_DIR`` makes a small Qwen2 model, with a tokenizer
-of its own, fine-tuned on worked solutions with injected carry and borrow errors: it knows the procedure and makes the
-same errors. Some of the prompts hold candidate answers in the format of the rollout; their targets have fewer errors,
+``python -m examples.arithmetic.warm_start --data DIR --output MODEL_DIR`` makes a small Qwen2 model with its
+own tokenizer, fine-tuned on worked solutions with injected carry and borrow errors: it knows the procedure and makes
+the same errors. Some prompts contain candidate answers in the format of the rollout; their targets have fewer errors,
 so the model learns to use the candidates.
 
-The folder holds ``recipe.json``; a folder made by the same recipe is left as it is.
+The folder contains ``recipe.json``; a folder made by the same recipe is not changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(recipe: Recipe) -> Any:
-    """A byte-level tokenizer with a small vocabulary, of the class that ``AutoTokenizer`` takes for a Qwen2 model."""
+    """Return a byte-level tokenizer with a small vocabulary, in the class that ``AutoTokenizer`` uses for Qwen2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -72,7 +72,7 @@ def make_tokenizer(recipe: Recipe) -> Any:
 
 
 def make_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """The untrained model."""
+    """Return the untrained model."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -95,7 +95,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def _progress_lines() -> Any:
-    """A callback that prints progress where a bar cannot be redrawn."""
+    """Return a callback that prints progress lines instead of a bar."""
     from transformers import TrainerCallback
 
     class Lines(TrainerCallback):
@@ -108,7 +108,7 @@ def _progress_lines() -> Any:
 
 
 def train(recipe: Recipe, tokenizer: Any, model: Any, excluded: set[tuple[str, int, int]], folder: Path) -> None:
-    """Train ``model`` with transformers' Trainer: first plain examples, then both kinds mixed."""
+    """Train ``model`` with transformers' Trainer, first on plain examples, then on both kinds."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     rng = random.Random(recipe.seed)
@@ -145,7 +145,7 @@ def train(recipe: Recipe, tokenizer: Any, model: Any, excluded: set[tuple[str, i
 
 
 def excluded_questions(data: Path) -> set[tuple[str, int, int]]:
-    """Keys of the held-out questions in ``data``.
+    """Return the keys of the held-out questions in ``data``.
 
     Raises:
         PrepError: the file is missing or cannot be read.
@@ -163,10 +163,10 @@ def excluded_questions(data: Path) -> set[tuple[str, int, int]]:
 
 
 def made_by(folder: Path) -> str | None:
-    """Hash of the recipe that made ``folder``, ``None`` where no model is in it.
+    """Return the hash of the recipe that made ``folder``, or ``None`` if it has no model.
 
     Raises:
-        PrepError: there is something else in ``folder``, which a new model must not replace.
+        PrepError: ``folder`` has other content, which a new model must not replace.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -179,10 +179,10 @@ def made_by(folder: Path) -> str | None:
 
 
 def warm_start(data: Path, output: Path, recipe: Recipe | None = None) -> None:
-    """Make the model in ``output`` unless the same recipe has made it already.
+    """Create the model in ``output`` unless the same recipe has created it already.
 
     Raises:
-        PrepError: the data are missing, or ``output`` cannot be written or holds something else.
+        PrepError: the data are missing, or ``output`` cannot be written or has other content.
     """
     recipe = recipe or Recipe()
     if made_by(output) == recipe.hash:
@@ -202,7 +202,7 @@ def warm_start(data: Path, output: Path, recipe: Recipe | None = None) -> None:
 def _make(excluded: set[tuple[str, int, int]], output: Path, recipe: Recipe) -> None:
     import torch
 
-    torch.set_num_threads(1)  # results do not depend on the machine, and matrices this small gain nothing from cores
+    torch.set_num_threads(1)  # results do not depend on the machine, and such small matrices gain nothing from cores
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".warm-start-") as name:
         folder = Path(name) / "model"
         tokenizer = make_tokenizer(recipe)
