@@ -106,7 +106,7 @@ def checkpoints_in(root: Path) -> list[Path]:
 
 
 def newest_finished(root: Path) -> Path | None:
-    """Return the checkpoint of the highest step that has a manifest, None where there is none."""
+    """Return the checkpoint of the highest step that has a manifest, or None."""
     return next((path for path in checkpoints_in(root) if (path / MANIFEST).exists()), None)
 
 

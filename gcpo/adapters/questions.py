@@ -42,7 +42,7 @@ class QuestionCounter:
         """The occurrence of the rows of the latest step, by ``uid``."""
 
     def number(self, batch: TensorDict) -> None:
-        """Write the field ``gcpo_occurrence``unless the batch has it."""
+        """Write the field ``gcpo_occurrence`` unless the batch has it."""
         if OCCURRENCE in batch.keys():
             return
         validate = bool(tu.get_non_tensor_data(batch, "validate", False))

@@ -38,7 +38,7 @@ def causal_target(
     to 4. zbar is the mean of z. Without ``z_marginal`` (shared draws) Zbar_i is the mean over the generations
     of draw l = 0 and Zbar'_i the mean over all draws and generations. With it (leave-one-out draws) Zbar_i is
     the mean over all of ``z_conditioned`` and Zbar'_i over all of ``z_marginal``. Means run over the valid
-    samples alone.
+    samples only.
 
     Args:
         z: [n, d], the features z_i of the responses.

@@ -96,7 +96,7 @@ def _check_options(format_weight: Any, require_think: Any, require_boxed: Any) -
 
 
 def extracted_answer(data_source: Any, solution_str: Any, ground_truth: Any = None) -> str | None:
-    """Return the part of a response that `compute_score` compares(an answer or a program), or None."""
+    """Return the part of a response that `compute_score` compares (an answer or a program), or None."""
     from gcpo.rewards import code
 
     if not isinstance(solution_str, str):

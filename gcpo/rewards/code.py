@@ -1,6 +1,6 @@
 """The reward of a program: whether it passes all its tests.
 
-``compute_score`` grades the rows that `gcpo.rewards.grader_of` calls code; `grade` also returns the reason of a failure.
+``compute_score`` grades the rows that `gcpo.rewards.grader_of` calls code; `grade` also returns why it failed.
 
 The program is a fenced code block of the answer, see `gcpo.rewards.blocks`. The tests are JSON in
 ``reward_model.ground_truth``, in the forms of verl's code reward and two more:

@@ -216,7 +216,7 @@ def _count(expression: Any) -> int | None:
 
 
 def _same_regions(gold: Any, pred: Any) -> bool | None:
-    """Return whether two inequalities in one variable have the same solutions, or ``None`` if this cannot be decided."""
+    """Return whether two inequalities in one variable have the same solutions; ``None`` if this cannot be decided."""
     if gold.free_symbols != pred.free_symbols or len(gold.free_symbols) != 1:
         return None
     try:

@@ -51,7 +51,7 @@ def read_metrics(directory: Path) -> dict[int, dict[str, float]]:
     return dict(sorted(merge_lines(line for text in texts for line in text.splitlines()).items()))
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
+# ---- shown metrics ---------------------------------------------------------------------------------------------------
 
 
 STAGES: dict[str, tuple[str, ...]] = {

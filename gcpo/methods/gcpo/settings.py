@@ -38,7 +38,7 @@ class ColliderSettings(Settings):
     removed = {"cache_tokens": "groups that take turns had no more prefix-cache hits; leave it out"}
 
     scheme: Scheme | None = None
-    """The draws that Phi averages over. ``shared``: every response uses the same L draws, made from all n responses (the
+    """Draws that Phi averages over. ``shared``: every response uses the same L draws, made from all n responses (the
     paper as printed). ``leave_one_out``: for each i also L' draws made from only the other responses (Eq. 2)."""
     num_draws: Count | None = None
     """L, shared draws per group. ``null`` in preset ``paper``: L = n."""
@@ -276,7 +276,7 @@ class GCPOConfig(GCPOSettings):
     weighting: WeightingConfig = Field(...)
     reference: ReferenceConfig = Field(...)
 
-    # ---- what the settings ask for -------------------------------------------------------------------------------
+    # ---- derived from the settings -------------------------------------------------------------------------------
 
     @property
     def weighting_on(self) -> bool:

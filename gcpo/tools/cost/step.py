@@ -72,7 +72,7 @@ class Server:
         self._last: tuple[Sequence[int], str] = ([], "")
 
     def cached(self, prompt: Sequence[int]) -> int:
-        """Return the number of cached tokens of a promptin whole blocks without the last token; cache it."""
+        """Return the number of cached tokens of a prompt in whole blocks without the last token; cache it."""
         shared, block = len(prompt), self.simulation.step.cache_block
         if prompt is not self._last[0]:
             ids: Any = np.asarray(prompt)
