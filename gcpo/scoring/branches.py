@@ -214,7 +214,7 @@ class _Row:
 
 
 def _mask(stretches: Sequence[_Stretch]) -> Tensor:
-    """Return the mask of a node: a token sees the earlier tokens of its stretch and of the stretches that it follows."""
+    """Return the mask of a node: a token sees earlier tokens of its stretch and the stretches that it follows."""
     sizes = [len(stretch.tokens) for stretch in stretches]
     ends = torch.tensor(sizes).cumsum(0).tolist()
     mask = torch.zeros(ends[-1], ends[-1], dtype=torch.bool)
