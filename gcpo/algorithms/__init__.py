@@ -2,6 +2,7 @@
 
 from gcpo.algorithms.advantage import causal_advantage, group_relative_advantage
 from gcpo.algorithms.episodes import answer_divergence, episode_reward, token_advantage
+from gcpo.algorithms.process_values import process_values, uct
 from gcpo.algorithms.reference import causal_kl, causal_reference
 from gcpo.algorithms.weighting import (
     causal_diagnostics,
@@ -23,5 +24,7 @@ __all__ = [
     "episode_reward",
     "group_mean_target",
     "group_relative_advantage",
+    "process_values",
     "token_advantage",
+    "uct",
 ]
