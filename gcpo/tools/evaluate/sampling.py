@@ -107,7 +107,7 @@ def vllm_sampler(model: Model, log: Path, *, temperature: float, top_p: float, *
     Raises:
         EvaluationError: vLLM can't load it.
     """
-    engine = _load(model, log, engine_options).llm_engine
+    engine = load_engine(model, log, engine_options).llm_engine
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -135,7 +135,12 @@ def vllm_sampler(model: Model, log: Path, *, temperature: float, top_p: float, *
     return sample
 
 
-def _load(model: Model, log: Path, options: dict[str, Any]) -> Any:
+def load_engine(model: Model, log: Path, options: dict[str, Any]) -> Any:
+    """Start a ``vllm.LLM``; the arguments are those of `vllm_sampler`.
+
+    Raises:
+        EvaluationError: vLLM can't load the model.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from gcpo.cpu import is_cpu_profile
 
