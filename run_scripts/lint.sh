@@ -29,7 +29,7 @@ PATH="$LINT/bin:$PATH"
 
 style() { ruff check . && ruff format --check .; }
 shell() { shellcheck -P SCRIPTDIR --external-sources run_scripts/*.sh requirements/*.sh .ci/run; }
-yaml() { yamllint --strict gcpo/config .github .pre-commit-config.yaml CITATION.cff; }
+yaml() { yamllint --strict gcpo/config recipe .github .pre-commit-config.yaml CITATION.cff; }
 types() { basedpyright --project pyproject.toml --pythonpath "$PY"; }
 layers() { lint-imports; }
 space() {
