@@ -24,6 +24,7 @@ from gcpo.checks.overrides import dotted_keys
 from gcpo.checks.reward import OPTIONS
 from gcpo.methods.gc2po.settings import GC2POConfig
 from gcpo.methods.gcpo.settings import GCPOSettings
+from recipe.rest_mcts.__main__ import read_settings
 from tests.golden.runs import RUNS
 from tests.run_inputs import ROOT, composed, with_overrides
 from tests.test_scripts import Sandbox
@@ -248,6 +249,8 @@ def check_python(monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[s
         options, rest = parse(monkeypatch, module, arguments)
         if module == "data_prep":
             assert options.set is None or options.set in {*SETS, "SET"}
+        if module == "recipe.rest_mcts":
+            read_settings(options.config, options.overrides)
         if module == "gcpo.tools.cli" and options.command == "cost":
             compose_run(["--config-name", options.config_name or "gcpo_trainer", *rest])
         else:
