@@ -24,7 +24,7 @@ UNSHARED = [
     "actor_rollout_ref.rollout.enable_prefix_caching=False",
 ]
 METHODS = {
-    "grpo": ["gcpo.kappa=0", "gcpo.weighting=off"],
+    "grpo": ["method=grpo"],
     "light": ["gcpo.preset=light"],
     "balanced": ["gcpo.preset=balanced"],
     "paper": ["gcpo.preset=paper"],
@@ -40,13 +40,13 @@ METHODS = {
     "crowded": CROWDED,
     "mean": ["gcpo.preset=balanced", "gcpo.weighting.ablation=mean"],
     "shuffled": ["gcpo.preset=balanced", "gcpo.weighting.ablation=shuffled"],
-    "gc2po": [],
-    "gc2po-inject": ["gc2po.intervention=hidden_state"],
+    "gc2po": ["method=gc2po"],
+    "gc2po-inject": ["method=gc2po", "gc2po.intervention=hidden_state"],
     "gc2po-bounded": [
-        *("gc2po.intervention=hidden_state", "gc2po.perturbation.draws=2"),
+        *("method=gc2po", "gc2po.intervention=hidden_state", "gc2po.perturbation.draws=2"),
         "gc2po.episodes.max_perturbed=1",
     ],
-    "gc2po-off": ["gc2po.counterfactual=off"],
+    "gc2po-off": ["method=gc2po", "gc2po.counterfactual=off"],
 }
 # The weights stay as they are, so that every method generates responses of the same kind.
 UNTRAINED = ["trainer.val_before_train=False", "trainer.test_freq=-1", "actor_rollout_ref.actor.optim.lr=0"]
@@ -62,9 +62,8 @@ def run(output: Path, method: str, model: str, data: str, *overrides: str) -> li
     """Metrics of one run, an entry for every logged step; a run that is there already is read again."""
     metrics = output / "metrics.jsonl"
     done = output / "done"
-    config = "gc2po_quickstart" if method.startswith("gc2po") else "gcpo_quickstart"
     command = [
-        *(sys.executable, "-m", "recipe.gcpo.main_gcpo", "--config-name", config),
+        *(sys.executable, "-m", "recipe.gcpo.main_gcpo", "--config-name", "gcpo_quickstart"),
         f"hydra.run.dir={output}/hydra",
         f"actor_rollout_ref.model.path={model}",
         f"data.train_files={data}/train.parquet",

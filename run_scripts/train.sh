@@ -6,7 +6,7 @@
 #
 # quickstart.sh, gcpo_*.sh, grpo_*.sh and gc2po_*.sh in run_scripts/ name the experiment and the method.
 #
-#   --method NAME            gcpo (default), gc2po, or grpo: the same run without the parts of GCPO
+#   --method NAME            a method of gcpo/config/method (default gcpo); grpo is the run without the parts of GCPO
 #   --preset NAME            of GCPO: paper, balanced or light (default: as the experiment says)
 #   --model PATH_OR_HUB_ID   default: the model of the experiment
 #   --data PATH_OR_HUB_ID    a parquet in verl's schema, or a source for `python -m data_prep` (default: the set's usual
@@ -54,27 +54,20 @@ parse_arguments() {
         esac
         shift 2
     done
-    one_of --method "$METHOD" "gcpo gc2po grpo" "gcpo, gc2po or grpo"
+    [ -f "gcpo/config/method/$METHOD.yaml" ] || die "--method is '$METHOD'; it must be one of $(options method)" 2
     [ -f "gcpo/config/experiment/$EXPERIMENT.yaml" ] ||
-        die "which experiment? '$EXPERIMENT' is none of $(cd gcpo/config/experiment && echo *.yaml | sed 's/\.yaml//g')" 2
+        die "which experiment? '$EXPERIMENT' is none of $(options experiment)" 2
 }
 
-# GC2PO has a configuration of its own; GRPO is GCPO without its parts.
-choose_method() { # choose_method NAME_OF_THE_CONFIGURATION
-    CONFIG="gcpo_$1"
-    case "$METHOD" in
-        gc2po) CONFIG="gc2po_$1" ;;
-        grpo) SETTINGS+=(gcpo.kappa=0 gcpo.weighting=off) ;;
-    esac
-}
+options() { (cd "gcpo/config/$1" && echo *.yaml | sed 's/\.yaml//g'); } # options GROUP
 
 # Sets PLACES (files and folders of the run) for the quick start, which makes its own data and model.
 prepare_quickstart() {
-    choose_method quickstart
+    CONFIG=gcpo_quickstart
     PLACES=(${MODEL:+"actor_rollout_ref.model.path=$MODEL"} ${DATA:+"data.train_files=$DATA"} ${VAL:+"data.val_files=$VAL"})
     prefer_cpu "the embedded task is made for the CPU"
     ensure_environment
-    [ "$GCPO_PROFILE" = cpu ] || SETTINGS=(device=gpu "${SETTINGS[@]}")
+    [ "$GCPO_PROFILE" = cpu ] || SETTINGS+=(device=gpu)
     [ -z "$DRY_RUN" ] || return 0
     hold_output
     "$PY" -m examples.arithmetic.task --output data/arithmetic
@@ -86,15 +79,14 @@ is_tiny_model() { # a local model folder whose files take at most 100 MB
 }
 
 prepare_experiment() {
-    local groups="$EXPERIMENT" device=()
+    local device=()
     MODEL="${MODEL:-$(setting path)}"
-    choose_method trainer
+    CONFIG=gcpo_trainer
     if has_gpu; then
         device=("trainer.n_gpus_per_node=${GPUS:-$(count_gpus)}" "trainer.nnodes=$NODES")
     elif is_tiny_model "$MODEL"; then
         say "no NVIDIA GPU here: two steps on the CPU, since $MODEL is small"
-        groups="[$EXPERIMENT,tiny]"
-        device=(device=cpu)
+        device=(size=tiny device=cpu)
     elif [ -n "$DRY_RUN" ]; then
         say "no NVIDIA GPU here: the dry run needs none"
         device=("trainer.n_gpus_per_node=${GPUS:-8}" "trainer.nnodes=$NODES")
@@ -109,7 +101,7 @@ prepare_experiment() {
             "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH=$OUTPUT/metrics.jsonl"
         )
     fi
-    SETTINGS=("experiment=$groups" "${device[@]}" "${SETTINGS[@]}")
+    SETTINGS=("experiment=$EXPERIMENT" "${device[@]}" "${SETTINGS[@]}")
     [ -n "$DRY_RUN" ] || hold_output
     prepare_data
     PLACES=("data.train_files=$TRAIN" "data.val_files=$VAL" "actor_rollout_ref.model.path=$MODEL")
@@ -165,7 +157,7 @@ else
     prepare_experiment
 fi
 COMMAND=(
-    "$PY" -m recipe.gcpo.main_gcpo --config-name "$CONFIG" "${PLACES[@]}"
+    "$PY" -m recipe.gcpo.main_gcpo --config-name "$CONFIG" "method=$METHOD" "${PLACES[@]}"
     "trainer.experiment_name=$(basename "$OUTPUT")"
     "trainer.default_local_dir=$OUTPUT/checkpoints"
     "trainer.rollout_data_dir=$OUTPUT/rollouts"

@@ -93,9 +93,10 @@ def with_overrides(config: DictConfig, *overrides: str) -> DictConfig:
     return config
 
 
-def config_of(inputs: Path, *overrides: str, name: str = "gcpo_quickstart") -> DictConfig:
+def config_of(inputs: Path, *overrides: str, name: str = "gcpo_quickstart", method: str = "gcpo") -> DictConfig:
     """The configuration ``name`` over the data and model of ``make_inputs``, with overrides."""
-    base = composed(name, *EMBEDDED, "+gcpo.preset=balanced") if name == "verl" else composed(name)
+    groups = (*EMBEDDED, "+gcpo.preset=balanced") if name == "verl" else (f"method={method}",)
+    base = composed(name, *groups)
     return with_overrides(
         base,
         f"data.train_files={inputs}/train.parquet",

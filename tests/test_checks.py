@@ -33,7 +33,7 @@ def test_the_quick_start_passes(run_inputs: Path, preset: str) -> None:
 def test_the_gc2po_quick_start_passes(run_inputs: Path) -> None:
     """In both forms; the context is set to a prompt and a response."""
     for intervention in ("lm_head", "hidden_state"):
-        config = config_of(run_inputs, f"gc2po.intervention={intervention}", name="gc2po_quickstart")
+        config = config_of(run_inputs, f"gc2po.intervention={intervention}", method="gc2po")
         assert check_run(config).intervention == intervention
         assert config.actor_rollout_ref.rollout.max_model_len == 48 + 64
 
@@ -199,9 +199,9 @@ def test_a_model_on_a_hub(run_inputs: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "models--someone--small" / "refs" / "main").write_text("0123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     hub = f"{MODEL}.path=someone/small"
-    check_run(config_of(run_inputs, hub, name="gc2po_quickstart"))
+    check_run(config_of(run_inputs, hub, method="gc2po"))
     with pytest.raises(ConfigError, match="the model has hidden states 0 to 3"):
-        check_run(config_of(run_inputs, hub, "gc2po.layer=9", name="gc2po_quickstart"))
+        check_run(config_of(run_inputs, hub, "gc2po.layer=9", method="gc2po"))
     refused(run_inputs, f"the model's context {CONTEXT}", hub, "data.max_prompt_length=2040")
 
 
@@ -209,8 +209,8 @@ def test_a_model_whose_states_cannot_be_perturbed(run_inputs: Path, tmp_path: Pa
     """Before anything starts; without perturbations such a model will do."""
     path = f"{MODEL}.path={copy_model(run_inputs / 'model', tmp_path / 'model', model_type='gemma2')}"
     with pytest.raises(ConfigError, match="Gemma2ForCausalLM has layers that are not full attention"):
-        check_run(config_of(run_inputs, path, name="gc2po_quickstart"))
-    check_run(config_of(run_inputs, path, "gc2po.counterfactual=off", name="gc2po_quickstart"))
+        check_run(config_of(run_inputs, path, method="gc2po"))
+    check_run(config_of(run_inputs, path, "gc2po.counterfactual=off", method="gc2po"))
 
 
 def test_a_model_folder_that_is_not_whole(run_inputs: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 def settings() -> frozenset[str]:
     """All settings and groups of settings by their dotted names, also those of `gcpo` and `gc2po` from their group."""
     keys: set[str] = set()
-    for config in (composed("gcpo_trainer", "device=cpu"), composed("gc2po_trainer"), composed("verl")):
+    for config in (composed("gcpo_trainer", "device=cpu"), composed("gcpo_trainer", "method=gc2po"), composed("verl")):
         for key in dotted_keys(config):
             names = key.split(".")
             keys |= {".".join(names[:end]) for end in range(1, len(names) + 1)}
@@ -232,7 +232,7 @@ def compose_run(arguments: list[str]) -> None:
         names[arguments[0]], arguments = arguments[1], arguments[2:]
     ours = [text for text in arguments if not text.startswith("hydra.")]
     assert all("=" in text for text in ours), arguments
-    groups = [text for text in ours if text.startswith(("experiment=", "device="))]
+    groups = [text for text in ours if text.startswith(("experiment=", "device=", "size=", "method="))]
     with_overrides(composed(names["--config-name"], *groups), *(text for text in ours if text not in groups))
 
 

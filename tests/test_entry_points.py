@@ -44,6 +44,8 @@ REFUSED = [
     ("gcpo.collider.cache_tokens=6400", "gcpo.collider.cache_tokens has been removed: groups that take turns"),
     ("data.train_batchsize=4", "data.train_batchsize is not a setting; did you mean data.train_batch_size?"),
     ("+actor_rollout_ref.model.lora.merge=True", "is in the configuration already: leave out the + before it"),
+    ("experiment=[arithmetic,paper]", "experiment names more than one experiment: name one"),
+    ("method=gcop", "method has no option gcop: set method=gcpo"),
     ("device=cpux", "device has no option cpux: set device=cpu"),
     ("data.train_batch_size=[4", "the override data.train_batch_size=[4 cannot be read"),
     ("train_batch_size", "the override train_batch_size cannot be read"),
@@ -128,9 +130,9 @@ def test_verl_s_own_checks_are_said_in_one_line(
     assert capsys.readouterr().err == "gcpo: verl refuses the configuration: first line\n"
 
 
-@pytest.mark.parametrize("name", ["gcpo_quickstart", "gc2po_quickstart"])
+@pytest.mark.parametrize("method", ["gcpo", "grpo", "gc2po"])
 def test_an_accepted_configuration_reaches_verl(
-    run_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    run_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """With the context filled in, and hydra's switch as it was; an error while training is not called a refusal."""
     started: list[DictConfig] = []
@@ -145,7 +147,8 @@ def test_an_accepted_configuration_reaches_verl(
     arguments = [
         "main_gcpo",
         "--config-name",
-        name,
+        "gcpo_quickstart",
+        f"method={method}",
         f"hydra.run.dir={tmp_path}",
         f"data.train_files={run_inputs}/train.parquet",
         f"data.val_files={run_inputs}/test.parquet",
@@ -171,6 +174,13 @@ def test_a_group_that_no_run_reads_is_not_suggested() -> None:
     error = HydraException("Could not override 'optim.lr'.\nTo append to your config use +optim.lr=1")
     said = override_problem(error, lambda: composed("gcpo_quickstart"))
     assert "did you mean actor_rollout_ref.actor.optim.lr?" in said
+
+
+def test_a_configuration_of_an_earlier_version() -> None:
+    """It names the group that replaced it."""
+    error = HydraException("Cannot find primary config 'gc2po_trainer'. Check that it's in your config search path.")
+    said = override_problem(error, lambda: OmegaConf.create({}))
+    assert said.startswith("there is no configuration gc2po_trainer") and "with method=NAME" in said
 
 
 def test_an_error_of_another_kind_is_one_sentence() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from gcpo.methods import method_names
 from tests.run_inputs import copy_model
 from tests.tools.evaluate.made import rows, write_set
 
@@ -28,6 +29,7 @@ RUNS = [
 ]
 MATH_SETS = ["aime24", "aime25", "amc23", "math500", "minerva"]
 EXPERIMENTS = ROOT / "gcpo" / "config" / "experiment"
+METHODS = sorted(path.stem for path in (ROOT / "gcpo" / "config" / "method").glob("*.yaml"))
 
 
 class Sandbox:
@@ -130,7 +132,7 @@ def test_help(sandbox, script):
         (["--bogus"], "unknown option --bogus"),
         (["word"], "word is neither an option nor an override key=value"),
         (["--output"], "--output needs a value"),
-        (["--method", "ppo"], "--method is 'ppo'; it must be gcpo, gc2po or grpo"),
+        (["--method", "ppo"], "--method is 'ppo'; it must be one of gc2po gcpo"),
     ],
 )
 @pytest.mark.parametrize("script", ["quickstart.sh", "gcpo_deepscaler.sh"])
@@ -162,9 +164,7 @@ def test_the_quick_starts_run_beside_each_other(sandbox):
         done = sandbox.run("quickstart.sh", "--method", method, "--dry-run")
         assert done.returncode == 0, done.stderr
         assert f" trainer.default_local_dir={ROOT}/outputs/{name}/checkpoints " in sandbox.calls[-1]
-        config = "gc2po_quickstart" if method == "gc2po" else "gcpo_quickstart"
-        assert f"-m recipe.gcpo.main_gcpo --config-name {config} " in sandbox.calls[-1]
-        assert ("gcpo.kappa=0 gcpo.weighting=off" in sandbox.calls[-1]) == (method == "grpo")
+        assert f"-m recipe.gcpo.main_gcpo --config-name gcpo_quickstart method={method} " in sandbox.calls[-1]
     assert len(sandbox.calls) == 3
 
 
@@ -323,8 +323,7 @@ def test_grpo_is_the_same_run_without_gcpo(sandbox, name):
         assert done.returncode == 0, done.stderr
         trained.append(set(sandbox.calls[-1].split()))
     gcpo, grpo = trained
-    assert gcpo - grpo == set()
-    assert grpo - gcpo == {"gcpo.kappa=0", "gcpo.weighting=off"}
+    assert gcpo - grpo == {"method=gcpo"} and grpo - gcpo == {"method=grpo"}
 
 
 @pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
@@ -356,12 +355,23 @@ def test_draws_are_cut_no_earlier_than_responses(recipe_config, name):
 
 
 @pytest.mark.parametrize("name", PAPER)
-@pytest.mark.parametrize("trainer", ["gcpo_trainer", "gc2po_trainer"])
-def test_an_experiment_without_the_scripts(recipe_config, trainer, name):
+@pytest.mark.parametrize("method", METHODS)
+def test_an_experiment_without_the_scripts(recipe_config, method, name):
     """``python -m recipe.gcpo.main_gcpo experiment=NAME``: a method's own settings win over the experiment's."""
-    config = recipe_config(f"experiment={name}", name=trainer)
-    assert config.gcpo.kappa == (0.06 if trainer == "gcpo_trainer" else 0) and config.data.train_batch_size == 256
-    assert config.algorithm.adv_estimator == trainer.removesuffix("_trainer")
+    config = recipe_config(f"experiment={name}", f"method={method}")
+    assert config.gcpo.kappa == (0.06 if method == "gcpo" else 0) and config.data.train_batch_size == 256
+    assert config.trainer.v1.trainer_mode == config.algorithm.adv_estimator in method_names()
+    assert config.trainer.experiment_name == method
+
+
+def test_the_embedded_task_has_settings_of_its_own_for_gc2po(recipe_config):
+    """Those of method_on win over the method's, with both yaml files; an experiment without such a file has none."""
+    quickstart = recipe_config("method=gc2po", name="gcpo_quickstart")
+    for config in (quickstart, recipe_config("method=gc2po", "experiment=arithmetic", "device=cpu")):
+        assert (config.gc2po.intervention, config.gc2po.episodes.separator) == ("lm_head", " ")
+        assert config.data.episode_prompt is None
+    assert quickstart.trainer.default_local_dir == "outputs/quickstart-gc2po/checkpoints"
+    assert recipe_config("method=gc2po", "experiment=deepscaler").gc2po.intervention == "hidden_state"
 
 
 @pytest.mark.parametrize(("name", "context"), zip(PAPER, (131072, 131072, 131072, 32768), strict=True))
@@ -393,8 +403,7 @@ def test_gc2po_runs_are_accepted(sandbox, recipe_config, tiny_model, monkeypatch
     sandbox.gpus(8)
     done = sandbox.train(f"gc2po_{name}.sh", "--model", "model", "--data", data, "--val", data)
     assert done.returncode == 0, done.stderr
-    assert " -m recipe.gcpo.main_gcpo --config-name gc2po_trainer " in sandbox.calls[-1]
-    config = recipe_config(*sandbox.overrides(), name="gc2po_trainer")
+    config = recipe_config(*sandbox.overrides())
     assert check_run(config).intervention == "hidden_state" and config.data.episode_prompt
 
 

@@ -236,7 +236,7 @@ def test_refused_in_one_sentence(run_inputs: Path, overrides: str, says: str) ->
 @pytest.mark.parametrize(("overrides", "says"), GC2PO_WRONG, ids=[o for o, _ in GC2PO_WRONG])
 def test_gc2po_refuses_in_one_sentence(run_inputs: Path, overrides: str, says: str) -> None:
     """The same for GC2PO; the model of these tests has three layers."""
-    said = refusal(check_run, config_of(run_inputs, *overrides.split(), name="gc2po_quickstart"))
+    said = refusal(check_run, config_of(run_inputs, *overrides.split(), method="gc2po"))
     assert says in said and "\n" not in said
 
 
@@ -280,9 +280,9 @@ def test_advice_can_be_followed(run_inputs: Path, entry: str, overrides: str, sa
 @pytest.mark.parametrize(("overrides", "says"), GC2PO_WRONG, ids=[o for o, _ in GC2PO_WRONG])
 def test_gc2po_advice_can_be_followed(run_inputs: Path, overrides: str, says: str) -> None:
     """The same for GC2PO."""
-    said = refusal(check_run, config_of(run_inputs, *overrides.split(), name="gc2po_quickstart"))
+    said = refusal(check_run, config_of(run_inputs, *overrides.split(), method="gc2po"))
     for assignments in advice_of(said):
-        config = config_of(run_inputs, *overrides.split(), *assignments, name="gc2po_quickstart")
+        config = config_of(run_inputs, *overrides.split(), *assignments, method="gc2po")
         assert refusal(check_run, config) != said
 
 

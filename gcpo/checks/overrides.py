@@ -34,8 +34,12 @@ def override_problem(error: Exception, compose: Callable[[], DictConfig]) -> str
         return _unknown_key(found[1], compose)
     if found := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         return _unknown_option(found[1], found[2], text)
+    if "Error resolving interpolation '${experiment}_" in text:
+        return "experiment names more than one experiment: name one, and size=tiny for the lengths of a small model"
     if found := re.search(r"Cannot find primary config '([^']+)'", text):
-        return f"there is no configuration {found[1]}: leave out --config-name, or name one of gcpo/config"
+        return (
+            f"there is no configuration {found[1]}: name gcpo_trainer or gcpo_quickstart, with method=NAME for a method"
+        )
     return f"the configuration cannot be composed: {' '.join(text.split()) or type(error).__name__}"
 
 

@@ -1,4 +1,4 @@
-"""Training command: ``python -m recipe.gcpo.main_gcpo [--config-name gc2po_trainer] [device=cpu] [key=value ...]``.
+"""Train: ``python -m recipe.gcpo.main_gcpo [method=gc2po] [device=cpu] [key=value ...]``.
 
 verl's entry point with our yaml and our checks, which run before Ray starts. A problem is reported in one line on
 the standard error, with exit status 2. The import of verl takes many seconds, so verl is imported

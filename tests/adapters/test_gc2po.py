@@ -41,7 +41,13 @@ from tests.adapters.test_pipeline import (
 )
 
 N = 4
-OVERRIDES = ("device=cpu", f"actor_rollout_ref.rollout.n={N}", "data.max_prompt_length=64", "data.episode_prompt=null")
+OVERRIDES = (
+    "method=gc2po",
+    "device=cpu",
+    f"actor_rollout_ref.rollout.n={N}",
+    "data.max_prompt_length=64",
+    "data.episode_prompt=null",
+)
 
 
 @pytest.fixture
@@ -57,7 +63,6 @@ def make_config(recipe_config: Callable, tiny_model: Path) -> Callable:
             "data.max_response_length=64",
             "gc2po.episodes.separator=' '",
             *overrides,
-            name="gc2po_trainer",
         )
 
     return make
@@ -282,7 +287,7 @@ def test_the_prompt_asks_for_tags(recipe_config: Callable, tmp_path: Path, token
     from gcpo.methods.gc2po.episodes import EPISODE_PROMPT
 
     prepare(tmp_path, train_size=6, test_size=6)
-    config = recipe_config("device=cpu", f"+data.cache_dir={tmp_path}/cache", name="gc2po_trainer").data
+    config = recipe_config("method=gc2po", "device=cpu", f"+data.cache_dir={tmp_path}/cache").data
     make = get_dataset_class(config)
     files = str(tmp_path / "train.parquet")
     data = make(data_files=files, tokenizer=tokenizer, processor=None, config=config)
@@ -361,7 +366,7 @@ def scored(
     request: pytest.FixtureRequest, recipe_config: Callable, tiny_model: Path, tokenizer: Any
 ) -> dict[str, dict]:
     """The fields of all rows, in their own order, for every run."""
-    config = recipe_config(*OVERRIDES, f"actor_rollout_ref.model.path={tiny_model}", name="gc2po_trainer")
+    config = recipe_config(*OVERRIDES, f"actor_rollout_ref.model.path={tiny_model}")
     ranks = run_on_ranks(request.param, score_on_ranks, config, make_rows(tokenizer), list(RUNS.values()))
     found = {}
     for at, (name, settings) in enumerate(RUNS.items()):

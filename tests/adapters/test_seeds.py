@@ -206,7 +206,7 @@ def test_gc2po_without_seeds(recipe_config: Callable) -> None:
     from gcpo.methods.gc2po.scoring import RowReader
     from gcpo.methods.gc2po.settings import GC2POConfig
 
-    settings = OmegaConf.to_container(recipe_config("gcpo.seed=null", name="gc2po_trainer"), resolve=True)
+    settings = OmegaConf.to_container(recipe_config("method=gc2po", "gcpo.seed=null"), resolve=True)
     config = GC2POConfig.from_config(settings["gc2po"], n=8)
     assert config.seed is None
 

@@ -31,26 +31,24 @@ COMMON = (
     "data.max_response_length=48",
 )
 GCPO = ("gcpo.metrics.graded_fraction=0", "gcpo.metrics.grad_norm_every=1")
-GC2PO = ("data.episode_prompt=null", "gc2po.episodes.separator=' '")
+GC2PO = ("method=gc2po", "data.episode_prompt=null", "gc2po.episodes.separator=' '")
 
-RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "grpo": ("gcpo_trainer", (*GCPO, "gcpo.kappa=0", "gcpo.weighting=off")),
-    "paper": ("gcpo_trainer", (*GCPO, "gcpo.preset=paper")),
-    "balanced": ("gcpo_trainer", (*GCPO, "gcpo.preset=balanced")),
-    "light": ("gcpo_trainer", (*GCPO, "gcpo.preset=light")),
-    "balanced, query": ("gcpo_trainer", (*GCPO, "gcpo.preset=balanced", "gcpo.reference.policy_condition=query")),
-    "gc2po, hidden_state, gaussian": ("gc2po_trainer", (*GC2PO, "gc2po.intervention=hidden_state")),
+RUNS: dict[str, tuple[str, ...]] = {
+    "grpo": ("method=grpo", *GCPO),
+    "paper": (*GCPO, "gcpo.preset=paper"),
+    "balanced": (*GCPO, "gcpo.preset=balanced"),
+    "light": (*GCPO, "gcpo.preset=light"),
+    "balanced, query": (*GCPO, "gcpo.preset=balanced", "gcpo.reference.policy_condition=query"),
+    "gc2po, hidden_state, gaussian": (*GC2PO, "gc2po.intervention=hidden_state"),
     "gc2po, hidden_state, group": (
-        "gc2po_trainer",
-        (*GC2PO, "gc2po.intervention=hidden_state", "gc2po.perturbation.distribution=group"),
+        *GC2PO,
+        "gc2po.intervention=hidden_state",
+        "gc2po.perturbation.distribution=group",
     ),
-    "gc2po, lm_head, gaussian": ("gc2po_trainer", (*GC2PO, "gc2po.intervention=lm_head")),
-    "gc2po, lm_head, group": (
-        "gc2po_trainer",
-        (*GC2PO, "gc2po.intervention=lm_head", "gc2po.perturbation.distribution=group"),
-    ),
+    "gc2po, lm_head, gaussian": (*GC2PO, "gc2po.intervention=lm_head"),
+    "gc2po, lm_head, group": (*GC2PO, "gc2po.intervention=lm_head", "gc2po.perturbation.distribution=group"),
 }
-"""Name of a run: the yaml and the overrides."""
+"""Name of a run, and its overrides."""
 
 
 def file_of(name: str) -> Path:
@@ -239,9 +237,8 @@ def run(rank: int, world: int, name: str, model: str, recipe: str) -> dict[str, 
     from tests.adapters.test_pipeline import Grader, roll_out
 
     assert world == 1
-    yaml, overrides = RUNS[name]
     with initialize_config_dir(recipe, version_base=None):
-        config = compose(yaml, [*COMMON, *overrides, f"actor_rollout_ref.model.path={model}"])
+        config = compose("gcpo_trainer", [*COMMON, *RUNS[name], f"actor_rollout_ref.model.path={model}"])
     tokenizer = AutoTokenizer.from_pretrained(model)
     content = stored()
     reward = {

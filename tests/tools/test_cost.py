@@ -348,7 +348,9 @@ def test_grpo_beside_its_presets(estimated) -> None:
 
 def test_gc2po_beside_grpo(estimated) -> None:
     """The other method has a column of its own."""
-    found = estimated("--config-name", "gc2po_quickstart", "--response", "40", "--episodes", "3", "--groups", "2")
+    found = estimated(
+        "--config-name", "gcpo_quickstart", "method=gc2po", "--response", "40", "--episodes", "3", "--groups", "2"
+    )
     assert found.own == "gc2po" and set(found.tokens) == {"grpo", "gc2po"}
     assert found.tokens["gc2po"]["scored"] > 0 and found.lengths.episodes == 3
 
