@@ -19,6 +19,7 @@ def test_two_steps(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
         inputs,
         tmp_path,
         "gc2po",
+        "--config-name=gcpo_quickstart",
         "method=gc2po",
         "gc2po.intervention=hidden_state",
         "gc2po.perturbation.draws=3",
