@@ -1,7 +1,13 @@
 """The method's equations as pure functions on tensors, which import only torch."""
 
 from gcpo.algorithms.advantage import causal_advantage, group_relative_advantage
-from gcpo.algorithms.episodes import answer_divergence, episode_reward, token_advantage
+from gcpo.algorithms.episodes import (
+    answer_divergence,
+    episode_reward,
+    fitting_gain_reward,
+    signed_cases,
+    token_advantage,
+)
 from gcpo.algorithms.process_values import process_values, uct
 from gcpo.algorithms.reference import causal_kl, causal_reference
 from gcpo.algorithms.weighting import (
@@ -22,9 +28,11 @@ __all__ = [
     "causal_weight",
     "conditioned_target",
     "episode_reward",
+    "fitting_gain_reward",
     "group_mean_target",
     "group_relative_advantage",
     "process_values",
+    "signed_cases",
     "token_advantage",
     "uct",
 ]

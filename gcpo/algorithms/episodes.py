@@ -1,4 +1,4 @@
-"""Rewards of episodes and their spread over tokens (GC2PO)."""
+"""Rewards of episodes and their spread over tokens (GC2PO, L2T)."""
 
 from __future__ import annotations
 
@@ -71,6 +71,46 @@ def answer_divergence(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def fitting_gain_reward(
+    outcome: Tensor,
+    gain: Tensor,
+    episode_mask: Tensor,
+    *,
+    alpha: float = 0.8,
+    penalty: Tensor | None = None,
+    beta: float = 0.6,
+) -> Tensor:
+    """Computes the reward of every episode, R_ik = r_out,i / K_i + alpha * (gain_ik - beta * C_ik).
+
+    See "Learning to Think: Information-Theoretic Reinforcement Fine-Tuning for LLMs" (arXiv 2505.10425),
+    section 4.
+
+    Args:
+        outcome: [n], the outcome rewards r_out of a group.
+        gain: [n, K], J_ik - J_i,k-1: the rise of the probability of the right answer over the episode.
+        episode_mask: [n, K], which episodes exist; K_i is their number. What the others hold is never read.
+        alpha: The weight of the process part.
+        penalty: [n, K], C_ik; None: 0.
+        beta: The weight of the penalty inside the process part.
+
+    Returns:
+        [n, K], zeros where there is no episode; may be negative; float64 if an input is, else float32. No gradient.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    sizes: dict[str, int] = {}
+    check_shape("outcome", outcome, "n", sizes)
+    check_shape("gain", gain, "n K", sizes)
+    exists = as_mask("episode_mask", episode_mask, gain, "n K", sizes)
+    penalty = torch.zeros_like(gain) if penalty is None else penalty
+    check_shape("penalty", penalty, "n K", sizes)
+    outcome, gain, penalty = as_float(outcome, gain, penalty)
+    number = exists.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(exists, outcome.unsqueeze(-1) / number + alpha * (gain - beta * penalty), 0)
+
+
+@torch.no_grad()
 def token_advantage(
     episode_reward: Tensor,
     episode_index: Tensor,
@@ -81,6 +121,7 @@ def token_advantage(
     length_correction: bool = True,
     max_ratio: float = 10.0,
     eps: float = 1e-6,
+    signed: bool = False,
 ) -> Tensor:
     """Computes token advantages from episode rewards: surprise weights, a trimmed mean, then the group.
 
@@ -95,7 +136,9 @@ def token_advantage(
     - A_it = A^_i * min(r_it * T_i / max(r~_i, eps), max_ratio), and A^_i for response tokens outside any
       episode.
 
-    The last line expects rewards of at least 0: under a negative r~_i its ratio is unbounded below.
+    The last line expects rewards of at least 0: under a negative r~_i its ratio is unbounded below. With
+    ``signed`` rewards may be negative (L2T): where the r~_i of the last line is at most eps, all tokens of the
+    response get A^_i; elsewhere the ratio is clamped to [0, max_ratio]. `signed_cases` finds these places.
 
     Args:
         episode_reward: [n, K], R_ik of one group.
@@ -106,6 +149,7 @@ def token_advantage(
         length_correction: Whether r~ that enters the group has the factor T_i; the last line's has it always.
         max_ratio: Bound on a token's share relative to the mean.
         eps: Added to the deviation, and the bound of the last line's denominator.
+        signed: Whether rewards may be negative.
 
     Returns:
         [n, T], zeros outside the response; float64 if an input is, else float32. No gradient.
@@ -114,21 +158,66 @@ def token_advantage(
         ValueError: Shapes that do not fit, a ``trim`` outside [0, 1), an index that is not an integer, or a
             response token in an episode that ``episode_reward`` has no column for.
     """
-    response, episode = _tokens(episode_reward, episode_index, old_log_prob, response_mask)
-    if not 0 <= trim < 1:
-        raise ValueError(f"trim is {trim} where a number in [0, 1) is expected.")
+    response, token_reward, inside = _token_rewards(episode_reward, episode_index, old_log_prob, response_mask)
     check_at_least("max_ratio", max_ratio, 0)
-    reward, log_prob = as_float(episode_reward, old_log_prob)
-    token_reward = _spread(reward, episode, log_prob)
-    inside = episode >= 0
     length = inside.sum(-1)
     mean = _trimmed_mean(token_reward, inside, trim)
     total = length * mean
     score = total if length_correction else mean
     advantage = group_relative_advantage(score, torch.zeros_like(length), eps=eps).unsqueeze(-1)
     ratio = token_reward * length.unsqueeze(-1) / total.clamp(min=eps).unsqueeze(-1)
-    advantage = torch.where(inside, advantage * ratio.clamp(max=max_ratio), advantage)
+    ratio = ratio.clamp(max=max_ratio)
+    if signed:
+        ratio = torch.where(total.unsqueeze(-1) > eps, ratio.clamp(min=0), 1)
+    advantage = torch.where(inside, advantage * ratio, advantage)
     return torch.where(response, advantage, 0)
+
+
+@torch.no_grad()
+def signed_cases(
+    episode_reward: Tensor,
+    episode_index: Tensor,
+    old_log_prob: Tensor,
+    response_mask: Tensor,
+    *,
+    trim: float = 0.05,
+    max_ratio: float = 10.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Finds where the rules of `token_advantage` with ``signed`` act, for counting them.
+
+    Args:
+        episode_reward: [n, K], as for `token_advantage`; so are the others.
+        episode_index: [n, T].
+        old_log_prob: [n, T].
+        response_mask: [n, T].
+        trim: Share of the tokens that the mean leaves out.
+        max_ratio: Bound on a token's share relative to the mean.
+        eps: Bound of r~.
+
+    Returns:
+        ``(even, clamped)``: bool [n], responses with tokens in episodes whose r~ is at most eps, so that all their
+        tokens get A^; and bool [n, T], tokens of the other responses whose ratio is clamped.
+
+    Raises:
+        ValueError: As for `token_advantage`.
+    """
+    _, token_reward, inside = _token_rewards(episode_reward, episode_index, old_log_prob, response_mask)
+    length = inside.sum(-1)
+    total = length * _trimmed_mean(token_reward, inside, trim)
+    ratio = token_reward * length.unsqueeze(-1) / total.clamp(min=eps).unsqueeze(-1)
+    positive = total > eps
+    clamped = positive.unsqueeze(-1) & ((ratio < 0) | (ratio > max_ratio))
+    return (length > 0) & ~positive, clamped
+
+
+def _token_rewards(
+    episode_reward: Tensor, episode_index: Tensor, old_log_prob: Tensor, response_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens belong to the response, r_it, and which tokens are in an episode; all [n, T]."""
+    response, episode = _tokens(episode_reward, episode_index, old_log_prob, response_mask)
+    reward, log_prob = as_float(episode_reward, old_log_prob)
+    return response, _spread(reward, episode, log_prob), episode >= 0
 
 
 def _tokens(
@@ -163,6 +252,8 @@ def _spread(reward: Tensor, episode: Tensor, log_prob: Tensor) -> Tensor:
 
 def _trimmed_mean(x: Tensor, inside: Tensor, trim: float) -> Tensor:
     """Mean of each row's tokens inside [n, T] without the floor(trim/2 * count) lowest and highest; [n]."""
+    if not 0 <= trim < 1:
+        raise ValueError(f"trim is {trim} where a number in [0, 1) is expected.")
     count = inside.sum(-1, keepdim=True)
     # The small number is for products such as 0.15 * 20 that may round to just below an integer.
     cut = torch.floor(trim / 2 * count.double() + 1e-9).long()
