@@ -8,6 +8,7 @@ from gcpo.algorithms.episodes import (
     signed_cases,
     token_advantage,
 )
+from gcpo.algorithms.gvpo import gvpo_advantage, gvpo_loss
 from gcpo.algorithms.process_values import process_values, uct
 from gcpo.algorithms.reference import causal_kl, causal_reference
 from gcpo.algorithms.weighting import (
@@ -31,6 +32,8 @@ __all__ = [
     "fitting_gain_reward",
     "group_mean_target",
     "group_relative_advantage",
+    "gvpo_advantage",
+    "gvpo_loss",
     "process_values",
     "signed_cases",
     "token_advantage",
