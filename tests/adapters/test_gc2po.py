@@ -20,13 +20,14 @@ from gcpo.adapters.registry import credited, method_advantage
 from gcpo.adapters.trainer import MethodTrainer
 from gcpo.adapters.worker import METHOD_CALL
 from gcpo.algorithms import episode_reward, group_relative_advantage, token_advantage
+from gcpo.episodes import split_response
 from gcpo.methods.base import Run
 from gcpo.methods.fields import flat, lengths
 from gcpo.methods.gc2po.credit import effectiveness
-from gcpo.methods.gc2po.episodes import TokenReader, split_response
 from gcpo.methods.gc2po.method import EpisodeCredit
 from gcpo.methods.gc2po.settings import GC2POConfig
 from gcpo.scoring.branches import EpisodeRequest
+from gcpo.tokens import TokenReader
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.ranks import pack, run_on_ranks
 from tests.adapters.test_pipeline import (
@@ -158,7 +159,7 @@ def expected_group(rows: list[dict[str, Any]], requests: dict[str, EpisodeReques
         robust.append([*(-score.divergence.mean(-1)).exp().tolist(), *fill])
         effect.append([*effectiveness(fake_states(request)).tolist(), *fill])
         mask.append([1] * len(ids) + [0] * (longest - len(ids)))
-        index.append(split.index(longest).tolist())
+        index.append(split.index(longest))
         values = log_probs_of(fields["prompts"], fields["responses"]).tolist()
         old.append(values + [0.0] * (longest - len(ids)))
     robust, effect, index = torch.tensor(robust), torch.tensor(effect), torch.tensor(index)
@@ -284,7 +285,7 @@ def test_the_prompt_asks_for_tags(recipe_config: Callable, tmp_path: Path, token
     from verl.utils.dataset.rl_dataset import get_dataset_class
 
     from examples.arithmetic.task import prepare
-    from gcpo.methods.gc2po.episodes import EPISODE_PROMPT
+    from gcpo.episodes import EPISODE_PROMPT
 
     prepare(tmp_path, train_size=6, test_size=6)
     config = recipe_config("method=gc2po", "device=cpu", f"+data.cache_dir={tmp_path}/cache").data

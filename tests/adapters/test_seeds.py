@@ -202,9 +202,9 @@ def test_gc2po_without_seeds(recipe_config: Callable) -> None:
     from omegaconf import OmegaConf
 
     from gcpo.methods.gc2po import fields as own
-    from gcpo.methods.gc2po.episodes import TokenReader
     from gcpo.methods.gc2po.scoring import RowReader
     from gcpo.methods.gc2po.settings import GC2POConfig
+    from gcpo.tokens import TokenReader
 
     settings = OmegaConf.to_container(recipe_config("method=gc2po", "gcpo.seed=null"), resolve=True)
     config = GC2POConfig.from_config(settings["gc2po"], n=8)

@@ -22,10 +22,9 @@ from gcpo.methods.gc2po.credit import (
     group_advantage,
     group_answers,
 )
-from gcpo.methods.gc2po.episodes import TokenReader
 from gcpo.methods.gc2po.scoring import RowReader, score_rows
 from gcpo.methods.gc2po.settings import GC2POConfig
-from gcpo.tokens import control_ids
+from gcpo.tokens import TokenReader, control_ids
 
 
 @dataclass

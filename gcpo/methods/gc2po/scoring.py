@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcpo.episodes import Episodes, split_response
 from gcpo.methods.fields import PROMPTS, RESPONSES, Field, split
 from gcpo.methods.gc2po.credit import effectiveness, gaussian_noise, group_noise
-from gcpo.methods.gc2po.episodes import Episodes, TokenReader, split_response
 from gcpo.methods.gc2po.fields import (
     ANSWER_LENGTHS,
     ANSWERS,
@@ -25,6 +25,7 @@ from gcpo.methods.gc2po.fields import (
 from gcpo.methods.gc2po.settings import GC2POConfig
 from gcpo.scoring.branches import EpisodeRequest
 from gcpo.seeding import request_seed
+from gcpo.tokens import TokenReader
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def score_rows(
         tokens = (scorer.path_tokens, scorer.branch_tokens, scorer.unshared_tokens)
         counts[:, :3] = torch.tensor(tokens) / len(rows)
     return {
-        EPISODE_INDEX: [row.episodes.index(row.length) for row in rows],
+        EPISODE_INDEX: [torch.tensor(row.episodes.index(row.length), dtype=torch.int64) for row in rows],
         DIVERGENCE: list(divergence),
         EFFECTIVENESS: list(effect),
         COUNTS: list(counts),

@@ -5,40 +5,23 @@ It needs neither torch nor verl, so that a wrong value is refused before anythin
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
+from gcpo import episodes
 from gcpo.settings import ConfigError, Count, NotNegative, Seed, Settings, Switch
 
-BLANK_LINES = r"\n\s*\n"
 
-
-class EpisodesConfig(Settings):
-    """How a response is split."""
+class EpisodesConfig(episodes.EpisodesConfig):
+    """How a response is split, and which episodes are perturbed."""
 
     renamed = {"scored": "max_perturbed"}
 
-    separator: str = BLANK_LINES
-    """Regular expression of what stands between two episodes where a response has no tags: blank lines."""
-    max_episodes: Count = 30
-    """A response with more has the rest in its last one."""
     max_perturbed: Count | None = None
     """So many episodes of a response, drawn at random, are perturbed; the others get the mean robustness of those.
     ``null``: all are."""
-
-    @field_validator("separator")
-    @classmethod
-    def _splits(cls, separator: str) -> str:
-        try:
-            matches_nothing = re.compile(separator).match("") is not None
-        except re.error as error:
-            raise ValueError(f"it is not a regular expression ({error})") from error
-        if matches_nothing:
-            raise ValueError("it also matches nothing at all; make it longer")
-        return separator
 
 
 class PerturbationConfig(Settings):

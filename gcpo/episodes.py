@@ -1,4 +1,7 @@
-"""Splitting a response into episodes, in characters and in the response's own tokens."""
+"""Splitting a response into episodes, in characters and in the response's own tokens; and the settings of it.
+
+It needs neither torch nor verl.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import torch
+from pydantic import field_validator
 
-from gcpo.methods.gc2po.settings import BLANK_LINES
+from gcpo.settings import Count, Settings
 from gcpo.tokens import TokenReader
 
+BLANK_LINES = r"\n\s*\n"
 EPISODE_PROMPT = (
     "\n\nWrite every step of your reasoning between tags of its own, numbered from 1: "
     "<episode_1>first step</episode_1>, <episode_2>second step</episode_2> and so on. "
@@ -20,6 +24,26 @@ EPISODE_PROMPT = (
 
 _TAG = re.compile(r"<(/?)episode_(\d+)>")
 _LOOKS_LIKE_A_TAG = re.compile(r"</?episode", re.IGNORECASE)
+
+
+class EpisodesConfig(Settings):
+    """How a response is split."""
+
+    separator: str = BLANK_LINES
+    """Regular expression of what stands between two episodes where a response has no tags: blank lines."""
+    max_episodes: Count = 30
+    """A response with more has the rest in its last one."""
+
+    @field_validator("separator")
+    @classmethod
+    def _splits(cls, separator: str) -> str:
+        try:
+            matches_nothing = re.compile(separator).match("") is not None
+        except re.error as error:
+            raise ValueError(f"it is not a regular expression ({error})") from error
+        if matches_nothing:
+            raise ValueError("it also matches nothing at all; make it longer")
+        return separator
 
 
 @dataclass(frozen=True)
@@ -39,11 +63,11 @@ class Episodes:
     tagged: bool
     malformed: bool
 
-    def index(self, length: int) -> torch.Tensor:
-        """The episode of every token, int64 [length], -1 outside."""
-        index = torch.full((length,), -1)
+    def index(self, length: int) -> list[int]:
+        """The episode of every token [length], -1 outside."""
+        index = [-1] * length
         for k, (start, end) in enumerate(self.spans):
-            index[start:end] = k
+            index[start:end] = [k] * (end - start)
         return index
 
     @property

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcpo.methods.gc2po.episodes import EPISODE_PROMPT, TokenReader, split_response, split_text, token_spans
+from gcpo.episodes import EPISODE_PROMPT, split_response, split_text, token_spans
+from gcpo.tokens import TokenReader
 
 
 def texts(text: str, **options: Any) -> list[str]:
@@ -126,7 +127,7 @@ def test_responses_without_content() -> None:
 def test_index() -> None:
     """-1 outside, also beyond the last token."""
     found = split_response(range(3), TokenReader(Toy(b"a\n\n", b"b", b"</s>")), end_ids=(2,))
-    assert found.index(5).tolist() == [0, 1, -1, -1, -1]
+    assert found.index(5) == [0, 1, -1, -1, -1]
 
 
 def test_empty_tokens_belong_to_what_they_follow() -> None:
