@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 from data_prep.sets import SETS
 from gcpo.checks.overrides import dotted_keys
 from gcpo.checks.reward import OPTIONS
-from gcpo.methods.gc2po.settings import GC2POConfig
+from gcpo.methods import method_class, own_method_names
 from gcpo.methods.gcpo.settings import GCPOSettings
 from recipe.rest_mcts.__main__ import read_settings
 from tests.golden.runs import RUNS
@@ -72,8 +72,8 @@ def spread(text: str) -> list[str]:
 def metric_patterns() -> tuple[str, ...]:
     """Names of metrics in the source, with ``*`` where the source fills something in."""
     source = "\n".join(path.read_text() for path in (ROOT / "gcpo").rglob("*.py"))
-    names = set(re.findall(r'f?"((?:gcpo|gc2po|stability)/[^"\s]+)"', source))
-    names |= {f"{method}/balance/whole_groups" for method in ("gcpo", "gc2po")}
+    names = set(re.findall(rf'f?"((?:{"|".join(own_method_names())}|stability)/[^"\s]+)"', source))
+    names |= {f"{method}/balance/whole_groups" for method in own_method_names()}
     return tuple(re.sub(r"\{[^{}]*\}", "*", name) for name in names)
 
 
@@ -119,13 +119,15 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 @functools.cache
 def settings() -> frozenset[str]:
-    """All settings and groups of settings by their dotted names, also those of `gcpo` and `gc2po` from their group."""
+    """All settings and groups of settings by their dotted names, also those of the methods from their group."""
     keys: set[str] = set()
-    for config in (composed("gcpo_trainer", "device=cpu"), composed("gcpo_trainer", "method=gc2po"), composed("verl")):
+    methods = [composed("gcpo_trainer", f"method={name}") for name in own_method_names()]
+    for config in (composed("gcpo_trainer", "device=cpu"), composed("verl"), *methods):
         for key in dotted_keys(config):
             names = key.split(".")
             keys |= {".".join(names[:end]) for end in range(1, len(names) + 1)}
-    keys |= {key.split(".", 1)[1] for key in keys if key.startswith(("gcpo.", "gc2po.")) and key.count(".") > 1}
+    own = tuple(f"{name}." for name in own_method_names())
+    keys |= {key.split(".", 1)[1] for key in keys if key.startswith(own) and key.count(".") > 1}
     return frozenset(keys)
 
 
@@ -145,14 +147,15 @@ def imports(name: str) -> bool:
 
 def former(name: str) -> str | None:
     """The sentence that refuses a setting of an earlier version."""
-    if name.startswith("gc2po."):
-        return GC2POConfig.former("gc2po", name.removeprefix("gc2po."))
-    return GCPOSettings.former("gcpo", name.removeprefix("gcpo."))
+    method, _, key = name.partition(".")
+    if method in own_method_names() and key:
+        return method_class(method).settings_class.former(method, key)
+    return GCPOSettings.former("gcpo", name)
 
 
 def dotted_names(document: Path) -> list[str]:
     """Inline code that looks like a setting or a Python name of this project."""
-    groups = "|".join(["gcpo", "gc2po", *VERL_GROUPS, *GCPOSettings.model_fields])
+    groups = "|".join([*own_method_names(), *VERL_GROUPS, *GCPOSettings.model_fields])
     return [
         name
         for text in code_of(document)[0]

@@ -28,6 +28,7 @@ class Run:
     Attributes:
         n: number of responses per question.
         response_length: longest response in tokens.
+        prompt_length: longest prompt in tokens.
         temperature: temperature of the rollout.
         norm_by_std: whether GRPO's advantage is divided by the standard deviation of the group.
         max_tokens: largest number of tokens of a micro-batch of the actor.
@@ -39,6 +40,7 @@ class Run:
 
     n: int
     response_length: int
+    prompt_length: int = 0
     temperature: float = 1.0
     norm_by_std: bool = True
     max_tokens: int = 16384
@@ -54,6 +56,7 @@ class Run:
         return cls(
             n=rollout.n,
             response_length=rollout.response_length,
+            prompt_length=config.data.max_prompt_length,
             temperature=rollout.temperature,
             norm_by_std=config.algorithm.get("norm_adv_by_std_in_grpo", True),
             max_tokens=actor.ppo_max_token_len_per_gpu,

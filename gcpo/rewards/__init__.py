@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import isfinite
 from typing import Any
 
-from gcpo.rewards.math import boxed_answer, is_decided, normalize, same_answer
+from gcpo.rewards.math import boxed_answer, is_decided, normalize, right_answers, same_answer
 from gcpo.rewards.math import grade as _grade_math
 from gcpo.rewards.math_verify_pool import GraderError, size
 from gcpo.rewards.sources import grader_of, marked_answer, problem_of
@@ -30,6 +30,7 @@ __all__ = [
     "guarded",
     "normalize",
     "problem_of",
+    "right_answers",
     "same_answer",
     "thinks",
 ]

@@ -17,7 +17,7 @@ from gcpo.rewards.rationals import same_rational, scales_agree, unscaled
 from gcpo.rewards.sources import without_array
 from gcpo.rewards.units import conflicting_units, without_unit
 
-__all__ = ["boxed_answer", "grade", "is_decided", "normalize", "same_answer"]
+__all__ = ["boxed_answer", "grade", "is_decided", "normalize", "right_answers", "same_answer"]
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer is graded as wrong; the answers of the supported data sets are much shorter."""
@@ -78,7 +78,7 @@ def _by_text_and_number(answer: str, truth: Any) -> bool | list[Questions]:
     if len(answer) > MAX_ANSWER_CHARS or not normalize(answer):
         return False
     undecided = []
-    for right in _truths(truth):
+    for right in right_answers(truth):
         verdict = _same(answer, right) if len(right) <= MAX_ANSWER_CHARS else False
         if verdict is True:
             return True
@@ -87,12 +87,16 @@ def _by_text_and_number(answer: str, truth: Any) -> bool | list[Questions]:
     return undecided or False
 
 
-def _truths(truth: Any) -> Iterator[str]:
-    """Yield the texts of all right answers."""
+def right_answers(truth: Any) -> Iterator[str]:
+    """Yield the texts of all right answers.
+
+    Args:
+        truth: a text or a number, or a list of these; anything else holds none.
+    """
     truth = without_array(truth)
     if isinstance(truth, list | tuple):
         for one in truth:
-            yield from _truths(one)
+            yield from right_answers(one)
     elif isinstance(truth, str):
         yield from _alternatives(truth)
     elif isinstance(truth, int | float) and not isinstance(truth, bool) and math.isfinite(truth):

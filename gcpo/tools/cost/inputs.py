@@ -152,7 +152,7 @@ def of_log(log: Mapping[str, float], limits: Mapping[str, int]) -> Lengths:
         group_spread=log.get("gcpo/rollout/spread_of_groups", 0.0),
         common=log.get("gcpo/rollout/common_prefix_tokens", 0.0),
         common_draws=log.get("gcpo/rollout/common_prefix_draw_tokens"),
-        episodes=log.get("gc2po/episodes/mean", Lengths.episodes),
+        episodes=next((log[name] for name in log if name.endswith("/episodes/mean")), Lengths.episodes),
         equal_rewards=log.get("gcpo/rollout/equal_rewards_frac", 0.0),
         cut=cut,
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gcpo.methods.base import Batch, Engine, Method, Run, SampledGroup, Sampling, Term
-from gcpo.methods.fields import PROMPTS, RESPONSES, REWARD_MODEL, Field
+from gcpo.methods.fields import DATA_SOURCE, PROMPTS, RESPONSES, REWARD_MODEL, Field
 from gcpo.methods.gcpo.draws import KINDS
 from gcpo.methods.gcpo.fields import KL_MASK, KL_WEIGHT
 from gcpo.methods.stations import parts_of
@@ -250,7 +250,7 @@ class Simulation:
         method, run = self.method, self.step.run
         messages, prompt = self.tokenizer.question(question)
         responses, server = self._responses(mean), Server(self)
-        known = {PROMPTS: torch.tensor(prompt), REWARD_MODEL: {"ground_truth": str(ANSWER)}}
+        known = {PROMPTS: torch.tensor(prompt), REWARD_MODEL: {"ground_truth": str(ANSWER)}, DATA_SOURCE: ""}
         rows: list[dict[Field, Any]] = [{**known, RESPONSES: torch.tensor(response)} for response in responses]
         server.cached(prompt)  # The first response on each server is not cached.
         cached = max(0, run.n - self.step.servers) * server.cached(prompt)

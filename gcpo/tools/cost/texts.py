@@ -192,8 +192,8 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
-        """Return the text of random ids."""
-        known = [int(token) for token in ids if token != END]
+        """Return the text of random ids; ids of the model's vocabulary have none."""
+        known = [int(token) for token in ids if token > END]
         return "".join(chr(token + _PRIVATE) if token < SPELLED else _TEXTS[token - SPELLED] for token in known)
 
     def batch_decode(self, rows: Sequence[Sequence[int]], **options: Any) -> list[str]:
