@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "data_prep", "docs", "examples", "gcpo", "recipe", "run_scripts")
 FILES = sorted(path.relative_to(ROOT).as_posix() for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 60
+LONG = {"examples/gcpo_in_one_file.py": 400}
+"""All methods side by side, to be read from top to bottom."""
 STACK = {"ray", "tensordict", "transfer_queue", "verl"}
 """What verl brings along; a method, a check, a reward or a tool must not need it."""
 
@@ -39,7 +41,7 @@ def test_the_files_are_found() -> None:
 
 def test_no_file_is_too_long() -> None:
     lengths = {name: len((ROOT / name).read_text().splitlines()) for name in FILES}
-    assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
+    assert {name: length for name, length in lengths.items() if length > LONG.get(name, MOST_LINES)} == {}
 
 
 def test_no_function_is_too_long() -> None:

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,9 @@ def build_trainer(config: Any, queue: Any, tokenizer: Any) -> Any:
     return trainer, actor
 
 
-def run(rank: int, world: int, name: str, model: str, recipe: str) -> dict[str, Any]:
+def run(
+    rank: int, world: int, name: str, model: str, recipe: str, overrides: Sequence[str] = (), steps: int = STEPS
+) -> dict[str, Any]:
     """The numbers of one entry of ``RUNS``: advantages, Upsilon, the reference, losses, gradient norms, weights.
 
     Args:
@@ -227,6 +230,8 @@ def run(rank: int, world: int, name: str, model: str, recipe: str) -> dict[str, 
         name: of the entry.
         model: folder of the model.
         recipe: folder of the recipe's configuration.
+        overrides: more overrides; the stored numbers are those without any.
+        steps: number of steps.
     """
     import pytest
     from hydra import compose, initialize_config_dir
@@ -238,7 +243,7 @@ def run(rank: int, world: int, name: str, model: str, recipe: str) -> dict[str, 
 
     assert world == 1
     with initialize_config_dir(recipe, version_base=None):
-        config = compose("gcpo_trainer", [*COMMON, *RUNS[name], f"actor_rollout_ref.model.path={model}"])
+        config = compose("gcpo_trainer", [*COMMON, *RUNS[name], f"actor_rollout_ref.model.path={model}", *overrides])
     tokenizer = AutoTokenizer.from_pretrained(model)
     content = stored()
     reward = {
@@ -249,7 +254,7 @@ def run(rank: int, world: int, name: str, model: str, recipe: str) -> dict[str, 
     found: dict[str, Any] = {"steps": []}
     with pytest.MonkeyPatch.context() as patch:
         name_sessions(patch)
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             queue = MemoryQueue().install(patch)
             if step == 1:
                 trainer, actor = build_trainer(config, queue, tokenizer)
