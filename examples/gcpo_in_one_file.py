@@ -265,9 +265,8 @@ class Trainer:
             if self.target == "group_mean":
                 target, has_target = algorithms.group_mean_target(group.state), torch.ones(s.n, dtype=torch.bool)
             else:
-                (states, valid), (others, others_valid) = zip(
-                    self._split(group.context_state), self._split(group.has_state), strict=True
-                )
+                states, others = self._split(group.context_state)
+                valid, others_valid = self._split(group.has_state)
                 target, has_target = algorithms.causal_target(
                     group.state, states, valid, z_marginal=others, valid_marginal=others_valid
                 )
@@ -320,11 +319,12 @@ class Trainer:
         for mini in minis:
             self.optimizer.zero_grad(set_to_none=False)
             found = {"actor/pg_loss": self._policy_backward(mini)}
-            policy = [p.grad.clone() for p in self.parameters]
+            gradients: list[Any] = [p.grad for p in self.parameters]
+            policy = [gradient.clone() for gradient in gradients]
             if self.kappa:
                 found["gcpo/grad_norm/policy"] = float(get_total_norm(policy))
                 found["gcpo/kl_loss"] = self._kappa_backward(mini)
-                kappa = [p.grad - part for p, part in zip(self.parameters, policy, strict=True)]
+                kappa = [both - part for both, part in zip(gradients, policy, strict=True)]
                 found["gcpo/grad_norm/kappa"] = float(get_total_norm(kappa))
             found["actor/grad_norm"] = float(clip_grad_norm_(self.parameters, s.max_grad_norm))
             if not found["actor/grad_norm"] < float("inf"):
