@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,19 @@ def verl_overrides() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-@functools.cache
 def composed(name: str, *overrides: str) -> DictConfig:
-    """What hydra composes: ``verl`` is verl's yaml with docs/verl_overrides.txt, other names are ours."""
+    """A new copy of what hydra composes: ``verl`` is verl's yaml with docs/verl_overrides.txt, other names are ours."""
+    return pickle.loads(_composed(name, *overrides))
+
+
+@functools.cache
+def _composed(name: str, *overrides: str) -> bytes:
+    """Pickled: to unpickle a configuration takes a third of the time of a deep copy."""
     ours = name != "verl"
     with initialize_config_dir(str(CONFIG if ours else VERL_CONFIG), version_base=None):
         if ours:
-            return compose(name, [f"hydra.searchpath=['file://{VERL_CONFIG}']", *overrides])
-        return compose("ppo_trainer", [*verl_overrides(), *overrides])
+            return pickle.dumps(compose(name, [f"hydra.searchpath=['file://{VERL_CONFIG}']", *overrides]))
+        return pickle.dumps(compose("ppo_trainer", [*verl_overrides(), *overrides]))
 
 
 EMBEDDED = (
@@ -86,8 +91,7 @@ EMBEDDED = (
 
 
 def with_overrides(config: DictConfig, *overrides: str) -> DictConfig:
-    """A copy of ``config`` with overrides as hydra applies them."""
-    config = copy.deepcopy(config)
+    """Apply overrides to ``config`` as hydra does."""
     parser = OverridesParser.create()
     ConfigLoaderImpl._apply_overrides_to_config([parser.parse_override(text) for text in overrides], config)
     return config

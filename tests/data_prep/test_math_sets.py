@@ -220,6 +220,7 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_files_lose_no_row_and_every_answer_is_right(name):
     path, count = REAL[name]
@@ -240,6 +241,7 @@ def minerva(path):
     return convert_rows(SETS["minerva"], read_source(SETS["minerva"], [str(real(path))]))
 
 
+@pytest.mark.slow
 def test_minerva_s_two_schemas_agree():
     """One has the answer in the solution, the other a list of forms as well, some of another part of the question."""
     lists, boxes = minerva("deepscaler/test/minerva.json"), minerva("minerva/test.jsonl")
@@ -251,6 +253,7 @@ def test_minerva_s_two_schemas_agree():
     assert len(lists.noted["the answer column differs from the box of the solution, which counts"]) == 40
 
 
+@pytest.mark.slow
 def test_two_real_answers_that_are_both_right():
     truths = [row["reward_model"]["ground_truth"] for row in minerva("deepscaler/test/minerva.json").test]
     (truth,) = [one for one in truths if one.startswith("[") and set(json.loads(one)) == {"0.01", "0.02"}]
