@@ -47,6 +47,7 @@ METHODS = {
         "gc2po.episodes.max_perturbed=1",
     ],
     "gc2po-off": ["method=gc2po", "gc2po.counterfactual=off"],
+    "l2t": ["method=l2t"],
 }
 # The weights stay as they are, so that every method generates responses of the same kind.
 UNTRAINED = ["trainer.val_before_train=False", "trainer.test_freq=-1", "actor_rollout_ref.actor.optim.lr=0"]

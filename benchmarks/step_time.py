@@ -19,7 +19,7 @@ from benchmarks.common import METHODS, UNTRAINED, arguments, print_table, run, s
 STAGES = {
     "generation": ("timing_s/gen",),
     "old log-prob": ("timing_s/old_log_prob",),
-    "of that: scoring": ("timing_s/gcpo_score", "timing_s/gc2po_score"),
+    "of that: scoring": ("timing_s/gcpo_score", "timing_s/gc2po_score", "timing_s/l2t_score"),
     "of that: weights and reference": ("timing_s/gcpo_stage",),
     "update": ("timing_s/update_actor",),
     "whole step": ("timing_s/step",),
@@ -39,7 +39,7 @@ def by_kind(step: dict[str, float], name: str) -> float:
 # Each takes the metrics of a step and the number of questions of a batch.
 TOKENS = {
     "generated": lambda step, batch: by_kind(step, "generated") or step["response_length/mean"] * batch * 8,
-    "scored": lambda step, batch: total(step, ("gcpo/tokens/scored", "gc2po/tokens/scored")),
+    "scored": lambda step, batch: total(step, ("gcpo/tokens/scored", "gc2po/tokens/scored", "l2t/tokens/scored")),
     "scored, without sharing": lambda step, batch: step.get("gcpo/tokens/scored_unshared", 0.0),
     "prompts of extra generations": lambda step, batch: by_kind(step, "prefilled"),
     "cached": lambda step, batch: by_kind(step, "cached"),
