@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.nn.utils.rnn import pad_sequence
 
 from examples.small_transformer import Ids, Response, Text, Transformer, generate, log_probs, read
-from examples.training_run import RunSettings, chunks, command, grade, question_ids
+from examples.training_run import RunSettings, chunks, command, grade, means_by_sign, question_ids
 from gcpo import algorithms
 from gcpo.collider import leave_one_out_plan
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts
@@ -282,6 +282,8 @@ class Trainer:
         weights = [torch.where(has, weight, every.mean()) for weight, has in zip(weights, known, strict=True)]
         spread = torch.stack([weight[has].std() for weight, has in zip(weights, known, strict=True) if has.sum() > 1])
         self.metrics |= {f"gcpo/upsilon/{kind}": float(getattr(every, kind)()) for kind in ("mean", "min", "max")}
+        advantage = torch.cat([group.advantage[has] for group, has in zip(groups, known, strict=True)])
+        self.metrics |= means_by_sign("gcpo/upsilon/mean", every, advantage)
         self.metrics["gcpo/upsilon/spread_in_group"] = float(spread.mean())
         return self._ablated(groups, weights, known)
 

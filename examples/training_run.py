@@ -77,6 +77,12 @@ def grade(tokenizer: Any, rows: Sequence[dict[str, Any]], responses: Sequence[An
     return torch.tensor([grades[key] for grades in grade_many(texts, truths, sources, extras)])
 
 
+def means_by_sign(name: str, values: torch.Tensor, advantage: torch.Tensor) -> dict[str, float]:
+    """Means of ``values`` [R] where the reward is above and below the mean of its group; none where no reward is."""
+    sides = {"above": values[advantage > 0], "below": values[advantage < 0]}
+    return {f"{name}_{side}": float(some.mean()) for side, some in sides.items() if len(some)}
+
+
 def batches(rows: Sequence[dict[str, Any]], settings: RunSettings) -> Iterator[list[dict[str, Any]]]:
     """Questions in random order, epoch after epoch; a rest that fills no batch is left out."""
     if len(rows) < settings.batch:

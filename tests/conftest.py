@@ -107,6 +107,7 @@ SLOW = (
     "test_entry_points",
     "test_races",
     "test_scripts",
+    "tools/compare/test_compare",
     "tools/test_launch",
     "tools/test_launch_full_disk",
     "tools/test_launch_leftovers",

@@ -195,7 +195,9 @@ def commands(document: Path) -> Iterator[str]:
         for line in block.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 yield shlex.join(words)
-    yield from (text for text in inline if re.match(r"(?:\w+=\S+ )*(?:bash|python -m|gcpo (?:cost|doctor))\b", text))
+    yield from (
+        text for text in inline if re.match(r"(?:\w+=\S+ )*(?:bash|python -m|gcpo (?:compare \w|cost|doctor))", text)
+    )
 
 
 class Parsed(Exception):
@@ -258,6 +260,8 @@ def check_python(monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[s
             compose_run(["--config-name", options.config_name or "gcpo_trainer", *rest])
         else:
             assert not rest
+        if module == "gcpo.tools.cli" and options.command == "compare":
+            assert (ROOT / options.experiment).is_file() and (ROOT / (options.against or "")).exists()
 
 
 def check_script(monkeypatch: pytest.MonkeyPatch, box: Sandbox, script: str, arguments: list[str]) -> None:

@@ -243,6 +243,17 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=int, default=32, help="groups that are simulated (default: 32)")
 
 
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``gcpo compare``."""
+    parser.description = "Train every method on every task with every seed, and write tables with 95 % intervals."
+    parser.add_argument("experiment", type=Path, metavar="experiment.yaml", help="see docs/comparison.md")
+    parser.add_argument("--quick", action="store_true", help="the same tables from the seeds and steps under `quick`")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="one-file runs at a time (default: 1)")
+    parser.add_argument("--tables-only", action="store_true", help="run nothing; tables and figures of what is there")
+    parser.add_argument("--retry-failed", action="store_true", help="run again what failed")
+    parser.add_argument("--against", type=Path, metavar="OTHER.yaml", help="add the differences to its results")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="gcpo", description="Group Causal Policy Optimization for verl.")
@@ -250,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="say whether this installation can train, and what is wrong if not")
     add_cost_arguments(commands.add_parser("cost", help="say what a training step takes in tokens, beside GRPO"))
+    add_compare_arguments(commands.add_parser("compare", help="train methods side by side over tasks and seeds"))
     # Overrides may be placed between the options, which argparse does not allow for positional arguments.
     options, options.overrides = parser.parse_known_args(arguments)
     unknown = [text for text in options.overrides if options.command != "cost" or text.startswith("-")]
@@ -261,6 +273,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from gcpo.tools.cost.command import cost
 
         return cost(options)
+    if options.command == "compare":
+        from gcpo.tools.compare.command import compare
+
+        return compare(options)
     parser.print_help()
     return 2
 

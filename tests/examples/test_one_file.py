@@ -206,13 +206,16 @@ def test_a_step_is_that_of_the_verl_path(name: str, model: Path, monkeypatch: py
             compared["log_ref"] += "log_ref" in row
             compared["advantage"] += row["advantage"] != 0
     assert compared["advantage"] >= 8 and (compared["log_ref"] > 0) == (name != "grpo")
-    names = {"actor/pg_loss": "actor/pg_loss", "gcpo/kl_loss": "gcpo/kl_loss"}
-    names |= {"gcpo/grad_norm/policy": "gcpo/grad_norm/policy", "gcpo/grad_norm/kappa": "gcpo/grad_norm/kappa"}
-    names |= {"actor/grad_norm": "actor/grad_norm"}
+    names = ["actor/pg_loss", "actor/grad_norm", "gcpo/kl_loss", "gcpo/grad_norm/policy", "gcpo/grad_norm/kappa"]
     shared = [key for key in names if key in metrics and key in step["metrics"]]
     assert len(shared) == (2 if name == "grpo" else 5), shared
     for key in shared:
         assert metrics[key] == pytest.approx(step["metrics"][key], rel=1e-3, abs=1e-6), key
+    weighted = [row for row in step["rows"].values() if "upsilon" in row]
+    assert len(weighted) == (0 if name == "grpo" else 16)
+    for side, sign in (("above", 1), ("below", -1)) if weighted else ():
+        upsilon = [row["upsilon"] for row in weighted if sign * row["advantage"] * row["upsilon"] > 0]
+        assert metrics[f"gcpo/upsilon/mean_{side}"] == pytest.approx(sum(upsilon) / len(upsilon), rel=2e-4)
     for key, weight in trainer.model.weights.items():
         found = theirs["weights"][f"model.{key}"]
         assert float(weight.double().norm()) == pytest.approx(found["norm"], rel=1e-5), key

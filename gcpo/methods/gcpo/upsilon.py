@@ -182,6 +182,7 @@ def batch_weights(
     weights = controlled(weights, has_target, advantages, config.weighting.ablation, seed)
     metrics = {
         **_upsilon_metrics(found),
+        **_correctness_metrics(found, advantages),
         **_causal_metrics(found),
         **_advantage_metrics(weights, has_target, advantages, config.advantage.form),
     }
@@ -218,6 +219,14 @@ def _upsilon_metrics(groups: Sequence[_GroupWeights]) -> dict[str, float]:
         metrics["gcpo/upsilon/negative_frac"] = float((upsilon < 0).float().mean())
         metrics["gcpo/upsilon/cos_to_mean_correlation"] = _correlation(upsilon, cos_to_mean)
     return metrics
+
+
+def _correctness_metrics(groups: Sequence[_GroupWeights], advantages: Sequence[Tensor]) -> dict[str, float]:
+    """Upsilon of the responses whose reward is above and below the mean of their group, those with a target."""
+    upsilon, has_target = (torch.cat([getattr(group, name) for group in groups]) for name in ("weight", "has_target"))
+    advantage = torch.cat(list(advantages))
+    chosen = {"above": (advantage > 0) & has_target, "below": (advantage < 0) & has_target}
+    return {f"gcpo/upsilon/mean_{side}": float(upsilon[rows].mean()) for side, rows in chosen.items() if rows.any()}
 
 
 def _causal_metrics(groups: Sequence[_GroupWeights]) -> dict[str, float]:

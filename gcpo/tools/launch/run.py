@@ -103,7 +103,7 @@ class Launcher:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),
+                preexec_fn=end_with_parent(),
             )
         except OSError as error:
             raise LaunchError(f"can't start {self.state.command[0]}: {error.strerror}") from error
@@ -197,7 +197,7 @@ class Launcher:
         leftovers.remove_segments(self.record.segments)
 
 
-def _end_with_parent() -> Callable[[], None]:
+def end_with_parent() -> Callable[[], None]:
     """Return a function for the command's process after which the kernel sends it SIGTERM when the launcher ends.
 
     Without the launcher, its output would not be read and its metrics not be kept.

@@ -48,6 +48,18 @@ def test_weights_by_hand() -> None:
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_upsilon_of_better_and_worse_responses() -> None:
+    """By the sign of A, over the responses that have a target; equal rewards are left out."""
+    lost = group()
+    lost.valid[0, 0] = False  # the first response has no target
+    signs = [torch.tensor(pair) for pair in ([1.0, -1.0], [0.0, 0.0], [1.0, -1.0], [-1.0, 0.0])]
+    found = weigh([group(), group(), lost, lost], signs)
+    first, second = found.weights[0].tolist()
+    assert found.metrics["gcpo/upsilon/mean_above"] == pytest.approx(first)
+    assert found.metrics["gcpo/upsilon/mean_below"] == pytest.approx(second)
+    assert "gcpo/upsilon/mean_above" not in weigh([group()], [torch.zeros(2)]).metrics
+
+
 def test_a_response_without_a_target_gets_the_mean_of_the_batch() -> None:
     """The mean runs over all responses that have a target, of other groups too; ``one`` gives 1, and so does ``mean``
     where no response has one. Both are counted."""
