@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from gcpo.collider.plan import LeaveOneOutPlan
+from gcpo.collider.plan import LeaveOneOutPlan, leave_one_out_plan
 from gcpo.notices import notice
 from gcpo.tokens import TextTokens, control_texts, last_occurrence
 
@@ -192,6 +192,30 @@ class CandidatePrompts:
     def join(frame: Frame, blocks: Sequence[Sequence[int]]) -> list[int]:
         """Return the prompt ``head + blocks + tail``."""
         return [*frame.head, *(token for block in blocks for token in block), *frame.tail]
+
+    def group(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        responses: Sequence[Sequence[int]],
+        *,
+        draws: int = 1,
+        permutation: Sequence[int] | None = None,
+        leaves: Collection[int] | None = None,
+    ) -> GroupPrompts:
+        """Return the prompts of one group.
+
+        Args:
+            messages: the question as chat messages.
+            responses: token ids of the n >= 2 responses, by index.
+            draws: number of collider draws; see `leave_one_out_plan`, also for ``permutation`` and ``leaves``.
+
+        Raises:
+            ValueError: `leave_one_out_plan` or `frame` refuses its arguments.
+        """
+        blocks = tuple(tuple(self.candidate_block(k, ids)) for k, ids in enumerate(responses))
+        lengths = [len(block) for block in blocks]
+        plan = leave_one_out_plan(len(blocks), draws, lengths=lengths, permutation=permutation, leaves=leaves)
+        return GroupPrompts(self.frame(messages), blocks, plan)
 
     def max_label_tokens(self, n: int) -> int:
         """Return the number of tokens of the longest block label in a group of ``n``."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from gcpo.collider.plan import leave_one_out_plan
 from gcpo.collider.prompts import CandidatePrompts, GroupPrompts
 from gcpo.faults import ServerLostError, one_line
 from gcpo.methods.gcpo.settings import GCPOConfig
@@ -157,18 +156,16 @@ class ColliderSampler:
             equal_rewards: whether all advantages are zero, so that Upsilon has no effect.
         """
         config, n = self.config, len(responses)
-        blocks = tuple(tuple(self.prompts.candidate_block(k, ids)) for k, ids in enumerate(responses))
         order = np.random.default_rng(request_seed(config.seed, "order", *seed_parts)).permutation(n).tolist()
-        sizes = [len(block) for block in blocks]
         slots = config.collider.num_draws + config.leave_one_out_draws
 
         def parts(*place: Any) -> tuple[Any, ...]:
             return (*seed_parts, *place)
 
         kl_weight, wanted = self._needs(n, request_seed(config.seed, *parts("kappa")), equal_rewards)
-        plan = leave_one_out_plan(n, slots, lengths=sizes, permutation=order, leaves=wanted or None)
-        chosen = plan.depth_first() if wanted else ()
-        group = GroupPrompts(self.prompts.frame(messages), blocks, plan)
+        group = self.prompts.group(messages, responses, draws=slots, permutation=order, leaves=wanted or None)
+        chosen = group.plan.depth_first() if wanted else ()
+        sizes = [len(block) for block in group.candidates]
         frame = len(group.frame.head) + len(group.frame.tail)
         generations = config.collider.num_generations
         contexts: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in range(n)]

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.faults import RunStoppedError
-from gcpo.methods.base import Batch, Engine, Generate, Method, RowFields, Run, SampledGroup, Sampling
+from gcpo.methods.base import Batch, Engine, Generate, Method, RowFields, SampledGroup, Sampling
 from gcpo.methods.fields import PROMPTS, RESPONSES, Field, FieldError
 from gcpo.methods.gcpo import fields as own
 from gcpo.methods.gcpo.credit import CausalCredit, CausalStage
 from gcpo.methods.gcpo.draws import ColliderSampler, GroupResult
 from gcpo.methods.gcpo.rollout import dumped_draws, empty_result, grade_draws, is_chosen, row_fields
 from gcpo.methods.gcpo.scoring import score_rows
-from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.methods.gcpo.settings import BlocksConfig, GCPOConfig
 from gcpo.methods.gcpo.term import KappaTerm
 from gcpo.tokens import control_ids
 
@@ -38,7 +38,7 @@ class GCPO(Method):
 
     def start_rollout(self, sampling: Sampling) -> None:
         """Create the prompt builder of the worker."""
-        self.prompts = make_prompts(self.settings, sampling.tokenizer, self.run)
+        self.prompts = make_prompts(self.settings.blocks, sampling.tokenizer, self.run.chat_template_kwargs)
         self.sampling = sampling
         self.end_ids = self.prompts.end_ids | sampling.end_ids
 
@@ -179,14 +179,15 @@ class GCPO(Method):
         return draws
 
 
-def make_prompts(config: GCPOConfig, tokenizer: Any, run: Run) -> CandidatePrompts:
+def make_prompts(
+    blocks: BlocksConfig, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> CandidatePrompts:
     """Return the prompt builder of the settings."""
-    blocks = config.blocks
     return CandidatePrompts(
         tokenizer,
         BlockBudget(blocks.max_tokens, blocks.truncation, blocks.drop_think),
         PromptTemplate(blocks.intro, blocks.candidate, blocks.collider, blocks.outro),
-        run.chat_template_kwargs or {},
+        chat_template_kwargs,
     )
 
 
