@@ -14,6 +14,8 @@
 #   --top-p P          default 0.95
 #   --max-tokens N     of a response (default 16384)
 #   --seed N           default 0
+#   --aggregate K      put K samples of a question into a prompt, as training does, and answer again; then settings of
+#                      training may follow: gcpo.blocks.max_tokens=512
 #   --limit N          the first N questions of every set
 #   --gpus N           that the model is spread over (default 1)
 #   --sandbox NAME     for programs: auto (default), bubblewrap or fusion, which needs
@@ -31,11 +33,11 @@ sets_from_caller() {
     (IFS=,; printf '%s' "${found[*]}")
 }
 
-COMMAND=run
 MODEL=""
 ARGUMENTS=()
 if [ "${1:-}" = table ]; then
-    COMMAND=table
+    MODEL=none
+    ARGUMENTS=(table)
     shift
 fi
 while [ "$#" -gt 0 ]; do
@@ -43,7 +45,7 @@ while [ "$#" -gt 0 ]; do
         -h | --help) print_help; exit 0 ;;
         --sets) need_value "$@"; ARGUMENTS+=("$1" "$(sets_from_caller "$2")"); shift 2 ;;
         --output) need_value "$@"; ARGUMENTS+=("$1" "$(absolute "${2%/}")"); shift 2 ;;
-        --samples | --temperature | --top-p | --max-tokens | --seed | --limit | --gpus | --format | --sandbox | --sandbox-fusion-url)
+        --samples | --temperature | --top-p | --max-tokens | --seed | --aggregate | --limit | --gpus | --format | --sandbox | --sandbox-fusion-url)
             need_value "$@"
             ARGUMENTS+=("$1=$2")
             shift 2
@@ -53,7 +55,7 @@ while [ "$#" -gt 0 ]; do
         *) MODEL="$1"; ARGUMENTS+=("$(from_caller "$1")"); shift ;;
     esac
 done
-[ -n "$MODEL" ] || [ "$COMMAND" = table ] || die "which model? give a folder, a checkpoint or a name on the hub (see --help)" 2
+[ -n "$MODEL" ] || die "which model? give a folder, a checkpoint or a name on the hub (see --help)" 2
 
 ensure_environment
-exec "$PY" -m gcpo.tools.evaluate "$COMMAND" "${ARGUMENTS[@]}"
+exec "$PY" -m gcpo.tools.evaluate "${ARGUMENTS[@]}"

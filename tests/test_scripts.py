@@ -441,8 +441,7 @@ def test_evaluate(sandbox, tiny_folder):
     assert done.returncode == 0, done.stderr
     home = sandbox.folder
     assert sandbox.calls == [
-        f"-m gcpo.tools.evaluate run {home}/tiny --sets aime24,{home}/mine.parquet --samples=4 --seed=1 "
-        f"--output {ROOT}/out"
+        f"-m gcpo.tools.evaluate {home}/tiny --sets aime24,{home}/mine.parquet --samples=4 --seed=1 --output {ROOT}/out"
     ]
 
 

@@ -1,6 +1,6 @@
 """Evaluation: samples of a model on question sets, graded as in training, and the paper's table of any number of runs.
 
-``python -m gcpo.tools.evaluate run MODEL`` samples and grades, ``python -m gcpo.tools.evaluate table RUN...`` compares;
+``gcpo evaluate MODEL`` samples and grades, ``gcpo evaluate table RUN...`` compares;
 ``docs/evaluation.md`` states every number's formula.
 """
 

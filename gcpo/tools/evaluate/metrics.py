@@ -103,6 +103,48 @@ class Summary:
     formatted: float | None
 
 
+@dataclass(frozen=True)
+class Aggregate:
+    """Results of the aggregated answers to one question: means over its groups of K samples.
+
+    Attributes:
+        id: identifies the question, as in `Question`.
+        groups: G, the number of groups.
+        single: fraction of the G K samples that are right.
+        aggregated: fraction of the G answers that are right; each answer is sampled after one group.
+        majority: maj@K; ``None`` where the task has no answers to count.
+        oracle: fraction of the groups with at least one right sample.
+    """
+
+    id: str
+    groups: int
+    single: float
+    aggregated: float
+    majority: float | None
+    oracle: float
+
+
+@dataclass(frozen=True)
+class AggregateSummary:
+    """Means over questions, each with its 95 % interval.
+
+    Attributes:
+        questions: number of questions.
+        groups: smallest number of groups of a question.
+        over_single: paired difference: aggregated minus single.
+        over_majority: paired difference: aggregated minus majority.
+    """
+
+    questions: int
+    groups: int
+    single: Interval
+    aggregated: Interval
+    majority: Interval | None
+    oracle: Interval
+    over_single: Interval
+    over_majority: Interval | None
+
+
 # ---- of one question -----------------------------------------------------------------------------------------------
 
 
@@ -148,6 +190,31 @@ def of_question(id: str, samples: Sequence[Sample], same: Callable[[str, str], b
         truncated=sum(sample.truncated for sample in samples),
         tokens=sum(sample.tokens for sample in samples),
         formatted=float(sum(formatted)) if len(formatted) == len(samples) else None,
+    )
+
+
+def aggregate_of(
+    id: str,
+    groups: Sequence[Sequence[Sample]],
+    answers: Sequence[Sample],
+    same: Callable[[str, str], bool] | None,
+) -> Aggregate:
+    """Return the results of the groups of one question.
+
+    Args:
+        id: identifies the question.
+        groups: the samples of every group, at least one each.
+        answers: the aggregated answer to every group.
+        same: whether two answers are equal; ``None`` if the task has no answers to count.
+    """
+    votes = [majority(group, same) for group in groups] if same else []
+    return Aggregate(
+        id=id,
+        groups=len(groups),
+        single=float(np.mean([np.mean([sample.right for sample in group]) for group in groups])),
+        aggregated=float(np.mean([answer.right for answer in answers])),
+        majority=float(np.mean([vote for vote in votes if vote is not None])) if votes else None,
+        oracle=float(np.mean([any(sample.right for sample in group) for group in groups])),
     )
 
 
@@ -229,4 +296,25 @@ def summarize(questions: Sequence[Question]) -> Summary:
         truncated=sum(question.truncated for question in questions) / total,
         tokens=sum(question.tokens for question in questions) / total,
         formatted=sum(formatted) / total if len(formatted) == len(questions) else None,
+    )
+
+
+def summarize_aggregates(found: Sequence[Aggregate]) -> AggregateSummary:
+    """Return means and paired differences over questions.
+
+    Raises:
+        ValueError: there is no question.
+    """
+    aggregated = [one.aggregated for one in found]
+    votes = [one.majority for one in found if one.majority is not None]
+    counted = len(votes) == len(found)
+    return AggregateSummary(
+        questions=len(found),
+        groups=min(one.groups for one in found),
+        single=fraction_interval([one.single for one in found]),
+        aggregated=fraction_interval(aggregated),
+        majority=fraction_interval(votes) if counted else None,
+        oracle=fraction_interval([one.oracle for one in found]),
+        over_single=interval([one.aggregated - one.single for one in found]),
+        over_majority=interval(np.subtract(aggregated, votes).tolist()) if counted else None,
     )

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gcpo.seeding import request_seed
 from gcpo.tools.display import Display
 from gcpo.tools.evaluate import EvaluationError, metrics
 from gcpo.tools.evaluate.models import Model
 from gcpo.tools.evaluate.questions import Question, QuestionSet
-from gcpo.tools.evaluate.samples import (
-    LOG_FILE,
-    SETTINGS_FILE,
-    SampleFile,
-    alone_in,
-    check_settings,
-    read_json,
-    write_json,
-)
+from gcpo.tools.evaluate.results import Results, write_results
+from gcpo.tools.evaluate.samples import LOG_FILE, SETTINGS_FILE, SampleFile, alone_in, check_settings, write_json
 from gcpo.tools.evaluate.sampling import Completion, Prompts, Request, Sampler
 
-RESULTS_FILE = "results.json"
+if TYPE_CHECKING:
+    from gcpo.tools.evaluate.aggregate import Aggregation
 
 
 @dataclass(frozen=True)
@@ -68,6 +62,37 @@ def sample_seed(seed: int, question: str, index: int) -> int:
     return request_seed(seed, "evaluation", question, index)
 
 
+@dataclass(frozen=True)
+class Work:
+    """The samples that one file shall hold.
+
+    Attributes:
+        set: their questions.
+        file: the file and the samples that it holds.
+        each: wanted number of samples of every question.
+        request: makes the request for a sample of a question.
+    """
+
+    set: QuestionSet
+    file: SampleFile
+    each: int
+    request: Callable[[Question, int], Request]
+
+    @property
+    def wanted(self) -> list[tuple[Question, int]]:
+        """Question and index of every wanted sample, by question, since the samples of one share its prompt."""
+        return [(question, index) for question in self.set.questions for index in range(self.each)]
+
+    @property
+    def missing(self) -> list[tuple[Question, int]]:
+        """Question and index of every wanted sample that the file lacks."""
+        return [(question, index) for question, index in self.wanted if (question.id, index) not in self.file.samples]
+
+    def samples(self, question: Question) -> list[metrics.Sample]:
+        """Return the wanted samples of a question; the file must hold all of them."""
+        return [self.file.samples[question.id, index] for index in range(self.each)]
+
+
 def evaluate(
     model: Model,
     sets: Sequence[QuestionSet],
@@ -76,7 +101,8 @@ def evaluate(
     output: Path,
     start: Callable[[Path], Sampler],
     sandbox: Mapping[str, Any] | None = None,
-) -> dict[str, list[metrics.Question]]:
+    aggregation: Aggregation | None = None,
+) -> Results:
     """Sample and grade what ``output`` doesn't hold yet, and write ``results.json``.
 
     Args:
@@ -87,9 +113,10 @@ def evaluate(
         output: folder of the samples, made if need be.
         start: makes the sampler, told where its log goes; called only if a sample is missing.
         sandbox: for sets of programs, `sandbox` and `sandbox_fusion_url` of `gcpo.rewards.code`.
+        aggregation: settings of the aggregated answers; ``None``: there are none.
 
     Returns:
-        By set, what was found for every question, from its first ``settings.samples`` samples.
+        The results of ``sets``, from the first ``settings.samples`` samples of every question.
 
     Raises:
         EvaluationError: ``output`` holds other samples, or can't be written, or the samples can't be graded here, for
@@ -99,59 +126,69 @@ def evaluate(
     _check_sandbox(sets, sandbox)
     own = {"model": model.digest or model.path, **dataclasses.asdict(settings)}
     del own["samples"]  # a sample does not depend on how many there are
+    own["sets"] = {found.name: found.sha256 for found in sets}
+    own["aggregate"] = {str(aggregation.size): aggregation.blocks.to_dict()} if aggregation else {}
     with alone_in(output):
-        recorded = check_settings(output, {**own, "sets": {found.name: found.sha256 for found in sets}})
-        files = {found.name: SampleFile(output / f"{found.name}.jsonl") for found in sets}
-        missing = {found.name: list(_missing(found, files[found.name], prompts, settings)) for found in sets}
-        count, wanted = sum(map(len, missing.values())), sum(len(found.questions) for found in sets) * settings.samples
+        recorded = check_settings(output, own)
+        plain = [_plain_work(found, output, prompts, settings) for found in sets]
+        answers = [_answer_work(work, output, aggregation) for work in plain] if aggregation else []
+        works = [*plain, *answers]
+        count, wanted = sum(len(work.missing) for work in works), sum(len(work.wanted) for work in works)
         if count:
             there = f"{wanted - count:,} of {wanted:,} samples are there; " if count < wanted else ""
             print(f"{there}starting vLLM for {count:,}", flush=True)
             sampler = start(output / LOG_FILE)
             write_json(output / SETTINGS_FILE, recorded)
-            for found in sets:
-                _sample_set(found, files[found.name], missing[found.name], settings, sampler, sandbox)
+            for work in works:
+                _sample(work, sampler, sandbox)
         else:
             print("every sample is there: nothing to generate")
-        results = {found.name: _sum_up(found, files[found.name], settings.samples) for found in sets}
-        _write_results(output, results)
+        found = {work.set.name: _questions(work) for work in plain}
+        size = aggregation.size if aggregation else 0
+        pairs = zip(plain, answers, strict=bool(answers))
+        results = Results(found, {work.set.name: {size: _aggregates(work, other, size)} for work, other in pairs})
+        write_results(output, results)
     return results
 
 
-def _missing(found: QuestionSet, file: SampleFile, prompts: Prompts, settings: Settings) -> Iterator[Request]:
-    """All samples of a question stand together, since they share its prompt."""
-    for question in found.questions:
-        for index in range(settings.samples):
-            if (question.id, index) not in file.samples:
-                yield Request(
-                    key=f"{question.id}:{index}",
-                    prompt_ids=prompts.ids[question.id],
-                    seed=sample_seed(settings.seed, question.id, index),
-                    max_tokens=prompts.room(question.id, settings.max_tokens),
-                )
+def _plain_work(found: QuestionSet, output: Path, prompts: Prompts, settings: Settings) -> Work:
+    """Return the samples of a set."""
+
+    def request(question: Question, index: int) -> Request:
+        return Request(
+            key=f"{question.id}:{index}",
+            prompt_ids=prompts.ids[question.id],
+            seed=sample_seed(settings.seed, question.id, index),
+            max_tokens=prompts.room(question.id, settings.max_tokens),
+        )
+
+    return Work(found, SampleFile(output / f"{found.name}.jsonl"), settings.samples, request)
 
 
-def _sample_set(
-    found: QuestionSet,
-    file: SampleFile,
-    requests: Sequence[Request],
-    settings: Settings,
-    sampler: Sampler,
-    sandbox: Mapping[str, Any],
-) -> None:
-    if not requests:
+def _answer_work(plain: Work, output: Path, aggregation: Aggregation) -> Work:
+    """Return the aggregated answers to the samples of a set."""
+    file = SampleFile(output / f"{plain.set.name}.aggregate-{aggregation.size}.jsonl")
+    return Work(plain.set, file, plain.each // aggregation.size, aggregation.requester(plain.file))
+
+
+def _sample(work: Work, sampler: Sampler, sandbox: Mapping[str, Any]) -> None:
+    """Sample and grade what is missing."""
+    missing = work.missing
+    if not missing:
         return
-    questions = {question.id: question for question in found.questions}
-    requested = {request.key: request for request in requests}
-    wanted = [(question.id, index) for question in found.questions for index in range(settings.samples)]
-    progress = Progress(found.name, len(wanted), [file.samples[key] for key in wanted if key in file.samples])
+    requests = [(question, work.request(question, index)) for question, index in missing]
+    requested = {request.key: (question, request) for question, request in requests}
+    known = [sample for question, index in work.wanted if (sample := work.file.samples.get((question.id, index)))]
+    progress = Progress(work.file.path.stem, len(work.wanted), known)
     try:
-        for completions in sampler(requests):
-            asked = [questions[completion.key.rpartition(":")[0]] for completion in completions]
-            scores = _grade(asked, completions, sandbox)
+        for completions in sampler([request for _, request in requested.values()]):
+            asked = [requested[completion.key] for completion in completions]
+            scores = _grade([question for question, _ in asked], completions, sandbox)
             parts = zip(asked, completions, scores, strict=True)
             progress.update(
-                file.append(_line(one, made, requested[made.key].seed, score) for one, made, score in parts)
+                work.file.append(
+                    _line(question, made, request.seed, score) for (question, request), made, score in parts
+                )
             )
     finally:
         progress.display.close()
@@ -167,7 +204,8 @@ def _line(question: Question, completion: Completion, seed: int, scores: Mapping
         "sample": int(completion.key.rpartition(":")[2]),
         "seed": seed,
         "text": completion.text,
-        "tokens": completion.tokens,
+        "tokens": len(completion.token_ids),
+        "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "answer": answer if question.has_answer else None,
         "scores": dict(scores),
@@ -205,45 +243,25 @@ def _grade(
         raise EvaluationError(str(error)) from error
 
 
-def _sum_up(found: QuestionSet, file: SampleFile, samples: int) -> list[metrics.Question]:
+def _questions(work: Work) -> list[metrics.Question]:
     from gcpo.rewards import same_answer
 
-    def of(question: Question) -> metrics.Question:
-        first = [file.samples[question.id, index] for index in range(samples)]
-        return metrics.of_question(question.id, first, same_answer if question.has_answer else None)
-
-    return list(map(of, found.questions))
-
-
-# ---- results -------------------------------------------------------------------------------------------------------
+    return [
+        metrics.of_question(question.id, work.samples(question), same_answer if question.has_answer else None)
+        for question in work.set.questions
+    ]
 
 
-def _write_results(output: Path, results: Mapping[str, Sequence[metrics.Question]]) -> None:
-    """Sets that this call didn't ask for keep what an earlier one found."""
-    path = output / RESULTS_FILE
-    sets = read_json(path)["sets"] if path.is_file() else {}
-    for name, questions in results.items():
-        summary = dataclasses.asdict(metrics.summarize(questions))
-        sets[name] = {"summary": summary, "questions": list(map(dataclasses.asdict, questions))}
-    write_json(path, {"sets": sets})
+def _aggregates(plain: Work, answers: Work, size: int) -> list[metrics.Aggregate]:
+    from gcpo.rewards import same_answer
 
+    def of(question: Question) -> metrics.Aggregate:
+        samples = plain.samples(question)
+        groups = [samples[group * size : (group + 1) * size] for group in range(answers.each)]
+        same = same_answer if question.has_answer else None
+        return metrics.aggregate_of(question.id, groups, answers.samples(question), same)
 
-def read_results(output: Path) -> dict[str, list[metrics.Question]]:
-    """What an evaluation found, by set.
-
-    Raises:
-        EvaluationError: ``output`` holds no finished set.
-    """
-    path = output / RESULTS_FILE
-    if not path.is_file():
-        unfinished = (output / SETTINGS_FILE).is_file()
-        why = "it is not finished; run it again and it goes on" if unfinished else "give the --output of an evaluation"
-        raise EvaluationError(f"{output} holds no results: {why}")
-    try:
-        sets = read_json(path)["sets"]
-        return {name: [metrics.Question(**one) for one in found["questions"]] for name, found in sets.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EvaluationError(f"{path} is no results file: {error!r}") from error
+    return list(map(of, plain.set.questions))
 
 
 class Progress:

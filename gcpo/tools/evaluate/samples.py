@@ -18,6 +18,8 @@ from gcpo.tools.evaluate import EvaluationError
 from gcpo.tools.evaluate.metrics import Sample
 
 SETTINGS_FILE = "settings.json"
+JOINED = {"sets": "another file of {}", "aggregate": "other gcpo.blocks with --aggregate {}"}
+"""Settings with an entry for each set and each K, which later calls add to; the sentence says that one has changed."""
 LOG_FILE = "vllm.log"
 """It is there before the settings are, and is the only file where vLLM didn't start."""
 
@@ -73,6 +75,22 @@ class SampleFile:
         except ValueError as error:
             raise EvaluationError(f"line {number} of {self.path} is no sample ({error}); remove it") from error
 
+    def token_ids(self) -> dict[tuple[str, int], list[int]]:
+        """Return the token ids of every sample, by question id and sample index.
+
+        Raises:
+            EvaluationError: a sample has none, because an earlier version wrote it.
+        """
+        ids: dict[tuple[str, int], list[int]] = {}
+        for line in self.path.read_bytes().splitlines():
+            data = json.loads(line)
+            if "token_ids" not in data:
+                raise EvaluationError(
+                    f"{self.path} holds samples of an earlier version, without their tokens; give another --output"
+                )
+            ids[data["question"], data["sample"]] = data["token_ids"]
+        return ids
+
     def append(self, lines: Iterable[Mapping[str, Any]]) -> list[Sample]:
         """Write samples; they are on the disk when this returns them.
 
@@ -122,7 +140,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the run in ``output`` with those of the sets that are new; nothing is written.
+    """The settings of the run in ``output`` with those that `JOINED` adds; nothing is written.
 
     Raises:
         EvaluationError: its samples were made with others, or the folder is of something else.
@@ -133,19 +151,21 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise EvaluationError(f"{output} holds something else than an evaluation; give another --output")
         return dict(settings)
     before = read_json(path)
+    joined = {name: {**before.get(name, {}), **settings[name]} for name in JOINED}
     differing = [
         f"{key} {_short(before.get(key))}, now {_short(settings[key])}"
         for key in settings
-        if key != "sets" and before.get(key) != settings[key]
+        if key not in JOINED and before.get(key) != settings[key]
     ]
-    known = before.get("sets", {})
-    differing += [f"another file of {name}" for name, sha in settings["sets"].items() if known.get(name, sha) != sha]
+    for name, sentence in JOINED.items():
+        known = before.get(name, {})
+        differing += [sentence.format(key) for key, now in settings[name].items() if known.get(key, now) != now]
     if differing:
         raise EvaluationError(
             f"{output} holds samples that were made otherwise ({'; '.join(differing)}); "
             "give another --output, or remove it"
         )
-    return {**settings, "sets": {**known, **settings["sets"]}}
+    return {**settings, **joined}
 
 
 def _short(value: Any) -> str:

@@ -36,7 +36,7 @@ class Completion:
 
     key: str
     text: str
-    tokens: int
+    token_ids: list[int]
     finish_reason: str
 
 
@@ -63,6 +63,26 @@ class Prompts:
         return min(max_tokens, self.context - len(self.ids[question]))
 
 
+def load_tokenizer(model: Model) -> Any:
+    """Return the tokenizer of a model.
+
+    Raises:
+        EvaluationError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with _loading(model):
+        return AutoTokenizer.from_pretrained(model.path)
+
+
+@contextlib.contextmanager
+def _loading(model: Model) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # OSError, ValueError, the hub's own errors, whatever remote files hold
+        raise EvaluationError(f"the model {model.path} can't be loaded: {_reason(error)}") from error
+
+
 def make_prompts(model: Model, sets: Sequence[QuestionSet]) -> Prompts:
     """The prompts as training makes them: the model's chat template, and the header of its answer.
 
@@ -70,13 +90,11 @@ def make_prompts(model: Model, sets: Sequence[QuestionSet]) -> Prompts:
         EvaluationError: the model's configuration or tokenizer can't be loaded, it has no chat template, or a prompt
             leaves no room for an answer.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    try:
+    with _loading(model):
         config = AutoConfig.from_pretrained(model.path)
-        tokenizer = AutoTokenizer.from_pretrained(model.path)
-    except Exception as error:  # OSError, ValueError, the hub's own errors, whatever remote files hold
-        raise EvaluationError(f"the model {model.path} can't be loaded: {_reason(error)}") from error
+    tokenizer = load_tokenizer(model)
     if not tokenizer.chat_template:
         raise EvaluationError(f"the model {model.path} has no chat template, and the questions are chats")
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -183,4 +201,4 @@ def _printing_into(log: Path) -> Iterator[None]:
 
 def _completion(output: Any) -> Completion:
     (sample,) = output.outputs
-    return Completion(output.request_id, sample.text, len(sample.token_ids), str(sample.finish_reason))
+    return Completion(output.request_id, sample.text, list(sample.token_ids), str(sample.finish_reason))

@@ -10,17 +10,30 @@ import csv
 import io
 import math
 import sys
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gcpo.tools.evaluate import EvaluationError
-from gcpo.tools.evaluate.metrics import Interval, Question, Summary, interval, outside_noise, summarize
+from gcpo.tools.evaluate.metrics import (
+    AggregateSummary,
+    Interval,
+    Question,
+    Summary,
+    interval,
+    outside_noise,
+    summarize,
+    summarize_aggregates,
+)
 from gcpo.tools.evaluate.questions import TABLE_1, TITLES
-from gcpo.tools.evaluate.run import read_results
+from gcpo.tools.evaluate.results import Results, read_results
 from gcpo.tools.report import short_names
 
 AVERAGE = "average"
+LEVELS = {"single": "mean", "aggregated": "aggregated", "majority": "majority", "oracle": "oracle"}
+"""Columns of the aggregated answers by the field of `AggregateSummary`."""
+DIFFERENCES = {"over_single": "aggregated − mean", "over_majority": "aggregated − majority"}
 Rows = list[list[str]]
 
 
@@ -48,12 +61,14 @@ class Table:
 
     Attributes:
         averaged: the sets that the average is taken over.
+        aggregates: results of the aggregated answers, by run, set and K.
     """
 
     runs: list[str]
     columns: list[str]
     cells: dict[tuple[str, str], Cell]
     averaged: list[str]
+    aggregates: dict[tuple[str, str, int], AggregateSummary] = field(default_factory=dict)
 
     def title(self, column: str) -> str:
         """What a column is called."""
@@ -91,11 +106,21 @@ def load(runs: Mapping[str, Path]) -> Table:
     Raises:
         EvaluationError: a folder holds no results.
     """
-    return make_table({name: read_results(folder) for name, folder in runs.items()})
+    return table_of({name: read_results(folder) for name, folder in runs.items()})
+
+
+def table_of(results: Mapping[str, Results]) -> Table:
+    """Return the table of these results."""
+    table = make_table({run: found.questions for run, found in results.items()})
+    for run, found in results.items():
+        for name in filter(found.aggregates.__contains__, table.columns):
+            for size, questions in sorted(found.aggregates[name].items()):
+                table.aggregates[run, name, size] = summarize_aggregates(questions)
+    return table
 
 
 def make_table(results: Mapping[str, Mapping[str, Sequence[Question]]]) -> Table:
-    """The table of what runs found, by run and set."""
+    """Return the table of the samples, by run and set, without aggregated answers."""
     names = {name for found in results.values() for name in found}
     columns = [name for name in TITLES if name in names] + sorted(names - TITLES.keys())
     averaged = [name for name in TABLE_1 if all(name in found for found in results.values())]
@@ -145,9 +170,7 @@ def _percent(value: float | None) -> str:
 def _cell_text(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    text = _percent(cell.value.mean)
-    if not math.isnan(cell.value.low):
-        text += f" ±{_percent(cell.value.reach)}"
+    text = _value_text(cell.value)
     if cell.difference is not None:
         mark = {True: "†", False: "", None: "?"}[cell.outside]
         text += f" ({100 * cell.difference.mean:+.1f}{mark})"
@@ -189,6 +212,31 @@ def _detail_rows(table: Table) -> Rows:
     return rows
 
 
+def _aggregate_rows(table: Table) -> Rows:
+    """Return the header and the rows of the table of the aggregated answers."""
+    rows = [["run", "set", "questions", "K", "groups", *LEVELS.values(), *DIFFERENCES.values()]]
+    for (run, name, size), found in table.aggregates.items():
+        levels = [_value_text(getattr(found, key)) for key in LEVELS]
+        differences = [_difference_text(getattr(found, key), found.questions) for key in DIFFERENCES]
+        rows.append(
+            [run, table.title(name), f"{found.questions:,}", str(size), str(found.groups), *levels, *differences]
+        )
+    return rows
+
+
+def _value_text(value: Interval | None) -> str:
+    if value is None:
+        return "–"
+    return _percent(value.mean) + ("" if math.isnan(value.low) else f" ±{_percent(value.reach)}")
+
+
+def _difference_text(value: Interval | None, count: int) -> str:
+    if value is None:
+        return "–"
+    reach = "" if math.isnan(value.low) else f" ±{_percent(value.reach)}"
+    return f"{100 * value.mean:+.1f}{reach}{'†' * outside_noise(value, count)}"
+
+
 def _notes(table: Table) -> list[str]:
     notes = [
         "pass@1 in %, the mean over n samples a question; ± to the farther end of its 95 % interval over questions"
@@ -199,16 +247,27 @@ def _notes(table: Table) -> list[str]:
         notes.append("?: the questions are not the same, so nothing is known about the noise")
     if AVERAGE in table.columns and len(table.averaged) < len(TABLE_1):
         notes.append(f"the average is over {', '.join(map(table.title, table.averaged))}, which all runs have")
+    if table.aggregates:
+        notes.append(
+            "aggregated: the answer after K samples in the prompt; mean, majority and oracle: of the same K samples; "
+            "± to the farther end of the 95 % interval over questions; † outside the noise"
+        )
     notes.append(
         "cut: fraction of the samples that reached the token limit; format: fraction in the format of training"
     )
     return notes
 
 
+def _tables(table: Table, before: str, after: str) -> list[tuple[str, Rows, int]]:
+    """Return title, rows and number of left-aligned columns of every table."""
+    tables = [("pass@1, %", _main_rows(table, before, after), 1), ("details, %", _detail_rows(table), 2)]
+    return tables + [("aggregated answers, %", _aggregate_rows(table), 2)] * bool(table.aggregates)
+
+
 def markdown(table: Table) -> str:
-    """Both tables in markdown."""
+    """All tables in markdown."""
     lines: list[str] = []
-    for (header, *rows), left in ((_main_rows(table, "**", "**"), 1), (_detail_rows(table), 2)):
+    for _, (header, *rows), left in _tables(table, "**", "**"):
         align = ["---"] * left + ["---:"] * (len(header) - left)
         # A bar would end the cell.
         lines += [f"| {' | '.join(one.replace('|', chr(92) + '|') for one in row)} |" for row in (header, align, *rows)]
@@ -222,14 +281,27 @@ def comma_separated(table: Table) -> str:
     names = ["run", "set", "questions", "samples", "pass@1", "pass@1_low", "pass@1_high"]
     names += ["difference", "difference_low", "difference_high", "outside_noise"]
     names += [f"pass@{k}" for k in ks] + ["maj", "truncated", "tokens", "format"]
+    aggregates = {key: _aggregate_fields(key[2], found) for key, found in table.aggregates.items()}
+    names += dict.fromkeys(name for fields in aggregates.values() for name in fields)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, names, lineterminator="\n", restval="")
     writer.writeheader()
     for run in table.runs:
         for column in table.columns:
             if cell := table.cells.get((run, column)):
-                writer.writerow({"run": run, "set": column, **_fields(cell)})
+                own = [fields for (*place, _), fields in aggregates.items() if place == [run, column]]
+                writer.writerow({"run": run, "set": column, **_fields(cell), **ChainMap(*own)})
     return stream.getvalue()
+
+
+def _aggregate_fields(size: int, found: AggregateSummary) -> dict[str, str]:
+    """Return the numbers of the aggregated answers for the CSV."""
+    texts = {f"K={size}_groups": str(found.groups)}
+    for key in (*LEVELS, *DIFFERENCES):
+        value = getattr(found, key)
+        parts = {"": value.mean, "_low": value.low, "_high": value.high} if value else {}
+        texts |= {f"K={size}_{key}{end}": "" if math.isnan(part) else f"{part:.6f}" for end, part in parts.items()}
+    return texts
 
 
 def _fields(cell: Cell) -> dict[str, str]:
@@ -250,15 +322,14 @@ def _fields(cell: Cell) -> dict[str, str]:
 
 
 def show(table: Table) -> None:
-    """Print both tables to the terminal."""
+    """Print all tables to the terminal."""
     from rich.console import Console
     from rich.table import Table as RichTable
 
     # Piped into a file they would be squeezed into 80 columns.
     width = None if sys.stdout.isatty() else max(140, 30 + 22 * len(table.columns))
     console = Console(width=width, highlight=False)
-    main, details = _main_rows(table, "[bold]", "[/bold]"), _detail_rows(table)
-    for title, (header, *rows), left in (("pass@1, %", main, 1), ("details, %", details, 2)):
+    for title, (header, *rows), left in _tables(table, "[bold]", "[/bold]"):
         rich = RichTable(title=title)
         for index, name in enumerate(header):
             rich.add_column(name, justify="left" if index < left else "right")

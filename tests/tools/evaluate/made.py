@@ -53,6 +53,7 @@ class Rule:
     Attributes:
         asked: the requests that it was given, in order.
         starts: how often it was started.
+        encode: the tokens of a text; by default one for every character.
     """
 
     def __init__(self, sets: Sequence[QuestionSet], answer: Callable[[int, int], str], batch: int = 3) -> None:
@@ -62,6 +63,7 @@ class Rule:
         self.asked: list[Request] = []
         self.starts = 0
         self.stop_after: int | None = None
+        self.encode: Callable[[str], list[int]] = lambda text: [1] * len(text)
 
     def __call__(self, log: Path) -> Callable[[Sequence[Request]], Iterator[list[Completion]]]:
         self.starts += 1
@@ -81,4 +83,4 @@ class Rule:
         # The text shows the seed, so that a sample with another seed is another sample.
         text = f"seed {request.seed}: {self._answer(self._rows[question], int(index))}"
         cut = len(text) > 200
-        return Completion(request.key, text, len(text), "length" if cut else "stop")
+        return Completion(request.key, text, self.encode(text), "length" if cut else "stop")

@@ -43,7 +43,7 @@ def test_from_a_checkpoint_to_the_table(tmp_path: Path) -> None:
 
     output = tmp_path / "out"
     options = ["--sets", tmp_path / "arithmetic", "--samples", 3, "--limit", 8, "--max-tokens", 40, "--output", output]
-    shown = evaluation("run", step, *options)
+    shown = evaluation(step, *options)
 
     # Merged once, and to the weights that were saved (verl's merger rounds them to bfloat16).
     assert "with verl's merger" in shown
@@ -63,7 +63,7 @@ def test_from_a_checkpoint_to_the_table(tmp_path: Path) -> None:
     whole = (output / "arithmetic.jsonl").read_bytes()
     (output / "arithmetic.jsonl").write_bytes(whole[: whole.index(b"\n", len(whole) // 2) + 20])
     (output / "results.json").unlink()
-    shown = evaluation("run", step, *options)
+    shown = evaluation(step, *options)
     assert "samples are there; starting vLLM" in shown and "merger" not in shown
     again = [json.loads(line) for line in (output / "arithmetic.jsonl").read_text().splitlines()]
     key = lambda line: (line["row"], line["sample"])  # noqa: E731

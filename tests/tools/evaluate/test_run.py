@@ -14,7 +14,8 @@ from gcpo.tools.evaluate import EvaluationError
 from gcpo.tools.evaluate.__main__ import main
 from gcpo.tools.evaluate.models import Model
 from gcpo.tools.evaluate.questions import load_sets
-from gcpo.tools.evaluate.run import Settings, evaluate, read_results, sample_seed
+from gcpo.tools.evaluate.results import read_results
+from gcpo.tools.evaluate.run import Settings, evaluate, sample_seed
 from gcpo.tools.evaluate.samples import SampleFile, alone_in
 from tests.tools.evaluate.made import Rule, prompts_of, rows, sums, write_set
 
@@ -39,7 +40,7 @@ def found(tmp_path):
 
 
 def run(found, output, rule, settings=SETTINGS, model=MODEL):
-    return evaluate(model, [found], prompts_of(found), settings, output, rule)
+    return evaluate(model, [found], prompts_of(found), settings, output, rule).questions
 
 
 def test_samples_are_graded_and_summed_up(found, tmp_path):
@@ -55,7 +56,7 @@ def test_samples_are_graded_and_summed_up(found, tmp_path):
     assert line["seed"] == sample_seed(0, line["question"], 1) and f"seed {line['seed']}" in line["text"]
     assert line["scores"] == {"score": 1.0, "acc": 1.0, "format": 1.0}
     assert line["finish_reason"] == "stop" and line["tokens"] == len(line["text"])
-    assert read_results(output)["sums"] == results
+    assert read_results(output).questions["sums"] == results
     summary = json.loads((output / "results.json").read_text())["sets"]["sums"]["summary"]
     assert summary["pass_at_1"]["mean"] == pytest.approx((1 + 0 + 2 / 3 + 1) / 4)
 
@@ -109,7 +110,7 @@ def test_another_set_joins(found, tmp_path):
     run(found, output, Rule([found], right_but_for_the_last))
     rule = Rule([other], right_but_for_the_last)
     run(other, output, rule)
-    assert len(rule.asked) == 6 and set(read_results(output)) == {"sums", "others"}
+    assert len(rule.asked) == 6 and set(read_results(output).questions) == {"sums", "others"}
 
 
 @pytest.mark.parametrize(
@@ -261,10 +262,10 @@ def test_settings_that_can_not_work(values, sentence):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run", "nowhere", "--samples", "0"], "--samples is 0; it must be 1 or more"),
-        (["run", "./nowhere", "--sets", "SET"], "there is no folder ./nowhere"),
-        (["run", "./nowhere", "--sets", "aime2024"], "aime2024 is no known set"),
-        (["run", "./nowhere", "--sets", "SET", "--limit", "0"], "--limit is 0"),
+        (["nowhere", "--samples", "0"], "--samples is 0; it must be 1 or more"),
+        (["./nowhere", "--sets", "SET"], "there is no folder ./nowhere"),
+        (["./nowhere", "--sets", "aime2024"], "aime2024 is no known set"),
+        (["./nowhere", "--sets", "SET", "--limit", "0"], "--limit is 0"),
         (["table", "nowhere"], "nowhere holds no results"),
     ],
 )
