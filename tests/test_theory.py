@@ -6,14 +6,18 @@ independent and of variance 1, so that everything is a vector of coefficients on
 is a dot product.
 
 These tests show what the theorems say for squared error and where they stop; they say nothing about language
-models.
+models. The second half tests the colliders of `benchmarks.theory` against closed forms.
 """
 
+import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.theory import PREDICTORS as NAMES
+from benchmarks.theory import Binary, Gaussian, compare, simulate
 from gcpo.algorithms import causal_target
 
 MU = Fraction(3, 2)
@@ -134,3 +138,101 @@ def test_leave_one_out_draws_recover_psi_and_shared_draws_do_not():
     few = features(shared[:, :32])
     parts = [causal_target(y[:, None], few.roll(first, 1))[0] - mu for first in range(32)]
     torch.testing.assert_close(torch.stack(parts).mean(0), torch.zeros(4, 1, dtype=torch.float64))
+
+
+# ---- the colliders of benchmarks/theory.py ---------------------------------------------------------------------------
+
+COLLIDERS = [Gaussian(0.7, 4, mean=2.0), Gaussian((1, -2, 0.5), 3, mean=-1.0), Binary(0.6, 3, 0.3), Binary(1.0, 5)]
+
+
+@pytest.mark.parametrize("p", PREDICTORS)
+def test_the_benchmark_computes_the_numbers_above(p):
+    """The collider above, y_2 = y_0 + 2 y_1 + N(0, 1)."""
+    collider, f = Gaussian((1, 2), 2, mean=1.5), np.array(predictor(*p), dtype=float)
+    assert collider.variables.tolist() == [list(map(float, y)) for y in (Y0, Y1, Y2)]
+    assert collider.prior() == pytest.approx(np.array(PI_Q, dtype=float))
+    assert collider.predictor("optimum") == pytest.approx(np.array(BEST, dtype=float))
+    assert collider.psi(f) == pytest.approx(np.array(psi(predictor(*p)), dtype=float))
+    assert collider.removed(f) == pytest.approx(float(square(minus(phi(predictor(*p)), PI_Q))), abs=1e-12)
+
+
+@pytest.mark.parametrize("collider", COLLIDERS)
+def test_both_theorems_for_any_predictor(collider):
+    """Theorem 1 removes |Phi f - pi*(q)|^2; Corollary 2 gains |Psi f*|^2 - |Psi f - Psi f*|^2; shared draws gain 0."""
+    best, prior, signs = collider.psi(collider.predictor("optimum")), collider.prior(), set()
+    for seed in range(20):
+        mix = np.random.default_rng(seed).normal(size=collider.n + 1)
+        f = mix[0] * prior + mix[1:] @ collider.variables[1:]  # the prior is a constant
+        own = collider.psi(f)
+        assert collider.removed(f) == pytest.approx(collider.square(f - own - prior)) and collider.removed(f) >= 0
+        gain = collider.square(best) - collider.square(own - best)
+        assert collider.gain(f) == pytest.approx(gain)
+        assert collider.gain(f, 4) == pytest.approx(gain - collider.square(own) / 4)
+        assert collider.removed(f, 4) == pytest.approx(collider.removed(f) - collider.square(own) / 4)
+        assert min(collider.shared(f, 4), collider.shared(f, 4, inclusive=False)) >= collider.risk(prior)
+        signs.add(gain > 0)
+    assert signs == {True, False}
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("s", [0.3, 1.0, 2.5])
+def test_gaussian_collider_in_closed_form(s, n):
+    collider = Gaussian(s, n)
+    best, alone, believed = (collider.predictor(name) for name in NAMES)
+    assert best == pytest.approx([0, s * s / (1 + s * s), *[0] * (n - 1), s / (1 + s * s)])
+    assert alone == pytest.approx([0, *[s * s / (n * s * s + 1)] * n, s / (n * s * s + 1)])
+    assert believed == pytest.approx([0, 1, *[0] * (n - 1), 1 / s])
+    size = s * s / (1 + s * s)
+    assert collider.risk(best) == pytest.approx(1 - size) and collider.gain(best) == pytest.approx(size)
+    assert collider.gain(best, 1) == pytest.approx(0) and collider.gain(best, 5) == pytest.approx(0.8 * size)
+    assert collider.removed(best) == pytest.approx(0) and collider.removed(believed) == pytest.approx(0)
+    assert collider.removed(alone) == pytest.approx(s**4 * (n - 1) / (n * s * s + 1) ** 2)
+    assert collider.square(collider.psi(alone)) == pytest.approx(s * s * (s * s + 1) / (n * s * s + 1) ** 2)
+    assert collider.gain(believed) == pytest.approx(1 - 1 / s**2)  # Corollary 2 fails for s < 1
+    own = (s / (1 + s * s)) ** 2
+    assert collider.shared(best, 1) == 1 and collider.shared(best, 4) == pytest.approx(1 + own * 3 / 4)
+    assert collider.shared(best, 4, inclusive=False) == pytest.approx(1 + own * 4 / 3)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("s", [0.25, 0.5, 1.0])
+def test_binary_collider_in_closed_form(s, n):
+    """At p = 1/2, with t the probability that the other responses tie, so that y_0 is their majority."""
+    collider, t = Binary(s, n), math.comb(n - 1, n // 2) / 2 ** (n - 1)
+    best, alone, believed = (collider.predictor(name) for name in NAMES)
+    assert collider.square(np.ones(2 ** (n + 1))) == pytest.approx(1)
+    assert collider.gain(best) == pytest.approx(t * s**2 / 4) and collider.removed(best) == pytest.approx(0)
+    assert collider.risk(alone) == pytest.approx((1 - (s * t) ** 2) / 4)
+    assert collider.removed(alone) == pytest.approx(s**4 * t**2 * (1 - t) / 4)
+    assert collider.gain(believed) == pytest.approx(t * (s / 2 - 1 / 4))  # Corollary 2 fails for s < 1/2
+
+
+def test_binary_collider_by_hand():
+    """n = 3, p = 0.3, s = 0.6: where y_1 and y_2 differ, y_3 = 1 has odds 0.3 * 0.8 to 0.7 * 0.2; elsewhere none."""
+    collider = Binary(0.6, 3, 0.3)
+    best = collider.predictor("optimum")
+    for (_, one, two, joint), value in zip(collider.variables.T, best, strict=True):
+        odds = {1: 0.24 / 0.38, 0: 0.06 / 0.62}
+        assert value == pytest.approx(odds[joint] if one != two else 0.3)
+
+
+@pytest.mark.parametrize("name", ["optimum", "joint answer alone"])
+def test_causal_target_has_the_computed_risk(name):
+    """`causal_target` on samples, with leave-one-out and with shared draws."""
+    collider, found = Gaussian(2.0, 3), simulate(2.0, 3, name, 3, groups=4000)
+    f = collider.predictor(name)
+    exact = {
+        "leave_one_out": collider.projected(f, 3),
+        "inclusive": collider.shared(f, 3),
+        "exclusive": collider.shared(f, 3, inclusive=False),
+    }
+    assert {kind: mean for kind, (mean, _) in found.items()} == pytest.approx(exact, rel=0.05)
+    assert found["leave_one_out"][0] < 0.95 < found["inclusive"][0] < found["exclusive"][0]
+
+
+def test_the_table_of_the_benchmark():
+    """n = 2, s = 1: y_0 + y_1 + noise over 3, so 1/9 is removed, Psi f has 2/9, and pi*(q) loses 4/9."""
+    row = compare(Gaussian(1, 2))["joint answer alone"]
+    assert row == pytest.approx(
+        {"risk": 2 / 3, "projected": 5 / 9, "removed": 1 / 9, "gain": 4 / 9, "draws_removed": 2, "draws_gain": 1 / 2}
+    )
