@@ -15,13 +15,22 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from examples.arithmetic.task import LEVELS, OPERATIONS, PrepError, draw_question, parse_question, work_out
-from examples.arithmetic.training_data import Recipe, collate, make_batches, make_examples
+from examples.arithmetic.task import PrepError, parse_question
+from examples.arithmetic.training_data import (
+    Arithmetic,
+    BaseRecipe,
+    Example,
+    Recipe,
+    collate,
+    make_batches,
+    make_examples,
+)
+from examples.tasks.base import Solver
 from gcpo.collider.prompts import PromptTemplate
 from gcpo.files import lock, put_in_place
 
@@ -31,8 +40,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(recipe: Recipe) -> Any:
-    """Return a byte-level tokenizer with a small vocabulary, in the class that ``AutoTokenizer`` uses for Qwen2."""
+def make_tokenizer(recipe: BaseRecipe, solver: Solver[Any, Any] | None = None) -> Any:
+    """Return a byte-level tokenizer with a small vocabulary, in the class that ``AutoTokenizer`` uses for Qwen2.
+
+    Args:
+        recipe: size of the vocabulary, and the seed.
+        solver: writes the texts from which the tokenizer is made; that of the quick start if None.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -40,11 +54,11 @@ def make_tokenizer(recipe: Recipe) -> Any:
     raw = Tokenizer(models.BPE())
     raw.normalizer, raw.pre_tokenizer, raw.decoder = reference.normalizer, reference.pre_tokenizer, decoders.ByteLevel()
     rng = random.Random(recipe.seed)
+    solver = solver or Arithmetic(Recipe())
     template = PromptTemplate()
     texts: list[str] = []
     for i in range(300):
-        question = draw_question(rng, rng.choice(LEVELS), rng.choice(OPERATIONS))
-        texts += [question.text, work_out(question).text, template.intro, template.candidate.format(label=i % 8 + 1)]
+        texts += [*solver.sample_texts(rng), template.intro, template.candidate.format(label=i % 8 + 1)]
         texts += [template.collider, template.outro, "user\n", "assistant\n", "system\n"]
     raw.train_from_iterator(
         texts,
@@ -71,7 +85,7 @@ def make_tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def make_model(recipe: Recipe, tokenizer: Any) -> Any:
+def make_model(recipe: BaseRecipe, tokenizer: Any) -> Any:
     """Return the untrained model."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -107,12 +121,12 @@ def _progress_lines() -> Any:
     return Lines()
 
 
-def train(recipe: Recipe, tokenizer: Any, model: Any, excluded: set[tuple[str, int, int]], folder: Path) -> None:
+def train(recipe: BaseRecipe, model: Any, examples: Sequence[Sequence[Example]], folder: Path) -> None:
     """Train ``model`` with transformers' Trainer, first on plain examples, then on both kinds."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     rng = random.Random(recipe.seed)
-    plain, candidates = make_examples(recipe, tokenizer, excluded)
+    plain, candidates = examples
     first = int(len(plain) * recipe.plain_first)
     mixed = make_batches(plain[first:], recipe.batch_tokens, rng)
     mixed += make_batches(candidates, recipe.batch_tokens, rng)
@@ -185,30 +199,47 @@ def warm_start(data: Path, output: Path, recipe: Recipe | None = None) -> None:
         PrepError: the data are missing, or ``output`` cannot be written or has other content.
     """
     recipe = recipe or Recipe()
+    make_once(output, recipe, Arithmetic(recipe), lambda: excluded_questions(data))
+
+
+def make_once(
+    output: Path, recipe: BaseRecipe, solver: Solver[Any, Any], excluded: Callable[[], Container[Hashable]]
+) -> None:
+    """Create the model of ``recipe`` in ``output`` unless the same recipe has created it already.
+
+    Args:
+        output: the folder of the model.
+        recipe: determines the model, together with the solver.
+        solver: writes the worked solutions.
+        excluded: returns the keys of the held-out questions.
+
+    Raises:
+        PrepError: ``output`` cannot be written or has other content.
+    """
     if made_by(output) == recipe.hash:
         print(f"{output}: made by this recipe already")
         return
     try:
-        excluded = excluded_questions(data)
+        held_out = excluded()
         with lock(output, lambda: print(f"{output}: another process is making it; waiting", flush=True)):
             if made_by(output) == recipe.hash:
                 print(f"{output}: made by this recipe meanwhile")
             else:
-                _make(excluded, output, recipe)
+                _make(held_out, output, recipe, solver)
     except OSError as error:
         raise PrepError(f"cannot write {output}: {error}") from error
 
 
-def _make(excluded: set[tuple[str, int, int]], output: Path, recipe: Recipe) -> None:
+def _make(excluded: Container[Hashable], output: Path, recipe: BaseRecipe, solver: Solver[Any, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)  # results do not depend on the machine, and such small matrices gain nothing from cores
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".warm-start-") as name:
         folder = Path(name) / "model"
-        tokenizer = make_tokenizer(recipe)
+        tokenizer = make_tokenizer(recipe, solver)
         model = make_model(recipe, tokenizer)
         print(f"{output}: training {model.num_parameters():,} parameters", flush=True)
-        train(recipe, tokenizer, model, excluded, Path(name) / "trainer")
+        train(recipe, model, make_examples(recipe, tokenizer, excluded, solver), Path(name) / "trainer")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "recipe.json").write_text(json.dumps({"hash": recipe.hash, **asdict(recipe)}, indent=2) + "\n")

@@ -26,7 +26,7 @@ from examples.arithmetic.task import (
     parse_question,
     work_out,
 )
-from examples.arithmetic.training_data import Example, Recipe, collate, make_batches, make_examples
+from examples.arithmetic.training_data import Arithmetic, Example, Recipe, collate, make_batches, make_examples
 from examples.arithmetic.warm_start import make_model, make_tokenizer
 from gcpo.collider.prompts import CandidatePrompts, PromptTemplate
 from gcpo.rewards import compute_score
@@ -242,7 +242,7 @@ def test_the_tokenizer_is_the_same_every_time(tokenizer: Any) -> None:
 @pytest.fixture(scope="module")
 def examples(tokenizer: Any) -> tuple[list[Example], list[Example]]:
     recipe = replace(Recipe(), plain_examples=300, candidate_examples=300)
-    plain, candidates = make_examples(recipe, tokenizer, {question.key for question in held_out()})
+    plain, candidates = make_examples(recipe, tokenizer, {question.key for question in held_out()}, Arithmetic(recipe))
     return plain, candidates
 
 
