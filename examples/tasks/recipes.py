@@ -1,0 +1,24 @@
+"""The tasks by name, and the recipe of each warm-started model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from examples.arithmetic.training_data import BaseRecipe
+from examples.tasks.base import Task
+from examples.tasks.complement import Complement
+
+
+@dataclass(frozen=True)
+class TaskRecipe(BaseRecipe):
+    """The recipe of a task's model."""
+
+    task: str = ""
+    task_version: int = 1
+    """Increased when the questions or the errors of the task change."""
+
+
+TASKS: dict[str, Callable[[], Task[Any]]] = {task.name: task for task in (Complement,)}
+RECIPES = {name: TaskRecipe(task=name, vocab_size=400, heads=6, batch_tokens=512) for name in TASKS}

@@ -1,0 +1,96 @@
+"""The tasks: their questions, their solver with its errors, their rewards, and a tiny warm start."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from examples.arithmetic.warm_start import make_once
+from examples.tasks.__main__ import main
+from examples.tasks.base import SPLITS
+from examples.tasks.complement import FACTS, Complement, Sum
+from examples.tasks.recipes import RECIPES, TASKS
+from gcpo.rewards import compute_score
+
+SIZES = {"test": 30, "ood": 20, "train": 60}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_questions_follow_from_the_seed(name: str) -> None:
+    first, again = (TASKS[name]().splits(SIZES) for _ in range(2))
+    assert first == again and first != TASKS[name]().splits(SIZES, seed=1)
+    more = TASKS[name]().splits({**SIZES, "train": 90})
+    assert more["test"] == first["test"] and more["ood"] == first["ood"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_question_is_in_two_splits(name: str) -> None:
+    keys = [question.key for drawn in TASKS[name]().splits(SIZES).values() for question in drawn]
+    assert len(set(keys)) == len(keys) == sum(SIZES.values())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_right_solutions_are_rewarded_and_wrong_ones_not(name: str) -> None:
+    task, rng = TASKS[name](), random.Random(0)
+    wrong = 0
+    for question in task.splits(SIZES)["test"]:
+        row, right = task.row(question, 0, "test"), task.right(question)
+        for one in (right, *(task.candidate(question, rng, 1.0) for _ in range(4))):
+            truth = row["reward_model"]["ground_truth"]
+            assert compute_score(row["data_source"], one.text, truth)["score"] == (one.text == right.text)
+            wrong += one.text != right.text
+    assert wrong > 20
+
+
+def test_complement_by_hand() -> None:
+    question = Sum(((4, 7), (3, 9)))
+    assert question.text == "Add modulo ten: a four seven b three nine"
+    assert Complement().right(question).text == r"\boxed{a four seven one b three nine two}"
+
+
+def test_out_of_distribution_sums_are_longer_and_in_other_words() -> None:
+    splits = Complement().splits(SIZES)
+    assert {len(question.columns) for question in splits["ood"]} <= {10, 11, 12}
+    for split in ("train", "test"):
+        assert {len(question.columns) for question in splits[split]} <= {6, 7, 8, 9}
+    assert not {q.text[:15] for q in splits["ood"]} & {q.text[:15] for q in splits["train"]}
+
+
+def test_slips_are_independent_and_shared_errors_are_shared() -> None:
+    task, rng = Complement(), random.Random(0)
+    slipping = [key for key, (errors, _) in task.slips.table.items() if errors.slip == 0.35]
+    shared = [(key, value) for key, (errors, value) in task.slips.table.items() if errors.shared > 0.9]
+    assert len(slipping) == 50 and len(shared) == 2 and len(task.slips.table) == len(FACTS.keys)
+    question = Sum(tuple(slipping[:2]))
+    drawn = [task.candidate(question, rng, 1.0).parts for _ in range(4000)]
+    first, second = (sum(bool(parts[k]) for parts in drawn) / 4000 for k in range(2))
+    both = sum(all(parts) for parts in drawn) / 4000
+    assert abs(first - 0.35) < 0.03 and abs(second - 0.35) < 0.03 and abs(both - 0.35**2) < 0.025
+    (key, value), *_ = shared
+    assert sum(task.slips.draw(key, rng) == value for _ in range(1000)) > 880
+
+
+def test_the_joint_answer_takes_each_sum_from_most_candidates() -> None:
+    task, question = Complement(), Sum(((1, 1), (2, 2), (3, 3)))
+    seen = [replace(task.right(question), parts=parts) for parts in ((5, 0, 0), (0, 6, 0), (0, 0, 7))]
+    assert task.joint(question, random.Random(0), seen) == task.right(question)
+
+
+def test_a_tiny_recipe_trains(tmp_path: Path) -> None:
+    task = TASKS["complement"]()
+    task.prepare(tmp_path / "data", SIZES)
+    assert [len(pq.read_table(tmp_path / "data" / f"{split}.parquet")) for split in SPLITS] == [30, 20, 60]
+    few = replace(RECIPES["complement"], plain_examples=8, candidate_examples=4, hidden_size=24, layers=1)
+    for _ in range(2):
+        make_once(tmp_path / "warm", few, task, set)
+    assert (tmp_path / "warm" / "model.safetensors").is_file()
+
+
+def test_an_unknown_task(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["complements"])
+    assert "invalid choice: 'complements'" in capsys.readouterr().err
