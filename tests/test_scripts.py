@@ -176,7 +176,8 @@ def test_quickstart_stops_where_a_step_fails(sandbox):
 
 def test_an_experiment_that_does_not_exist(sandbox):
     done = sandbox.run("train.sh", "deepscale")
-    assert done.returncode == 2 and "'deepscale' is none of arithmetic code_qwen2_7b deepscaler " in done.stderr
+    names = " ".join(sorted(path.stem for path in EXPERIMENTS.glob("*.yaml")))
+    assert done.returncode == 2 and f"'deepscale' is none of {names}" in done.stderr
 
 
 def test_a_signal_to_the_script_reaches_the_launcher(sandbox):

@@ -21,6 +21,7 @@ import pytest
 from gcpo.tools import launch
 from gcpo.tools.launch import leftovers
 from gcpo.tools.launch.leftovers import LAUNCH_VARIABLE, LaunchRecord, LeftoverError
+from tests.processes import is_alive
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("default_hangup")
@@ -42,10 +43,6 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 
 from gcpo.tools import cli
 from gcpo.tools.compare import execution
+from tests.processes import is_alive
 
 Experiment = Callable[..., Path]
 
@@ -198,7 +198,7 @@ def test_interruption(experiment, place, number):
     _, error = process.communicate(timeout=60)
     assert process.returncode == (130 if number != signal.SIGKILL else -number)
     assert (b"stopped; the same command goes on" in error) == (number != signal.SIGKILL)
-    until(lambda: not any(map(psutil.pid_exists, children)))
+    until(lambda: not any(map(is_alive, children)))
     assert not (place / "out/runs/arithmetic/gcpo/seed-1/record.json").exists()
 
     record = place / "out/runs/arithmetic/gcpo/seed-0/record.json"
