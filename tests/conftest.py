@@ -115,9 +115,26 @@ SLOW = (
 """Modules whose tests start ranks, sandboxes or interpreters of their own; single tests are marked where they stand."""
 
 
+STACK = ("tests/end_to_end/", "tests/test_races.py", "tests/tools/test_launch")
+"""Modules that start Ray or look at the processes of the machine; they run first, one after the other."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of `SLOW`."""
     for item in items:
         module = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
         if module in SLOW:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not item.nodeid.startswith(STACK))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a module, and those of all modules of `STACK`, in one process of ``pytest -n``."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "stack" if nodeid.startswith(STACK) else nodeid.partition("::")[0]
+
+    return ByModule(config, log)
