@@ -132,7 +132,7 @@ def test_help(sandbox, script):
         (["--bogus"], "unknown option --bogus"),
         (["word"], "word is neither an option nor an override key=value"),
         (["--output"], "--output needs a value"),
-        (["--method", "ppo"], "--method is 'ppo'; it must be one of gc2po gcpo"),
+        (["--method", "ppo"], f"--method is 'ppo'; it must be one of {' '.join(METHODS)}"),
     ],
 )
 @pytest.mark.parametrize("script", ["quickstart.sh", "gcpo_deepscaler.sh"])
