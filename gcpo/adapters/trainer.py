@@ -21,6 +21,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 from gcpo.adapters import hooks
 from gcpo.adapters.checkpoints import WholeCheckpoints
 from gcpo.adapters.liveness import WatchedTrainer
+from gcpo.adapters.mini_batches import whole_mini_batches
 from gcpo.adapters.registry import credited
 from gcpo.adapters.schema import (
     QueueBatch,
@@ -160,6 +161,9 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         if self.method.whole_groups:
             self._keep_groups_together(batch, metrics)
+        if self.method.whole_mini_batches:
+            actor, ranks = self.config.actor_rollout_ref.actor, max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+            batch.reorder(whole_mini_batches(batch, self.method.run.n, actor.ppo_mini_batch_size, ranks))
         self._clear_padding(batch)
         return batch
 
@@ -234,21 +238,23 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
     def update_inputs(self) -> Collection[str]:
         """The method's fields that the update reads."""
         term = self.method.term()
-        return () if term is None else (*term.inputs, *term.columns)
+        of_term = () if term is None else (*term.inputs, *term.columns)
+        return (*of_term, *self.method.mini_batch_inputs)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's update, with the method's own term of the loss; see ``GCPOFSDPEngine``."""
         term = hooks.call(self.method, "term")
         measures = hooks.call(self.method, "measures_gradients", self.global_steps)
         if term is None and not measures:
-            return super()._update_actor(batch, metrics)
+            batch = super()._update_actor(batch, metrics)
+            self._name_metrics(metrics)
+            return batch
         name, actor = self.method.name, self.config.actor_rollout_ref.actor
         parts = tuple(parts_of(term, actor.use_kl_loss)) if measures else ()
         update = UpdateSettings(actor.loss_agg_mode, actor.loss_scale_factor, parts)
         with extra_info(batch, UPDATE, update):
             batch = super()._update_actor(batch, metrics)
-        for key in [key for key in metrics if key.startswith(f"actor/{name}/")]:
-            metrics[key.removeprefix("actor/")] = metrics.pop(key)
+        self._name_metrics(metrics)
         if term is not None:
             # verl's metrics are means over the updates of a step.
             updates = len(batch) // (actor.ppo_mini_batch_size * self.method.run.n) * actor.ppo_epochs
@@ -256,6 +262,11 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
         lengths = [tag["seq_len"] for tag in batch.tags if not is_padding(tag)]
         metrics[f"{name}/tokens/trained/plain"] = float(sum(lengths) * actor.ppo_epochs)
         return batch
+
+    def _name_metrics(self, metrics: dict) -> None:
+        """Take verl's prefix off the metrics of the method."""
+        for key in [key for key in metrics if key.startswith(f"actor/{self.method.name}/")]:
+            metrics[key.removeprefix("actor/")] = metrics.pop(key)
 
     # ---- report ---------------------------------------------------------------------------------------------------
 

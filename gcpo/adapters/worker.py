@@ -14,6 +14,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from gcpo.adapters import hooks
 from gcpo.adapters.engine import backbone
+from gcpo.adapters.mini_batches import MethodTrainingWorker
 from gcpo.adapters.perturbed import EpisodeScorer
 from gcpo.adapters.schema import from_data, to_columns
 from gcpo.adapters.scoring import PackScorer, can_share
@@ -71,6 +72,7 @@ class ActorEngine(Engine):
 class MethodWorker(ActorRolloutRefWorker):
     """Actor, rollout and reference in one worker, for any method."""
 
+    actor_worker_cls = MethodTrainingWorker
     # After `init_model`; verl declares classes that lack what it uses of them.
     actor: Any
     rollout: Any
@@ -90,6 +92,7 @@ class MethodWorker(ActorRolloutRefWorker):
             config = self.loss_fn.keywords["config"]
             self.actor.set_loss_fn(partial(method_loss, base=self.loss_fn, config=config, term=term))
             self.scoring_engine = ActorEngine(self)
+            self.actor.method, self.actor.method_engine = self.method, self.scoring_engine
             hooks.call(self.method, "start_actor", self.scoring_engine)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))

@@ -140,11 +140,39 @@ class Method:
         """Return whether this step measures the gradient norm of each part of the loss, in separate passes."""
         return False
 
+    @property
+    def mini_batch_inputs(self) -> tuple[Field, ...]:
+        """The fields that `before_mini_batch` reads; empty: it is not called."""
+        return ()
+
+    def before_mini_batch(
+        self,
+        rows: Mapping[Field, Sequence[Tensor]],
+        log_probs: Sequence[Tensor] | None,
+        engine: Engine,
+        metrics: dict[str, float],
+    ) -> Mapping[Field, Sequence[Tensor]]:
+        """Return new values of fields that the loss reads; called in the actor's workers before every mini-batch.
+
+        Args:
+            rows: `mini_batch_inputs` of the rows of this rank.
+            log_probs: log-probabilities [T] of every response under the current weights; ``None`` before the first
+                mini-batch of a batch, where they are the old ones.
+            engine: its ``gather`` reaches the rows of the other ranks.
+            metrics: equal on all ranks; a step reports the means over its mini-batches.
+        """
+        raise TypeError(f"{type(self).__name__} has mini_batch_inputs and no before_mini_batch")
+
     # layout
 
     @property
     def whole_groups(self) -> bool:
-        """Whether the rows of a group must be in one mini-batch on one rank."""
+        """Whether the rows of a group should be in one mini-batch on one rank, if the batch allows it."""
+        return False
+
+    @property
+    def whole_mini_batches(self) -> bool:
+        """Whether every mini-batch must hold whole groups, on any ranks; a batch that does not allow it is an error."""
         return False
 
     # report

@@ -117,6 +117,14 @@ OLD_LOG_PROBS = Field(
     readers="credit, update",
     meaning="log pi_old(y_t | q, y_<t).",
 )
+ADVANTAGES = Field(
+    "advantages",
+    torch.float32,
+    "[T]",
+    writer="verl: advantage",
+    readers="update",
+    meaning="Advantage of every token, 0 outside `response_mask`.",
+)
 REWARD_MODEL = Field(
     "reward_model", None, "", writer="data", readers="before_score", meaning="Column of the data set: the right answer."
 )
