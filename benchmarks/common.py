@@ -48,6 +48,9 @@ METHODS = {
     ],
     "gc2po-off": ["method=gc2po", "gc2po.counterfactual=off"],
     "l2t": ["method=l2t"],
+    "gvpo": ["method=gvpo"],
+    "dr_grpo": ["method=dr_grpo"],
+    "gspo": ["method=gspo"],
 }
 # The weights stay as they are, so that every method generates responses of the same kind.
 UNTRAINED = ["trainer.val_before_train=False", "trainer.test_freq=-1", "actor_rollout_ref.actor.optim.lr=0"]

@@ -17,6 +17,7 @@ def register() -> None:
     error with its cause to stderr before verl handles it.
     """
     try:
+        import gcpo.config  # noqa: F401  (registers the resolver of the yaml)
         from gcpo.cpu import is_cpu_profile
 
         if is_cpu_profile():

@@ -7,6 +7,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import gcpo.config  # noqa: F401  (registers the resolver of the yaml)
 from gcpo.settings import ConfigError
 
 ACTOR = "actor_rollout_ref.actor"

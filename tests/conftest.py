@@ -91,6 +91,7 @@ SLOW = (
     "adapters/test_counts",
     "adapters/test_driver_memory",
     "adapters/test_gc2po",
+    "adapters/test_gvpo",
     "adapters/test_l2t",
     "adapters/test_objective",
     "adapters/test_perturbed",

@@ -44,6 +44,7 @@ def overridden() -> list[tuple[type, str]]:
     from gcpo.adapters.dataset import EpisodePromptDataset
     from gcpo.adapters.engine import GCPOFSDPEngine
     from gcpo.adapters.group_client import GroupClient
+    from gcpo.adapters.mini_batches import MethodTrainingWorker
     from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
     from gcpo.adapters.trainer import MethodTrainer, OwnFieldsTrainer
     from gcpo.adapters.worker import MethodWorker
@@ -53,6 +54,7 @@ def overridden() -> list[tuple[type, str]]:
         GCPOAgentLoopWorkerPlain: ["_run_agent_loop", "_run_prompt", "_compute_score", "_agent_loop_postprocess"],
         GroupClient: ["_acquire_server", "_release_server"],
         MethodWorker: ["init_model"],
+        MethodTrainingWorker: ["train_mini_batch", "train_batch"],
         EpisodePromptDataset: ["maybe_filter_out_long_prompts"],
         OwnFieldsTrainer: ["_compute_ref_log_prob", "_compute_values", "_update_critic"],
         MethodTrainer: [
@@ -173,6 +175,32 @@ def test_policy_loss_is_vanilla() -> None:
     arguments = (old, new, advantages, torch.ones(3, 4), "token-mean", config)
     ours, verls = get_policy_loss_fn("gcpo")(*arguments), get_policy_loss_fn("vanilla")(*arguments)
     assert torch.equal(ours[0], verls[0]) and ours[1] == verls[1]
+
+
+def test_verl_s_loss_without_a_ratio() -> None:
+    """What GVPO needs of ``gpg`` and ``seq-mean-token-sum``: the sum of -A * log pi over all tokens, over B * n."""
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import FSDPActorConfig
+
+    config = FSDPActorConfig(strategy="fsdp2", rollout_n=4, use_dynamic_bsz=True)
+    config.global_batch_info.update({"dp_size": 1, "batch_num_tokens": 99, "global_batch_size": 8})
+    generator = torch.Generator().manual_seed(0)
+    old, new, advantages = (torch.randn(3, 4, generator=generator) for _ in range(3))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+    loss, _ = get_policy_loss_fn("gpg")(old, new, advantages, mask, "seq-mean-token-sum", config)
+    torch.testing.assert_close(loss, -(new * advantages * mask).sum() / 8)
+
+
+def test_the_actor_is_trained_by_the_class_that_is_named() -> None:
+    """verl makes the actor of ``actor_worker_cls``, and its update calls ``train_batch`` for every mini-batch."""
+    from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+    from gcpo.adapters.mini_batches import MethodTrainingWorker
+    from gcpo.adapters.worker import MethodWorker
+
+    assert ActorRolloutRefWorker.actor_worker_cls is TrainingWorker
+    assert MethodWorker.actor_worker_cls is MethodTrainingWorker and MethodWorker.ref_worker_cls is TrainingWorker
+    assert "self.train_batch(mini_batch_td)" in inspect.getsource(TrainingWorker.train_mini_batch)
 
 
 def test_names_in_the_checks_are_verl_s() -> None:

@@ -1,0 +1,1 @@
+"""GVPO: a squared loss of the centred log-ratios of a group (docs/methods.md)."""
