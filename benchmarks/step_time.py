@@ -8,6 +8,7 @@ configuration at n = 8, and prints medians over all steps but the first of each 
 cache off: every context is a row of its own, in micro-batches of the same token budget (``batched``), or one at a time.
 ``--methods generated crowded`` generates under every context (L = 2, L' = 1, M = 1): with room for all prompts in
 the prefix cache, and with little.
+``--methods grpo gvpo --mini-batch 4`` gives both methods four mini-batches per batch; GVPO refuses a single one.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["grpo", "light", "balanced", "paper"])
     parser.add_argument("--batch", type=int, default=16, help="questions of a step")
+    parser.add_argument("--mini-batch", type=int, help="questions of a mini-batch; all of the step if it is not given")
     args = parser.parse_args()
     overrides = [
         f"trainer.total_training_steps={args.steps}",
         f"data.train_batch_size={args.batch}",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={args.batch}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={args.mini_batch or args.batch}",
         *UNTRAINED,
     ]
     steps: dict[str, list[dict[str, float]]] = {method: [] for method in args.methods}
