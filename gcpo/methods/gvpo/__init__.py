@@ -1,1 +1,1 @@
-"""GVPO: a squared loss of the centred log-ratios of a group (docs/methods.md)."""
+"""GVPO: a squared loss of the centred log-ratios of a group (docs/baselines.md)."""
