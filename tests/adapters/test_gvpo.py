@@ -228,6 +228,10 @@ def hook(
     new = None
     if log_ratio is not None:
         new = [old + ratio / len(old) for old, ratio in zip(rows["old_log_probs"], log_ratio, strict=True)]
+        new[0] = torch.cat([new[0], torch.ones(1)])
+    # A token of the first response that the loss does not read.
+    for name, value in (("advantages", 0.0), ("old_log_probs", -5.0), ("response_mask", 0)):
+        rows[name][0] = torch.cat([rows[name][0], torch.tensor([value], dtype=rows[name][0].dtype)])
     sent: list[Any] = []
     parts = [slice(0, split), slice(split, None)] if split else [slice(0, None)]
 
@@ -261,6 +265,8 @@ def hook(
 def test_by_hand(beta: float, rewards: list, log_ratio: Any, gradient: list, loss: float, split: int | None) -> None:
     """verl's loss has the gradient -advantage / n for every token, which is that of the loss of the group."""
     advantages, metrics = hook([float(r) for r in rewards], log_ratio, beta, split)
+    assert advantages[0][-1] == 0
+    advantages[0] = advantages[0][:-1]
     for values, wanted in zip(advantages, gradient, strict=True):
         assert values.dtype == torch.float32
         torch.testing.assert_close(-values / len(rewards), torch.full_like(values, wanted))
