@@ -10,6 +10,7 @@ import asyncio
 import copy
 import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -400,6 +401,11 @@ def test_metrics_count_real_rows_once(make_config: Callable, queue: MemoryQueue,
     assert metrics["gcpo/tokens/prefix_cache_hit_frac"] == pytest.approx(3 * len(auxiliary) / prefilled)
     responses = [queue.fields["train"][key]["responses"] for key in real(batch)]
     assert metrics["gcpo/tokens/generated/response"] == sum(map(len, responses))
+    rows = [[queue.fields["train"][key] for key in keys] for keys in groups_of(real(batch)).values()]
+    scores = [[float(fields["rm_scores"].sum()) for fields in group] for group in rows]
+    assert metrics["gcpo/reward/response"] == pytest.approx(statistics.fmean(map(statistics.fmean, scores)))
+    assert metrics["gcpo/reward/oracle"] == pytest.approx(statistics.fmean(map(max, scores)))
+    assert "gcpo/reward/majority" not in metrics  # no response has a box
 
 
 def test_the_dump(make_config: Callable, queue: MemoryQueue, tokenizer: Any, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class Worker(GCPOAgentLoopWorkerPlain):
         settings = GCPOConfig.from_config({"preset": "light", **config}, n=3, response_length=8)
         self.method = GCPO(settings, Run(n=3, response_length=8))
         self.method.prompts, self.method.end_ids = None, frozenset({2})
-        self.method.sampling = Sampling(None, {}, 128, frozenset({2}))
+        boxes = SimpleNamespace(decode=lambda ids, skip_special_tokens: "\\boxed{3}" if ids[0] == 10 else "3")
+        self.method.sampling = Sampling(boxes, {}, 128, frozenset({2}))
         self.groups, self.llm_client = {}, LLMServerClient(self.config)
 
 
@@ -172,8 +173,10 @@ def test_grading_of_draws(monkeypatch: pytest.MonkeyPatch, ability: str | None) 
     monkeypatch.setattr(ColliderSampler, "run", sampled)
     monkeypatch.setattr(rollout.tq, "async_kv_batch_put", sampled)
     worker = Worker(metrics={"graded_fraction": 1.0})
-    sessions = {i: rollout.Session([5], [10, 2], 0.5, output) for i in range(2)}
+    sessions = {i: rollout.Session([5], [10 + i, 2], 0.5 * i, output) for i in range(2)}
     asyncio.run(worker._finish_group("u", rollout.Group(2, sessions=sessions), {**PROMPT, "ability": ability}))
+    stats = {"graded/response": 0.25, "graded/oracle": 0.5, "graded/majority": 0.0}
+    assert result.stats == ({} if ability == "code" else stats)
     assert [draw.reward for draw in draws] == [None if ability == "code" else 7.0, None]
     assert output == before
 

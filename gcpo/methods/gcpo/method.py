@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -59,7 +60,7 @@ class GCPO(Method):
         )
         graded = is_chosen(self.settings, "graded", group.key, self.settings.metrics.graded_fraction)
         if graded and group.ability != "code":
-            await grade_draws(group, result)
+            await grade_draws(group, result, partial(self.sampling.tokenizer.decode, skip_special_tokens=True))
         return self._row_fields(result, group)
 
     def on_group_failed(self, group: SampledGroup, error: Exception) -> list[RowFields]:
@@ -78,11 +79,11 @@ class GCPO(Method):
 
     def _row_fields(self, result: GroupResult, group: SampledGroup) -> list[RowFields]:
         chosen = is_chosen(self.settings, "dump", group.key, self.settings.metrics.dump_fraction)
-        return row_fields(result, group.rewards, dumps=self._dumps, dump_this=chosen)
+        return row_fields(result, dumps=self._dumps, dump_this=chosen)
 
     def empty_fields(self, count: int) -> list[RowFields]:
         """Return fields without contexts, so that nothing is scored for these rows and no draw is dumped twice."""
-        return row_fields(empty_result(self.settings, count), [], dumps=self._dumps, dump_this=False)
+        return row_fields(empty_result(self.settings, count), dumps=self._dumps, dump_this=False)
 
     @property
     def _dumps(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from gcpo.methods.gcpo.fields import (
     OUTPUTS,
 )
 from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.rewards import boxed_answer, normalize
 from gcpo.seeding import request_seed
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,14 @@ def is_chosen(config: GCPOConfig, purpose: str, key: tuple[Any, ...], fraction: 
     return request_seed(config.seed, purpose, *key) / 0x7FFFFFFF < fraction
 
 
-async def grade_draws(group: SampledGroup, result: GroupResult) -> None:
-    """Grade the valid draws of a group, only for our metrics."""
+async def grade_draws(group: SampledGroup, result: GroupResult, decode: Callable[[Sequence[int]], str]) -> None:
+    """Grade the valid draws of a group and sum up its responses, only for our metrics.
+
+    Args:
+        group: the responses.
+        result: the draws; their rewards and the statistics ``graded/*`` of the responses are added.
+        decode: the text of token ids, as the reward function reads it.
+    """
 
     async def grade(draw: Draw) -> None:
         draw.reward = await group.grade(draw.token_ids)
@@ -47,6 +54,33 @@ async def grade_draws(group: SampledGroup, result: GroupResult) -> None:
     for outcome in await asyncio.gather(*map(grade, valid), return_exceptions=True):
         if isinstance(outcome, BaseException):
             logger.warning("gcpo: an auxiliary generation could not be graded: %s", outcome)
+    answers = [boxed_answer(decode(response)) for response in group.responses]
+    result.stats.update(response_stats(answers, group.rewards))
+
+
+def response_stats(answers: Sequence[str | None], rewards: Sequence[float | None]) -> dict[str, float]:
+    """Return ``graded/response``, ``graded/oracle`` and ``graded/majority`` of a group.
+
+    They are the mean and the largest reward of the responses, and the mean reward of the responses with the most
+    frequent answer. If several answers lead, they count equally.
+
+    Args:
+        answers: the answer of every response; ``None``: it has none and does not vote. Answers are equal if their
+            normalised texts are. If no response has one, ``graded/majority`` is missing.
+        rewards: the reward of every response; if one is ``None``, the result is empty.
+    """
+    known = [reward for reward in rewards if reward is not None]
+    if not known or len(known) < len(rewards):
+        return {}
+    votes: dict[str, list[float]] = {}
+    for answer, reward in zip(answers, known, strict=True):
+        if answer is not None:
+            votes.setdefault(normalize(answer), []).append(reward)
+    stats = {"graded/response": float(np.mean(known)), "graded/oracle": float(max(known))}
+    if votes:
+        most = max(map(len, votes.values()))
+        stats["graded/majority"] = float(np.mean([np.mean(own) for own in votes.values() if len(own) == most]))
+    return stats
 
 
 def empty_result(config: GCPOConfig, count: int) -> GroupResult:
@@ -57,14 +91,11 @@ def empty_result(config: GCPOConfig, count: int) -> GroupResult:
     return GroupResult(*nothing, draws=[], stats={"skipped": 1.0}, kl_weight=[0.0] * count)
 
 
-def row_fields(
-    result: GroupResult, rewards: Sequence[float | None], *, dumps: bool, dump_this: bool
-) -> list[RowFields]:
+def row_fields(result: GroupResult, *, dumps: bool, dump_this: bool) -> list[RowFields]:
     """Return the fields of every row of a group.
 
     Args:
         result: result of the collider stage.
-        rewards: rewards of the responses.
         dumps: whether rows have the fields of the dump. TransferQueue omits a field that any row of a batch lacks,
             so every row has them if one group is dumped.
         dump_this: whether they contain the draws of this group.
@@ -81,21 +112,19 @@ def row_fields(
                 OUTPUTS: flat(outputs),
                 OUTPUT_LENGTHS: lengths(outputs),
                 KL_WEIGHT: torch.tensor([weight]),
-                GROUP: _report(result, rewards) if first else {},
+                GROUP: _report(result) if first else {},
                 **(dump_fields(result.draws if first and dump_this else []) if dumps else {}),
             }
         )
     return rows
 
 
-def _report(result: GroupResult, rewards: Sequence[float | None]) -> dict[str, Any]:
+def _report(result: GroupResult) -> dict[str, Any]:
     stats = dict(result.stats)
     for kind in KINDS:
         graded = [draw.reward for draw in result.draws if draw.kind == kind and draw.reward is not None]
         stats[f"{kind}/graded"] = float(len(graded))
         stats[f"{kind}/reward"] = float(sum(graded))
-    own = float(np.mean([reward for reward in rewards if reward is not None] or [0.0]))
-    stats["graded_response_reward"] = own if stats["collider/graded"] else 0.0
     return {"stats": stats, "layout": result.plan, "causes": result.causes}
 
 

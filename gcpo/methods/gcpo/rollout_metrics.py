@@ -36,11 +36,22 @@ def rollout_metrics(stats: Sequence[dict[str, float]], response_tokens: int) -> 
             metrics[f"gcpo/reward/{kind}"] = total[f"{kind}/reward"] / total[f"{kind}/graded"]
     if prompt:
         metrics["gcpo/tokens/prefix_cache_hit_frac"] = cached / prompt
-    graded = [entry["graded_response_reward"] for entry in stats if entry.get("collider/graded")]
-    if graded:
-        metrics["gcpo/reward/response"] = sum(graded) / len(graded)
+    metrics |= _graded([entry for entry in stats if entry.get("collider/graded") and "graded/response" in entry])
+    if "gcpo/reward/response" in metrics:
         metrics["gcpo/reward/collider_gain"] = metrics["gcpo/reward/collider"] - metrics["gcpo/reward/response"]
     return metrics
+
+
+def _graded(stats: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return means over the groups whose responses and collider draws are graded.
+
+    The majority vote of a group without any answer counts 0, unless no group has an answer.
+    """
+    return {
+        f"gcpo/reward/{name}": sum(entry.get(f"graded/{name}", 0.0) for entry in stats) / len(stats)
+        for name in ("response", "majority", "oracle")
+        if any(f"graded/{name}" in entry for entry in stats)
+    }
 
 
 def _sizes(stats: Sequence[dict[str, float]]) -> dict[str, float]:

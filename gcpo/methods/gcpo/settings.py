@@ -170,7 +170,8 @@ class MetricsConfig(Settings):
     """Measurements besides training."""
 
     graded_fraction: Fraction = 0.1
-    """Fraction of the groups whose auxiliary generations are graded, only for our metrics (0 for code)."""
+    """Fraction of the groups whose auxiliary generations are graded, only for the metrics ``gcpo/reward/*`` (0 for
+    code)."""
     grad_norm_every: Annotated[int, Field(ge=0)] = 10
     """The gradient norms of the policy, beta and kappa parts are measured every this many steps; 0: never."""
     dump_fraction: Fraction = 0.05

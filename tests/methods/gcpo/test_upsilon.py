@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gcpo.methods.gcpo.reference import ReferenceStage
+from gcpo.methods.gcpo.rollout import response_stats
 from gcpo.methods.gcpo.rollout_metrics import rollout_metrics
 from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.methods.gcpo.upsilon import BatchWeights, GroupFeatures, batch_weights, controlled, filled, noise_warning
@@ -205,7 +206,9 @@ def test_rollout_metrics_by_hand() -> None:
             "collider/cached_tokens": 60.0,
             "collider/graded": 1.0,
             "collider/reward": 1.0,
-            "graded_response_reward": 0.25,
+            "graded/response": 0.25,
+            "graded/oracle": 1.0,
+            "graded/majority": 0.5,
             "seconds": 2.0,
             **sizes(
                 equal_rewards=0.0,
@@ -228,12 +231,20 @@ def test_rollout_metrics_by_hand() -> None:
             ),
         },
         {"skipped": 1.0, "stage_failed": 1.0},
+        # Its responses are graded and have no answer, its two collider draws are wrong.
+        {"collider/graded": 2.0, "collider/reward": 0.0, "graded/response": 0.0, "graded/oracle": 0.0},
+        # No collider draw is valid here, so the other groups are compared.
+        {"collider/graded": 0.0, "graded/response": 1.0, "graded/oracle": 1.0, "graded/majority": 1.0},
     ]
     metrics = rollout_metrics(stats, 80)
+    rewards = {name.rpartition("/")[2]: value for name, value in metrics.items() if name.startswith("gcpo/reward/")}
+    assert rewards == pytest.approx(
+        {"collider": 1 / 3, "response": 0.125, "majority": 0.25, "oracle": 0.5, "collider_gain": 1 / 3 - 0.125}
+    )
     assert metrics["gcpo/tokens/generated/response"] == 80
     assert metrics["gcpo/tokens/generated/collider"] == 30
     assert metrics["gcpo/rollout/collider/cut"] == 1
-    assert metrics["gcpo/rollout/skipped_groups_frac"] == pytest.approx(2 / 3)
+    assert metrics["gcpo/rollout/skipped_groups_frac"] == pytest.approx(2 / 5)
     assert metrics["gcpo/tokens/prefix_cache_hit_frac"] == 0.6
     assert metrics["gcpo/tokens/cached/collider"] == 60
     assert metrics["gcpo/rollout/equal_rewards_frac"] == 0.5 and metrics["gcpo/rollout/common_prefix_tokens"] == 4.5
@@ -242,7 +253,27 @@ def test_rollout_metrics_by_hand() -> None:
     assert metrics["gcpo/rollout/spread_in_groups"] == pytest.approx(4**0.5 / 12)
     assert metrics["gcpo/rollout/spread_of_groups"] == pytest.approx(7**0.5 / 12)
     alone = rollout_metrics([{"skipped": 1.0, "stage_failed": 1.0}], 80)
-    assert not [name for name in alone if "spread" in name or name.startswith("gcpo/prompts/")]
+    assert not [name for name in alone if "spread" in name or name.startswith(("gcpo/prompts/", "gcpo/reward/"))]
+    unread = rollout_metrics(stats[3:], 80)
+    assert unread["gcpo/reward/oracle"] == 0 and "gcpo/reward/majority" not in unread
+
+
+@pytest.mark.parametrize(
+    ("answers", "rewards", "found"),
+    [
+        (["7", "7.0 ", "8", None], [1.0, 1.0, 0.0, 0.0], {"response": 0.5, "oracle": 1.0, "majority": 1.0}),
+        (["7", "8", "8", "9"], [1.0, 0.0, 0.0, 0.0], {"response": 0.25, "oracle": 1.0, "majority": 0.0}),
+        (["7", "8", "9", "8", "7"], [1.0, 0.0, 0.0, 0.0, 1.0], {"response": 0.4, "oracle": 1.0, "majority": 0.5}),
+        # With a share for the format the same answer has several rewards.
+        (["7", "7", "8"], [1.0, 0.8, 0.2], {"response": 2 / 3, "oracle": 1.0, "majority": 0.9}),
+        ([None, None], [0.0, 0.0], {"response": 0.0, "oracle": 0.0}),
+        (["7", "7"], [1.0, None], {}),
+        ([], [], {}),
+    ],
+)
+def test_response_stats(answers: list, rewards: list, found: dict[str, float]) -> None:
+    """Most frequent answer, ties, responses without an answer, and responses that are graded later."""
+    assert response_stats(answers, rewards) == pytest.approx({f"graded/{k}": value for k, value in found.items()})
 
 
 def test_noise_warning() -> None:
