@@ -29,6 +29,7 @@ from gcpo.adapters.probe import probe_trees
 from gcpo.adapters.scoring import row_of
 from gcpo.adapters.stability import StableEngine
 from gcpo.adapters.term import PART, term_pass, update_of
+from gcpo.algorithms import head_gradient_square
 from gcpo.methods.base import Term
 from gcpo.notices import notice
 from gcpo.scoring.attention import tree_attention_on, tree_problem
@@ -142,12 +143,18 @@ class GCPOFSDPEngine(StableEngine):
     def prepare_model_outputs(
         self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Callable | None
     ) -> dict[str, torch.Tensor]:
-        """verl's outputs; of a pack, flat, the ``log_probs`` of its labels [1, K] and its ``states`` [1, Q * d]."""
+        """verl's outputs; of a pack, flat, its values as ``log_probs`` [1, K] and its ``states`` [1, Q * d].
+
+        The values are those of `gcpo.adapters.scoring.run_packs`.
+        """
         row = row_of(micro_batch)
         if row is None:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         captured = output_args.get("gcpo_captured")
         hidden = captured[-1].flatten(0, -2) if captured else None
+        squares = []
+        if row.segments and hidden is not None:
+            squares = [self._gradient_squares(row, output.logits, hidden, micro_batch)]
         if row.is_tree:
             values = self._tree_log_probs(row, output, micro_batch)
         elif not len(row.predict):
@@ -158,6 +165,7 @@ class GCPOFSDPEngine(StableEngine):
             values = found["log_probs"].values()[row.predict.to(found["log_probs"].device)]
         if hidden is not None and not row.is_tree and "pad_size" in output_args:
             hidden = self._gather_and_unpad_packed(hidden, output_args["pad_size"])
+        values = torch.cat([values, *squares])
         model_output = {"log_probs": torch.nested.as_nested_tensor([values], layout=torch.jagged)}
         if hidden is not None:
             states = hidden[row.state_at.to(hidden.device)].float().flatten()
@@ -185,6 +193,22 @@ class GCPOFSDPEngine(StableEngine):
         if isinstance(row, PerturbedRow):
             return row.read(logits)
         return logprobs_from_logits(logits, row.labels.to(logits.device))
+
+    def _gradient_squares(
+        self, row: PackedRow, logits: torch.Tensor, states: torch.Tensor, micro_batch: TensorDict
+    ) -> torch.Tensor:
+        """Compute `head_gradient_square` of the segments of a row, for the tempered policy."""
+        temperature: Any = tu.get_non_tensor_data(micro_batch, "temperature", 1.0)
+        predict = row.predict.to(logits.device)
+        logits = logits.flatten(0, -2)
+        if not row.is_tree:
+            logits = logits[predict]
+        labels, segment = (one.to(logits.device) for one in (row.labels, row.segment))
+        with torch.autocast(logits.device.type, enabled=False):
+            squares = head_gradient_square(
+                states[predict], tempered(logits, temperature), labels, segment, row.segments
+            )
+        return squares / temperature**2
 
     @cached_property
     def tree_problem(self) -> str | None:

@@ -67,7 +67,9 @@ def can_share(engine: Any, packing: str) -> bool:
 def run_packs(
     engine: Any, rows: Sequence[PackedRow], *, is_tree: bool, **constants: Any
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the flat log-probabilities and states of every row, without gradient; all ranks must call it together.
+    """Return the flat values and states of every row, without gradient; all ranks must call it together.
+
+    The values are the log-probabilities of the labels, then the squared gradients of the segments.
 
     Args:
         engine: a ``GCPOFSDPEngine`` in eval mode.
@@ -117,27 +119,38 @@ class PackScorer:
         self.constants = {**settings, "temperature": temperature, "gcpo_layer": layer}
 
     def __call__(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """Score ``requests``."""
+        """Score ``requests``.
+
+        Raises:
+            ValueError: a gradient is requested, and ``layer`` is not -1, whose states are the inputs of the head.
+        """
+        if self.constants["gcpo_layer"] != -1 and any(request.gradient_of for request in requests):
+            raise ValueError("gradients of the language-model head need a scorer of layer -1")
         rows = pack_rows(
             [torch.cat([request.context, request.target]) for request in requests],
             [len(request.context) if request.log_probs else None for request in requests],
             [request.state_at for request in requests],
             budget=self.budget,
             min_shared=self.min_shared,
+            gradient_of=[request.gradient_of for request in requests],
         )
         self.tokens += sum(len(row.pack) for row in rows)
         found = run_packs(self.engine, rows, is_tree=self.is_tree, **self.constants)
         scores: list[Score] = [Score()] * len(requests)
         for row, sequences, (flat, states) in zip(rows, members(rows), found, strict=True):
             flat, states = flat.float().cpu(), states.cpu().view(len(row.state_at), -1) if len(row.state_at) else states
-            at = taken = 0
+            flat, squares = flat.split([len(row.labels), row.segments])
+            at = taken = done = 0
             for i in sequences:
-                log_probs = state = None
+                log_probs = state = gradient = None
                 if requests[i].log_probs:
                     log_probs = flat[at : at + len(requests[i].target)]
                     at += len(log_probs)
                 if requests[i].state_at is not None:
                     state = states[taken]
                     taken += 1
-                scores[i] = Score(log_probs, state)
+                if spans := len(requests[i].gradient_of):
+                    gradient = squares[done : done + spans]
+                    done += spans
+                scores[i] = Score(log_probs, state, gradient)
         return scores

@@ -1,6 +1,7 @@
 """The method's equations as pure functions on tensors, which import only torch."""
 
 from gcpo.algorithms.advantage import causal_advantage, group_relative_advantage
+from gcpo.algorithms.compression import head_gradient_square
 from gcpo.algorithms.episodes import (
     answer_divergence,
     episode_reward,
@@ -34,6 +35,7 @@ __all__ = [
     "group_relative_advantage",
     "gvpo_advantage",
     "gvpo_loss",
+    "head_gradient_square",
     "process_values",
     "signed_cases",
     "token_advantage",

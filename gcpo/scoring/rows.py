@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +20,8 @@ class PackedRow:
         labels: int64 [K], sequence after sequence.
         state_at: int64 [Q]: the positions of the requested hidden states.
         is_tree: whether the row needs tree attention; a row of one sequence is plainly causal.
+        segment: int64 [K]: the segment of every label whose gradient is requested, -1 for other labels.
+        segments: number of segments, sequence after sequence; 0: no gradient is requested.
     """
 
     pack: TreePack
@@ -27,6 +29,8 @@ class PackedRow:
     labels: torch.Tensor
     state_at: torch.Tensor
     is_tree: bool = True
+    segment: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    segments: int = 0
 
 
 def pack_rows(
@@ -36,6 +40,7 @@ def pack_rows(
     *,
     budget: int | None,
     min_shared: int = 1,
+    gradient_of: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> list[PackedRow]:
     """Pack sequences into rows.
 
@@ -45,6 +50,7 @@ def pack_rows(
         state_at: position of the requested state; ``None``: no state.
         budget: largest number of tokens of a row; ``None``: one row per sequence.
         min_shared: see `PrefixForest`.
+        gradient_of: spans of the targets whose gradients are requested, see `ScoreRequest`; ``None``: none.
 
     Raises:
         BudgetError: a sequence is longer than ``budget``.
@@ -57,16 +63,22 @@ def pack_rows(
     empty = [torch.zeros(0, dtype=torch.int64)]
     for pack, members in packs:
         predict, labels, states = list(empty), list(empty), []
+        segment, segments = list(empty), 0
         for i, place in zip(members, pack.places, strict=True):
             start = starts[i]
             if start is not None:
                 predict.append(place[start - 1 : -1])
                 labels.append(pack.token_ids[place[start:]])
+                segment.append(torch.full_like(labels[-1], -1))
+                for first, end in gradient_of[i] if gradient_of is not None else ():
+                    segment[-1][first:end] = segments
+                    segments += 1
             at = state_at[i]
             if at is not None:
                 states.append(int(place[at]))
         wanted = torch.cat(predict), torch.cat(labels), torch.tensor(states, dtype=torch.int64)
-        rows.append(PackedRow(pack, *wanted, is_tree=budget is not None))
+        is_tree = budget is not None
+        rows.append(PackedRow(pack, *wanted, is_tree=is_tree, segment=torch.cat(segment), segments=segments))
     return rows
 
 
