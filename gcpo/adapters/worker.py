@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from gcpo.adapters.perturbed import EpisodeScorer
 from gcpo.adapters.schema import from_data, to_columns
 from gcpo.adapters.scoring import PackScorer, can_share
 from gcpo.adapters.term import method_loss
+from gcpo.adapters.weight_change import WeightChange
 from gcpo.methods.base import Engine
 from gcpo.weight_socket import cluster_token, own_socket
 
@@ -63,6 +65,14 @@ class ActorEngine(Engine):
         parts: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(parts, values, group=group)
         return [value for part in parts for value in part]
+
+    def keep_last_layer(self) -> None:
+        """See `Engine.keep_last_layer`; a checkpoint is loaded later, so D does not begin at a resumed step."""
+        self._change = WeightChange(backbone(self._engine.module).layers[-1], self._engine.module)
+
+    def moved(self, sign: int) -> AbstractContextManager[float]:
+        """See `Engine.moved`."""
+        return self._change.moved(sign)
 
     def tree_problem(self) -> str | None:
         """Of the engine, which probes the model once."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -156,6 +157,17 @@ class Engine(ABC):
     @abstractmethod
     def gather(self, values: list[Any]) -> list[Any]:
         """Return the concatenated lists of all ranks."""
+
+    @abstractmethod
+    def keep_last_layer(self) -> None:
+        """Keep the weights of the last decoder layer for `moved`; for `Method.start_actor`."""
+
+    @abstractmethod
+    def moved(self, sign: int) -> AbstractContextManager[float]:
+        """Move the last decoder layer by ``sign * step * D`` inside the ``with`` block, whose value is ``step``.
+
+        D is the change of its weights since `keep_last_layer`. The weights are then restored, bit for bit.
+        """
 
     @abstractmethod
     def tree_problem(self) -> str | None:

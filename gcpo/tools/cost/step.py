@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -127,6 +128,13 @@ class CountingEngine(Engine):
         """Return the values of the only rank."""
         return values
 
+    def keep_last_layer(self) -> None:
+        """Keep nothing: there are no weights."""
+
+    def moved(self, sign: int) -> AbstractContextManager[float]:
+        """Move nothing."""
+        return nullcontext(1.0)
+
     def tree_problem(self) -> None:
         """Return None, since every model counts as able to run on packed trees."""
 
@@ -135,7 +143,11 @@ class CountingEngine(Engine):
         self.counts["scored"] += packed_tokens(sequences, options["max_tokens"], **options)
         self.counts["scored_unshared"] += sum(map(len, sequences))
         return [
-            Score(torch.zeros(len(r.target)) if r.log_probs else None, None if r.state_at is None else torch.zeros(1))
+            Score(
+                torch.zeros(len(r.target)) if r.log_probs else None,
+                None if r.state_at is None else torch.zeros(1),
+                torch.zeros(len(r.gradient_of)) if r.gradient_of else None,
+            )
             for r in requests
         ]
 
