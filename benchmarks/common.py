@@ -51,6 +51,8 @@ METHODS = {
     "gvpo": ["method=gvpo"],
     "dr_grpo": ["method=dr_grpo"],
     "gspo": ["method=gspo"],
+    "l2t-one-step": ["method=l2t", "l2t.penalty=one_step"],
+    "l2t-released": ["method=l2t", "l2t.penalty=released"],
 }
 # The weights stay as they are, so that every method generates responses of the same kind.
 UNTRAINED = ["trainer.val_before_train=False", "trainer.test_freq=-1", "actor_rollout_ref.actor.optim.lr=0"]

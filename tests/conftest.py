@@ -93,6 +93,7 @@ SLOW = (
     "adapters/test_gc2po",
     "adapters/test_gvpo",
     "adapters/test_l2t",
+    "adapters/test_l2t_penalty",
     "adapters/test_objective",
     "adapters/test_perturbed",
     "adapters/test_probe",

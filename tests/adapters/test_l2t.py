@@ -31,6 +31,7 @@ from tests.adapters.test_pipeline import (
     questions,
     real,
     roll_out,
+    square_of,
     take_step,
 )
 
@@ -75,8 +76,10 @@ def a_step(config: Any, queue: MemoryQueue, tokenizer: Any) -> tuple[Any, Any, d
 # ---- one step ------------------------------------------------------------------------------------------------------
 
 
-def expected_group(rows: list[dict[str, Any]], gold: str | None, tokenizer: Any, max_ratio: float) -> list[list[float]]:
-    """Advantages of a group from its tokens, token by token in lists; alpha = .8, trim = .05, no penalty."""
+def expected_group(
+    rows: list[dict[str, Any]], gold: str | None, tokenizer: Any, max_ratio: float, step_size: float
+) -> list[list[float]]:
+    """Advantages of a group from its tokens, token by token in lists; alpha = .8, beta = .6, trim = .05."""
     answer = tokenizer.encode(f"{gold}}}", add_special_tokens=False) if gold else None
     probe = tokenizer.encode(PROBE, add_special_tokens=False)
     tokens, means = [], []
@@ -91,7 +94,8 @@ def expected_group(rows: list[dict[str, Any]], gold: str | None, tokenizer: Any,
             fit = [math.exp(statistics.fmean(entry.tolist())) for entry in values]
         r = {}
         for k, (start, end) in enumerate(spans):
-            reward = outcome_of(ids) / len(spans) + 0.8 * (fit[k + 1] - fit[k])
+            penalty = (step_size * square_of(fields["responses"][start:end])) ** 2 if answer else 0.0
+            reward = outcome_of(ids) / len(spans) + 0.8 * (fit[k + 1] - fit[k] - 0.6 * penalty)
             for j in range(start, end):
                 r[j] = reward * surprise[j] / sum(surprise[start:end])
         cut = math.floor(0.025 * len(r))
@@ -106,11 +110,17 @@ def expected_group(rows: list[dict[str, Any]], gold: str | None, tokenizer: Any,
 
 
 def check_groups(
-    queue: MemoryQueue, batch: Any, tokenizer: Any, golds: dict[str, str | None], max_ratio: float = 10.0
+    queue: MemoryQueue,
+    batch: Any,
+    tokenizer: Any,
+    golds: dict[str, str | None],
+    max_ratio: float = 10.0,
+    step_size: float = 0.0,
 ) -> None:
     for uid, keys in groups_of(real(batch)).items():
         rows = [queue.fields["train"][key] for key in keys]
-        for fields, wanted in zip(rows, expected_group(rows, golds.get(uid, "1"), tokenizer, max_ratio), strict=True):
+        expected = expected_group(rows, golds.get(uid, "1"), tokenizer, max_ratio, step_size)
+        for fields, wanted in zip(rows, expected, strict=True):
             torch.testing.assert_close(fields["advantages"], torch.tensor(wanted), rtol=1e-4, atol=1e-5)
 
 
@@ -154,13 +164,18 @@ def with_truths(*truths: Any) -> Any:
 def test_questions_without_an_answer(
     make_config: Callable, queue: MemoryQueue, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Their gain is 0, so that only the outcome counts; of several answers the first is scored; the share is said."""
-    config = make_config()
+    """Their gain and their penalty are 0, so that only the outcome counts; of several answers the first is scored; the
+    share is said."""
+    config = make_config("l2t.penalty=one_step", "l2t.step_size=0.1")
     batch = with_truths({"inputs": ["1"]}, '["12", "3"]', "9" * 40)
     roll_out(config, Writer(tokenizer), GRADER, batch=batch)
     _, batch, metrics = a_step(config, queue, tokenizer)
     assert metrics["l2t/missing_frac"] == pytest.approx(2 / 3)
-    check_groups(queue, batch, tokenizer, {"uid0": None, "uid1": "12", "uid2": None})
+    check_groups(queue, batch, tokenizer, {"uid0": None, "uid1": "12", "uid2": None}, step_size=0.1)
+    kept = [queue.fields["train"][key]["l2t_penalty"] for key in real(batch)]
+    known = torch.cat([row[~row.isnan()] for row in kept])
+    assert 0 < metrics["l2t/penalty/mean"] == pytest.approx(float(known.mean()))
+    assert metrics["l2t/penalty/max"] == pytest.approx(float(known.max()))
     assert (
         "gcpo notice: l2t: 2 of 3 questions of step 1 have no right answer that can be scored, more than "
         "l2t.max_missing=0.25; they have outcome rewards only: the ground truth holds no answer as text, 1 x; the "

@@ -23,6 +23,7 @@ class FittingCredit(Credit):
         probability: float64 [B, 1 + K], J after the prompt and after every episode; NaN where there is none.
         index: int64 [B, T], the episode of every token, -1 outside.
         old_log_prob: [B, T].
+        penalty: float64 [B, K], C of every episode, NaN where there is none; ``None``: no penalty.
     """
 
     config: L2TConfig
@@ -30,6 +31,7 @@ class FittingCredit(Credit):
     probability: Tensor
     index: Tensor
     old_log_prob: Tensor
+    penalty: Tensor | None = None
     _metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -49,7 +51,14 @@ class FittingCredit(Credit):
         advantages = torch.zeros_like(outcome.grpo)
         even, clamped = torch.zeros(len(exists), dtype=torch.bool), torch.zeros_like(self.index, dtype=torch.bool)
         for rows in self.groups:
-            reward = fitting_gain_reward(total[rows], self.gain[rows], exists[rows], alpha=config.alpha)
+            reward = fitting_gain_reward(
+                total[rows],
+                self.gain[rows],
+                exists[rows],
+                alpha=config.alpha,
+                penalty=None if self.penalty is None else self.penalty[rows].nan_to_num(0.0),
+                beta=config.beta,
+            )
             tokens = (reward, self.index[rows], self.old_log_prob[rows], outcome.mask[rows])
             options = {"trim": config.trim, "max_ratio": config.max_ratio}
             advantage = token_advantage(*tokens, **options, length_correction=False, signed=True)
@@ -70,10 +79,12 @@ class FittingCredit(Credit):
         last = probability.gather(1, number[:, None])[:, 0]
         fitted = (last - probability[:, 0])[known]
         inside = (self.index[rows] >= 0).sum()
+        penalties = gains[:0] if self.penalty is None else self.penalty[rows][exists & known[:, None]]
         metrics = {
             "l2t/episodes/mean": float(number.double().mean()),
             "l2t/episodes/max": float(number.max()),
             **{f"l2t/gain/{kind}": float(getattr(gains, kind)()) for kind in ("mean", "min", "max") if len(gains)},
+            **{f"l2t/penalty/{kind}": float(getattr(penalties, kind)()) for kind in ("mean", "max") if len(penalties)},
             "l2t/gain/correctness_correlation": _correlation(fitted, outcome[rows][known].double()),
             "l2t/probability/first": float(probability[known, 0].mean()),
             "l2t/probability/last": float(last[known].mean()),

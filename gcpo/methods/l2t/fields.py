@@ -28,6 +28,9 @@ PROBABILITY = _score(
     meaning="J, the length-normalised probability of the right answer after the prompt and after every episode; NaN "
     "where there is none.",
 )
+PENALTY = _score(
+    "l2t_penalty", torch.float64, "[K]", meaning="C, the compression penalty of every episode; NaN where there is none."
+)
 COUNTS = _score(
     "l2t_counts",
     torch.float32,
@@ -35,4 +38,4 @@ COUNTS = _score(
     meaning="An equal part of the rank's tokens (scored, without sharing), and whether the row's tags are there and "
     "malformed.",
 )
-ALL = (PIECES, PIECE_LENGTHS, EPISODE_INDEX, PROBABILITY, COUNTS)
+ALL = (PIECES, PIECE_LENGTHS, EPISODE_INDEX, PROBABILITY, PENALTY, COUNTS)

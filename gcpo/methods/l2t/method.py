@@ -23,8 +23,10 @@ from gcpo.methods.fields import (
     lengths,
 )
 from gcpo.methods.l2t import fields as own
+from gcpo.methods.l2t.check import check
 from gcpo.methods.l2t.credit import FittingCredit
-from gcpo.methods.l2t.probes import RowReader, pieces_of, right_answer, score_rows
+from gcpo.methods.l2t.probes import RowReader, pieces_of, right_answer
+from gcpo.methods.l2t.scoring import score_rows
 from gcpo.methods.l2t.settings import L2TConfig
 from gcpo.notices import notice
 from gcpo.tokens import control_ids
@@ -48,6 +50,11 @@ class L2T(Method):
         """See `Method.parse`."""
         return L2TConfig.from_config(settings, run)
 
+    @classmethod
+    def check(cls, config: Any, settings: L2TConfig, model: Any) -> None:
+        """See `Method.check`."""
+        check(config, settings, model)
+
     # ---- score ------------------------------------------------------------------------------------------------------
 
     @property
@@ -58,6 +65,8 @@ class L2T(Method):
     def start_actor(self, engine: Engine) -> None:
         """Make the reader of responses."""
         self.reader = RowReader(self.settings, engine.tokenizer, control_ids(engine.tokenizer))
+        if self.settings.penalty == "released":
+            engine.keep_last_layer()
 
     def before_score(self, batch: Batch, tokenizer: Any, metrics: dict[str, float]) -> None:
         """Encode the right answer of every question.
@@ -114,13 +123,16 @@ class L2T(Method):
         columns = zip(*rows.values(), strict=True)
         read = [self.reader.read(dict(zip(rows, values, strict=True))) for values in columns]
         scorer = engine.scorer(-1, max_tokens=self.settings.budget(self.run))
-        return score_rows(read, self.settings, scorer)
+        return score_rows(read, self.settings, scorer, engine)
 
     # ---- credit -----------------------------------------------------------------------------------------------------
 
     def credit(self, batch: Batch, metrics: dict[str, float]) -> FittingCredit:
         """The gains of the batch."""
-        data = batch.fetch(range(batch.size), (own.EPISODE_INDEX, own.PROBABILITY, own.COUNTS, OLD_LOG_PROBS))
+        names = (own.EPISODE_INDEX, own.PROBABILITY, own.COUNTS, OLD_LOG_PROBS)
+        if has_penalty := self.settings.penalty != "off":
+            names = (*names, own.PENALTY)
+        data = batch.fetch(range(batch.size), names)
         groups = list(batch.groups.values())
         counts = torch.stack(data[own.COUNTS])
         scored, unshared = counts[:, :2].sum(0).tolist()
@@ -132,7 +144,8 @@ class L2T(Method):
             "l2t/episodes/malformed_frac": malformed,
         }
         index, old = (_padded(data[name], fill) for name, fill in ((own.EPISODE_INDEX, -1), (OLD_LOG_PROBS, 0.0)))
-        return FittingCredit(self.settings, groups, torch.stack(data[own.PROBABILITY]), index, old)
+        penalty = torch.stack(data[own.PENALTY]) if has_penalty else None
+        return FittingCredit(self.settings, groups, torch.stack(data[own.PROBABILITY]), index, old, penalty)
 
     # ---- layout -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gcpo.episodes import Episodes, split_response
 from gcpo.methods.fields import PROMPTS, RESPONSES, Field, split
-from gcpo.methods.l2t.fields import COUNTS, EPISODE_INDEX, PIECE_LENGTHS, PIECES, PROBABILITY
+from gcpo.methods.l2t.fields import PIECE_LENGTHS, PIECES
 from gcpo.methods.l2t.settings import L2TConfig, ProbeConfig
 from gcpo.rewards import grader_of, normalize, right_answers
-from gcpo.scoring.requests import Scorer, ScoreRequest
+from gcpo.scoring.requests import ScoreRequest
 from gcpo.tokens import TokenReader, last_occurrence, plain_decoder
 
 OPEN, CLOSED = "<think>", "</think>"
@@ -74,6 +74,11 @@ class ProbedRow:
             requests.append(ScoreRequest(torch.cat(shown), answer, log_probs=True))
         return requests
 
+    def whole(self, *, gradients: bool) -> ScoreRequest:
+        """The response behind its prompt, and with ``gradients`` also the gradient of every episode."""
+        spans = self.episodes.spans if gradients else ()
+        return ScoreRequest(self.prompt, self.response, log_probs=True, gradient_of=spans)
+
 
 class RowReader:
     """Splits responses into episodes, and finds their thinking part.
@@ -108,26 +113,3 @@ class RowReader:
         else:
             start = (last_occurrence(self._decode, response, OPEN) or (0, math.inf))[1]
         return start, (last_occurrence(self._decode, response, CLOSED) or (0, math.inf))[1]
-
-
-def score_rows(rows: Sequence[ProbedRow], config: L2TConfig, scorer: Scorer) -> dict[Field, list[Tensor]]:
-    """Ask ``scorer`` for the probability of the right answer after every episode of the rows.
-
-    Returns:
-        ``l2t_index``, ``l2t_probability`` and ``l2t_counts``.
-    """
-    asked = [row.requests() for row in rows]
-    scores = iter(scorer([request for requests in asked for request in requests]))
-    probability = torch.full((len(rows), 1 + config.episodes.max_episodes), torch.nan, dtype=torch.float64)
-    for values, requests in zip(probability, asked, strict=True):
-        for k in range(len(requests)):
-            log_probs = next(scores).log_probs
-            assert log_probs is not None  # every request asks for them
-            values[k] = log_probs.double().mean().exp()
-    unshared = sum(len(r.context) + len(r.target) for requests in asked for r in requests)
-    tokens = [count / max(len(rows), 1) for count in (scorer.tokens, unshared)]
-    return {
-        EPISODE_INDEX: [torch.tensor(row.episodes.index(len(row.response)), dtype=torch.int64) for row in rows],
-        PROBABILITY: list(probability),
-        COUNTS: [torch.tensor([*tokens, row.episodes.tagged, row.episodes.malformed]) for row in rows],
-    }

@@ -38,8 +38,16 @@ class L2TConfig(Settings):
 
     alpha: NotNegative = 0.8
     """Weight of the process part of an episode's reward."""
-    penalty: Annotated[Literal["off"], BeforeValidator(lambda value: "off" if value is False else value)] = "off"
-    """The compression penalty of an episode, which cannot be computed as the paper prints it (docs/l2t.md)."""
+    penalty: Annotated[
+        Literal["off", "one_step", "released"], BeforeValidator(lambda value: "off" if value is False else value)
+    ] = "off"
+    """The compression penalty C of an episode, which cannot be computed as the paper prints it (docs/l2t.md).
+    ``one_step``: for one imagined step of gradient ascent on the episode, with respect to the language-model head.
+    ``released``: as the released code computes it, from the change of the last decoder layer since the start."""
+    beta: NotNegative = 0.6
+    """Weight of the penalty inside the process part."""
+    step_size: NotNegative = 1e-6
+    """Size of the imagined step of ``one_step``; the yaml has the learning rate of the actor."""
     episodes: EpisodesConfig = EpisodesConfig()
     probe: ProbeConfig = ProbeConfig()
     trim: Annotated[float, Field(ge=0, lt=1)] = 0.05
