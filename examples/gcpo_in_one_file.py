@@ -91,11 +91,11 @@ class Trainer:
         if s.method == "gcpo" and self.slots < 2:
             raise ConfigError("num_draws is 1: one shared draw makes the causal part zero by construction; set it to 2")
 
-    def generate(self, texts: Sequence[Text], *name: Any, greedy: bool = False) -> list[Response]:
+    def generate(self, texts: Sequence[Text], *name: Any, temperature: float | None = None) -> list[Response]:
         """Responses of the current policy; ``name`` and the seed of the run are their seed."""
         s, end = self.settings, self.tokenizer.eos_token_id
-        seed, temperature = request_seed(s.seed, *name), 0.0 if greedy else s.temperature
-        return generate(self.model, texts, s.max_response, temperature, end, seed)
+        temperature = s.temperature if temperature is None else temperature
+        return generate(self.model, texts, s.max_response, temperature, end, request_seed(s.seed, *name))
 
     def step(self, step: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Train on some questions; returns the metrics."""

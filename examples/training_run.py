@@ -43,6 +43,7 @@ class RunSettings(Settings):
     kl: NotNegative = 0.0  # beta of Eq. 6 and 10, the weight of KL(pi_theta || pi_ref)
     beta: Positive = 0.1  # of GVPO
     eval_every: Count = 10
+    eval_temperature: NotNegative = 0.0  # 0: the most likely tokens
     eval_size: Count = 200  # questions of a split that are evaluated during the run; its last step takes all
     # Of GCPO, with the names of the groups ``gcpo.*`` of the verl path; the defaults are those of preset `balanced`.
     alpha: NotNegative = 2.0
@@ -94,19 +95,14 @@ def batches(rows: Sequence[dict[str, Any]], settings: RunSettings) -> Iterator[l
 
 
 def evaluate(trainer: Any, splits: dict[str, list[dict[str, Any]]], size: int | None) -> dict[str, float]:
-    """Accuracy of greedy responses to the first ``size`` questions of each split."""
-    found = {}
+    """Accuracy of responses to the first ``size`` questions of each split."""
+    found, temperature = {}, trainer.settings.eval_temperature
     for split, rows in splits.items():
-        rows = rows[:size]
-        right = [
-            grade(
-                trainer.tokenizer,
-                some,
-                trainer.generate([[question_ids(trainer.tokenizer, row)] for row in some], greedy=True),
-                "acc",
-            )
-            for some in chunks(rows, 256)
-        ]
+        rows, right = rows[:size], []
+        for at, some in enumerate(chunks(rows, 256)):
+            texts = [[question_ids(trainer.tokenizer, row)] for row in some]
+            responses = trainer.generate(texts, "evaluate", split, at, temperature=temperature)
+            right.append(grade(trainer.tokenizer, some, responses, "acc"))
         name = f"val-core/{rows[0]['data_source']}" if split == "test" else f"val-{split}"
         found |= {f"{name}/acc/mean@1": float(torch.cat(right).mean()), f"val-aux/{split}/questions": len(rows)}
     return found

@@ -13,8 +13,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from examples import gcpo_in_one_file as one_file
+from examples import training_run
 from examples.small_transformer import Response, Transformer, generate, log_probs, read
-from examples.training_run import RunSettings, batches, command
+from examples.training_run import RunSettings, batches, command, evaluate
 from gcpo import algorithms
 from gcpo.adapters.questions import question_key
 from gcpo.settings import ConfigError
@@ -272,7 +273,7 @@ def test_a_run(tiny_model: Path, tmp_path: Path) -> None:
         done = command(one_file.Trainer, [
             *("--method", "gcpo", "--model", str(tiny_model), "--data", str(tmp_path / "data")),
             *("--output", str(tmp_path / name), "--steps", "2", "--seed", "3"),
-            *("batch=4", "n=4", "max_response=24", "target=group_mean", "kappa=0", "lr=1e-3"),
+            *("batch=4", "n=4", "max_response=24", "target=group_mean", "kappa=0", "lr=1e-3", "eval_temperature=1"),
         ])  # fmt: skip
         assert done == 0
         lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
@@ -292,6 +293,28 @@ def test_a_run(tiny_model: Path, tmp_path: Path) -> None:
     assert torch.equal(ours.weights["layers.0.mlp.up_proj.weight"], weight)
     assert not torch.equal(Transformer(tiny_model).weights["layers.0.mlp.up_proj.weight"], weight)
     AutoTokenizer.from_pretrained(tmp_path / "a" / "model")
+
+
+@pytest.mark.parametrize("options", [{}, {"eval_temperature": 0.7}])
+def test_evaluation(options: dict[str, float], tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy unless a temperature is set; a response has noise of its own, the same at every evaluation."""
+    calls: list[tuple[float, int]] = []
+
+    def answer(model: Any, texts: Any, most: int, temperature: float, end: int, seed: int) -> list[Response]:
+        calls.append((temperature, seed))
+        return [Response((end,), torch.zeros(1), False)] * len(texts)
+
+    monkeypatch.setattr(one_file, "generate", answer)
+    monkeypatch.setattr(training_run, "grade", lambda _, rows, *others: torch.tensor([row["acc"] for row in rows]))
+    trainer = one_file.Trainer(settings_of(tiny_model, method="grpo", temperature=1.3, **options))
+    row = {"prompt": [{"role": "user", "content": "?"}], "data_source": "set"}
+    splits = {"test": [{**row, "acc": float(at < 260)} for at in range(300)], "ood": [{**row, "acc": 0.0}]}
+    for _ in range(2):
+        found = evaluate(trainer, splits, 280)
+        assert found["val-core/set/acc/mean@1"] == pytest.approx(260 / 280) and found["val-ood/acc/mean@1"] == 0
+    assert {temperature for temperature, _ in calls} == {options.get("eval_temperature", 0.0)}
+    seeds = [seed for _, seed in calls]
+    assert seeds[:3] == seeds[3:] and len(set(seeds)) == 3
 
 
 @pytest.mark.parametrize(
