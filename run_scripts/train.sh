@@ -20,8 +20,9 @@
 #   --dry-run                print the command and the resolved configuration; needs no GPU, model or data
 #   --resume-changed         go on from a checkpoint that was made with other settings
 #
-# The quick start (experiment arithmetic) runs on the CPU; it makes its own data and model. The other experiments run
-# without a GPU only with a local model of at most 100 MB, for two short steps.
+# The embedded tasks (docs/tasks.md; arithmetic is that of the quick start) run on the CPU, and their data and models are
+# made if they are absent. The other experiments run without a GPU only with a local model of at most 100 MB, for two
+# short steps.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
@@ -61,17 +62,20 @@ parse_arguments() {
 
 options() { (cd "gcpo/config/$1" && echo *.yaml | sed 's/\.yaml//g'); } # options GROUP
 
-# Sets PLACES (files and folders of the run) for the quick start, which makes its own data and model.
-prepare_quickstart() {
+# An experiment that names the model which examples.tasks makes under its own name.
+is_task() { [ "$(setting path)" = "models/$EXPERIMENT-warm" ]; }
+
+# Sets PLACES (files and folders of the run) for an embedded task, whose data and model are made here.
+prepare_task() {
     CONFIG=gcpo_quickstart
     PLACES=(${MODEL:+"actor_rollout_ref.model.path=$MODEL"} ${DATA:+"data.train_files=$DATA"} ${VAL:+"data.val_files=$VAL"})
-    prefer_cpu "the embedded task is made for the CPU"
+    prefer_cpu "the embedded tasks are made for the CPU"
     ensure_environment
-    [ "$GCPO_PROFILE" = cpu ] || SETTINGS+=(device=gpu)
+    [ "$GCPO_PROFILE" = cpu ] || SETTINGS=(device=gpu "${SETTINGS[@]}")
+    SETTINGS=("experiment=$EXPERIMENT" "${SETTINGS[@]}")
     [ -z "$DRY_RUN" ] || return 0
     hold_output
-    "$PY" -m examples.arithmetic.task --output data/arithmetic
-    "$PY" -m examples.arithmetic.warm_start --data data/arithmetic --output models/arithmetic-warm
+    "$PY" -m examples.tasks "$EXPERIMENT"
 }
 
 is_tiny_model() { # a local model folder whose files take at most 100 MB
@@ -148,14 +152,13 @@ hold_output() {
 }
 
 parse_arguments "$@"
+NAME="$METHOD-${EXPERIMENT//_/-}"
 if [ "$EXPERIMENT" = arithmetic ]; then
-    DEFAULT="quickstart${METHOD:+-$METHOD}"
-    OUTPUT="${OUTPUT:-$(absolute "outputs/${DEFAULT%-gcpo}")}"
-    prepare_quickstart
-else
-    OUTPUT="${OUTPUT:-$(absolute "outputs/$METHOD-${EXPERIMENT//_/-}")}"
-    prepare_experiment
+    NAME="quickstart-$METHOD"
+    NAME="${NAME%-gcpo}"
 fi
+OUTPUT="${OUTPUT:-$(absolute "outputs/$NAME")}"
+if is_task; then prepare_task; else prepare_experiment; fi
 COMMAND=(
     "$PY" -m recipe.gcpo.main_gcpo --config-name "$CONFIG" "method=$METHOD" "${PLACES[@]}"
     "trainer.experiment_name=$(basename "$OUTPUT")"

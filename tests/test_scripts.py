@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.tasks.recipes import TASKS
 from gcpo.methods import method_names
 from tests.run_inputs import copy_model
 from tests.tools.evaluate.made import rows, write_set
@@ -146,9 +147,8 @@ def test_quickstart(sandbox):
     done = sandbox.train("quickstart.sh", "--preset", "light", "--seed", "3", "--steps", "4", "trainer.save_freq=2")
     assert done.returncode == 0, done.stderr
     output = sandbox.folder / "o"
-    data, model, train = sandbox.calls
-    assert data == "-m examples.arithmetic.task --output data/arithmetic"
-    assert model == "-m examples.arithmetic.warm_start --data data/arithmetic --output models/arithmetic-warm"
+    make, train = sandbox.calls
+    assert make == "-m examples.tasks arithmetic"
     assert train.startswith(f"-m gcpo.tools.launch --report --output {output} -- ")
     assert "-m recipe.gcpo.main_gcpo --config-name gcpo_quickstart " in train
     assert f"trainer.default_local_dir={output}/checkpoints" in train
@@ -156,6 +156,18 @@ def test_quickstart(sandbox):
         "gcpo.preset=light gcpo.seed=3 data.seed=3 actor_rollout_ref.actor.data_loader_seed=3 "
         "trainer.total_training_steps=4 trainer.save_freq=2"
     )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_is_made_before_it_is_trained(sandbox, recipe_config, task):
+    done = sandbox.run("train.sh", task, "--method", "grpo", "--output", str(sandbox.folder / "o"))
+    assert done.returncode == 0, done.stderr
+    make, train = sandbox.calls
+    assert make == f"-m examples.tasks {task}" and "-m recipe.gcpo.main_gcpo --config-name gcpo_quickstart " in train
+    config = recipe_config(*sandbox.overrides(), name="gcpo_quickstart")
+    assert config.data.train_files == f"data/{task}/train.parquet"
+    assert config.data.val_files == f"data/{task}/test.parquet"
+    assert config.actor_rollout_ref.model.path == f"models/{task}-warm" and config.trainer.device == "cpu"
 
 
 def test_the_quick_starts_run_beside_each_other(sandbox):
@@ -168,10 +180,10 @@ def test_the_quick_starts_run_beside_each_other(sandbox):
     assert len(sandbox.calls) == 3
 
 
-def test_quickstart_stops_where_a_step_fails(sandbox):
+def test_nothing_is_trained_if_the_task_can_not_be_made(sandbox):
     sandbox.program(sandbox.folder / "venv" / "bin" / "python", f'echo "$*" >> {sandbox.calls_file}; exit 7')
-    assert sandbox.train("quickstart.sh").returncode == 7
-    assert len(sandbox.calls) == 1
+    assert sandbox.run("train.sh", "complement", "--output", str(sandbox.folder / "o")).returncode == 7
+    assert sandbox.calls == ["-m examples.tasks complement"]
 
 
 def test_an_experiment_that_does_not_exist(sandbox):

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -234,16 +234,20 @@ def _make(excluded: Container[Hashable], output: Path, recipe: BaseRecipe, solve
     import torch
 
     torch.set_num_threads(1)  # results do not depend on the machine, and such small matrices gain nothing from cores
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".warm-start-") as name:
-        folder = Path(name) / "model"
+    unfinished = output.with_name(f".{output.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    try:
+        folder = unfinished / "model"
         tokenizer = make_tokenizer(recipe, solver)
         model = make_model(recipe, tokenizer)
         print(f"{output}: training {model.num_parameters():,} parameters", flush=True)
-        train(recipe, model, make_examples(recipe, tokenizer, excluded, solver), Path(name) / "trainer")
+        train(recipe, model, make_examples(recipe, tokenizer, excluded, solver), unfinished / "trainer")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "recipe.json").write_text(json.dumps({"hash": recipe.hash, **asdict(recipe)}, indent=2) + "\n")
         put_in_place(folder, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
