@@ -159,7 +159,8 @@ def log_probs(
     (cache, state), lengths = read(model, texts), torch.tensor([len(response) for response in responses])
     order, empty = lengths.argsort(stable=True), int((lengths == 0).sum())
     found = [torch.zeros(empty, int(lengths.max()))]
-    for rows in torch.split(order[empty:], 32):  # of about the same length, so that little of a batch is padding
+    # Of about the same length, so that little of a batch is padding; an empty tensor would be one chunk.
+    for rows in torch.split(order[empty:], 32) if empty < len(order) else ():
         ids, valid = pad([responses[i] for i in rows.tolist()])
         states, _ = model.states(ids, valid, cache.rows(rows))
         before = torch.cat([state[rows, None], states[:, :-1]], 1)

@@ -59,6 +59,8 @@ def test_logits_are_those_of_transformers(model: Path, transformer: Transformer)
         torch.testing.assert_close(row[: len(response)], expected[: len(response)], atol=2e-5, rtol=1e-4)
         assert not row[len(response) :].any()
         torch.testing.assert_close(state, output.hidden_states[-1][0, start - 1], atol=2e-5, rtol=1e-4)
+    nothing, same = log_probs(transformer, texts, [()] * 4, 0.7)  # the targets of a step without kappa terms
+    assert nothing.shape == (4, 0) and torch.equal(same, states)
 
 
 def test_gradients_run_through_shared_segments(model: Path) -> None:
