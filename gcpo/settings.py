@@ -57,7 +57,7 @@ class Settings(BaseModel):
             key: path of the field inside the group, such as ``collider.draws``.
         """
         name, _, rest = key.partition(".")
-        path, inner = f"{where}.{key}", _group_class(cls, name)
+        path, inner = f"{where}.{key}", group_class(cls, name)
         if name in cls.renamed:
             return f"{path} has a new name: write {'.'.join(filter(None, (where, cls.renamed[name], rest)))}"
         if name in cls.removed:
@@ -124,7 +124,7 @@ def _sentence(cls: type[Settings], error: ErrorDetails, where: str) -> str:
 def _unknown(cls: type[Settings], path: list[str], where: str) -> str:
     """Return the sentence about an unknown key."""
     for group in path[:-1]:
-        cls, where = cast(type[Settings], _group_class(cls, group)), f"{where}.{group}"
+        cls, where = cast(type[Settings], group_class(cls, group)), f"{where}.{group}"
     name, known = path[-1], list(cls.model_fields)
     if former := cls.former(where, name):
         return former
@@ -133,7 +133,7 @@ def _unknown(cls: type[Settings], path: list[str], where: str) -> str:
     return f"{where}.{name} is not a setting; {hint}"
 
 
-def _group_class(cls: type[Settings], name: str) -> type[Settings] | None:
+def group_class(cls: type[Settings], name: str) -> type[Settings] | None:
     """Return the class of the group ``name`` inside ``cls``."""
     field = cls.model_fields.get(name)
     kinds = (field.annotation, *get_args(field.annotation)) if field else ()

@@ -248,7 +248,7 @@ def check_python(monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[s
     elif module in TRAINING:
         at = next(i for i, text in enumerate([*arguments, "--config-name"]) if text.startswith("--"))
         compose_run([*arguments[at:], *arguments[:at]])
-    elif module == "pytest" or (module == "gcpo.adapters.schema" and not arguments):
+    elif module == "pytest":
         assert importlib.util.find_spec(module)
     else:
         options, rest = parse(monkeypatch, module, arguments)

@@ -5,7 +5,7 @@ The fields are declared in `gcpo.methods.fields` (those of verl's that methods r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,16 +35,6 @@ def all_fields() -> list[Field]:
 def method_fields() -> frozenset[str]:
     """Return the names of the fields that methods write."""
     return frozenset(str(field) for name in method_names() for field in method_class(name).fields)
-
-
-def markdown_table(fields: Iterable[Field]) -> str:
-    """Return the fields as a table for the documentation."""
-    lines = ["| field | type and shape of a row | written by | read by | meaning |", "|---|---|---|---|---|"]
-    for field in fields:
-        kind = f"{str(field.dtype).removeprefix('torch.')} {field.shape}" if field.dtype else field.shape or "object"
-        meaning = field.meaning.replace("|", "\\|")
-        lines.append(f"| `{field}` | {kind} | {field.writer} | {field.readers} | {meaning} |")
-    return "\n".join(lines) + "\n"
 
 
 def session_of(key: str) -> tuple[str, int]:
@@ -175,7 +165,3 @@ def groups_of(meta: KVBatchMeta) -> dict[str, list[int]]:
         if not is_padding(tag):
             groups.setdefault(session_of(key)[0], []).append(row)
     return {uid: sorted(rows, key=lambda row: session_of(meta.keys[row])[1]) for uid, rows in groups.items()}
-
-
-if __name__ == "__main__":
-    print(markdown_table(all_fields()), end="")

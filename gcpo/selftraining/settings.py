@@ -89,11 +89,13 @@ class FirstValueSettings(Settings):
     """Data of the first value model, from samples of the policy (ours)."""
 
     questions: Count = 1000
+    """Questions that are sampled, at most those of the first iteration."""
     samples: Count = 4
     """Solutions of a question."""
     rollouts: Count = 4
     """Continuations of each partial solution of a wrong solution."""
     temperature: Positive = 1.0
+    """Of the samples and the continuations."""
 
 
 class SamplingSettings(Settings):
@@ -102,6 +104,7 @@ class SamplingSettings(Settings):
     n: Count = 8
     """Samples of each question."""
     temperature: Positive = 1.0
+    """Of the samples."""
 
 
 class SFTSettings(Settings):
@@ -110,8 +113,11 @@ class SFTSettings(Settings):
     start: Literal["previous", "initial"] = "previous"
     """Which policy is fine-tuned: that of the iteration before, or the one that the run started with."""
     epochs: Count = 3
+    """Passes over the solutions."""
     learning_rate: Positive = 1e-5
+    """Of verl's optimizer."""
     batch_size: Count = 64
+    """Solutions of an optimizer step."""
     overrides: list[str] = []
     """Further settings of ``verl.trainer.sft_trainer``, ``key=value``."""
 
@@ -122,8 +128,11 @@ class ValueSettings(Settings):
     model: str = ""
     """Folder or name on the hub of a model with the policy's tokenizer; empty: the policy that the run starts with."""
     epochs: Count = 2
+    """Passes over the labels."""
     learning_rate: Positive = 3e-6
+    """Of AdamW."""
     batch_size: Count = 3
+    """Labels of an optimizer step."""
     max_tokens: Count = 900
     """Longer inputs keep the question and their last tokens."""
 
@@ -136,7 +145,7 @@ class EvaluationSettings(Settings):
 
 
 class SelfTrainingSettings(Settings):
-    """A run."""
+    """A run of ReST-MCTS* or of rejection-sampling fine-tuning."""
 
     method: Literal["rest_mcts", "rft"] = "rest_mcts"
     """``rft``: sample, keep the right solutions, fine-tune; without a tree and a value model."""
@@ -159,6 +168,7 @@ class SelfTrainingSettings(Settings):
     labels: Literal["full", "simple"] = "full"
     """Rule of the value labels: that of the released code, or the formula of the paper."""
     seed: Seed = 0
+    """Of the questions of an iteration, the requests, the searches and the training."""
     gpus: Count = 1
     """Processes of the SFT trainer, and tensor parallel size of vLLM."""
     engine: dict[str, Any] = {}

@@ -15,8 +15,7 @@ from gcpo.adapters import hooks, schema
 from gcpo.faults import RunStoppedError
 from gcpo.methods import method_class, method_names
 from gcpo.methods.base import Method, Run
-from gcpo.methods.fields import PROMPTS, RESPONSES, Field, FieldError
-from gcpo.methods.gcpo.fields import CONTEXTS
+from gcpo.methods.fields import PROMPTS, Field, FieldError
 from gcpo.methods.gcpo.method import GCPO
 from tests.adapters.memory_queue import MemoryQueue
 from tests.adapters.test_pipeline import (
@@ -219,10 +218,3 @@ def test_every_field_is_declared_once() -> None:
         if path.name != "fields.py":
             found = names & set(re.findall(r"[\"']([a-z0-9_]+)[\"']", path.read_text()))
             assert not found, f"{path} holds {found}"
-
-
-def test_the_documented_table() -> None:
-    """``python -m gcpo.adapters.schema`` writes it."""
-    own = [field for field in schema.all_fields() if not str(field).startswith("confidence")]
-    assert schema.markdown_table(own) in (ROOT / "docs" / "batch_fields.md").read_text()
-    assert isinstance(CONTEXTS, str) and RESPONSES in own
