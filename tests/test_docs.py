@@ -73,7 +73,10 @@ def metric_patterns() -> tuple[str, ...]:
     """Names of metrics in the source, with ``*`` where the source fills something in."""
     source = "\n".join(path.read_text() for path in (ROOT / "gcpo").rglob("*.py"))
     names = set(re.findall(rf'f?"((?:{"|".join(own_method_names())}|stability)/[^"\s]+)"', source))
-    names |= {f"{method}/balance/whole_groups" for method in own_method_names()}
+    names |= {f"{name}/{{kind}}" for name in re.findall(r'_distribution\("([^"]+)"', source)}
+    adapters = "\n".join(path.read_text() for path in (ROOT / "gcpo" / "adapters").glob("*.py"))
+    of_the_method = re.findall(r'f"\{(?:self\.method\.name|self\.method_name|name)\}/([^"\s]+)"', adapters)
+    names |= {f"{method}/{name}" for method in own_method_names() for name in of_the_method}
     return tuple(re.sub(r"\{[^{}]*\}", "*", name) for name in names)
 
 

@@ -19,6 +19,7 @@ import pytest
 from examples.arithmetic.task import prepare
 from examples.arithmetic.warm_start import Recipe, warm_start
 from gcpo.checkpoints import MANIFEST, TRACKER
+from tests.test_pages import undocumented
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -82,6 +83,7 @@ def train(
     (output / f"{name}.log").write_text(log)
     assert done.returncode == 0, log[-6000:]
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert not undocumented(name for line in lines for name in line["data"])
     return [{"step": line["step"], **line["data"]} for line in lines], log
 
 
