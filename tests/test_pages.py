@@ -1,4 +1,4 @@
-"""The pages of the documentation that list what the code has: metrics."""
+"""The pages of the documentation that list what the code has: metrics, and values of the papers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import fnmatch
 import functools
 import re
 from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from data_prep.sets import SETS
 from gcpo.methods import own_method_names
-from tests.run_inputs import ROOT
+from gcpo.methods.gcpo.settings import GCPOConfig
+from gcpo.selftraining.settings import SelfTrainingSettings
+from tests.run_inputs import ROOT, composed
 from tests.test_docs import metric_patterns, spread
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -46,3 +53,37 @@ def test_every_row_is_a_metric() -> None:
     rows = documented_metrics()
     assert len(rows) > 120
     assert not {name for name in rows if not any(fnmatch.fnmatch(name, pattern) for pattern in metric_patterns())}
+
+
+# ---- papers ----------------------------------------------------------------------------------------------------------
+
+BLOCKS = re.findall(r"^## (\S+).*?^```yaml\n(# .*?)\n(.*?)^```", (ROOT / "docs" / "papers.md").read_text(), re.M | re.S)
+
+
+def values_of(start: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values that a run started as ``start`` says has for the settings of a block."""
+    if start.startswith("# defaults of self-training"):
+        settings = SelfTrainingSettings(model="m", train_file="a", test_file="b", max_response_tokens=8)
+        return {key: OmegaConf.select(OmegaConf.create(settings.to_dict()), key) for key in values}
+    match = re.match(r"# bash run_scripts/train.sh (\w+) --method (\w+)$", start)
+    assert match, start
+    config = composed("gcpo_trainer", f"experiment={match[1]}", f"method={match[2]}")
+    if match[2] == "gcpo":  # its presets fill in values
+        run = {"n": config.actor_rollout_ref.rollout.n, "response_length": config.data.max_response_length}
+        config = OmegaConf.merge(config, {"gcpo": GCPOConfig.from_config(config.gcpo, **run).to_dict()})
+    return {key: OmegaConf.select(config, key) for key in values}
+
+
+@pytest.mark.parametrize(("paper", "start", "block"), BLOCKS, ids=[paper for paper, _, _ in BLOCKS])
+def test_the_values_of_the_papers(paper: str, start: str, block: str) -> None:
+    """Every value of a block is that of the run, and has its source above it."""
+    values = yaml.safe_load(block)
+    assert block.startswith("# ") and values_of(start, values) == values
+
+
+def test_every_method_has_its_paper() -> None:
+    """The table and the sections agree, and every method that can be chosen is there."""
+    text = (ROOT / "docs" / "papers.md").read_text()
+    assert len(BLOCKS) == len(re.findall(r"^## ", text, re.M)) == len(re.findall(r"^\| \[", text, re.M))
+    for path in (ROOT / "gcpo" / "config" / "method").glob("*.yaml"):
+        assert f"`method={path.stem}`" in text
