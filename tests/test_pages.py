@@ -1,7 +1,8 @@
-"""The pages of the documentation that list what the code has: metrics, and values of the papers."""
+"""The pages of the documentation that list what the code has: metrics, values of the papers, messages."""
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import functools
 import re
@@ -87,3 +88,33 @@ def test_every_method_has_its_paper() -> None:
     assert len(BLOCKS) == len(re.findall(r"^## ", text, re.M)) == len(re.findall(r"^\| \[", text, re.M))
     for path in (ROOT / "gcpo" / "config" / "method").glob("*.yaml"):
         assert f"`method={path.stem}`" in text
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def texts_of_the_source() -> str:
+    """The texts of the package, the recipes and the scripts, a line each, with ``…`` where something is filled in."""
+    texts = [path.read_text().replace("$", "…") for path in (ROOT / "run_scripts").glob("*.sh")]
+    for folder in ("gcpo", "recipe"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                    texts.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.append(re.sub(r"%\w", "…", node.value))
+    return "\n".join(text.replace("\n", " ") for text in texts)
+
+
+def messages() -> list[str]:
+    """The first column of docs/troubleshooting.md."""
+    return re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("message", messages())
+def test_the_messages_exist(message: str) -> None:
+    """The parts of a message stand in one text of the source, in this order."""
+    parts = [re.escape(part) for part in message.split("…")]
+    assert re.search("…[^\n]{0,40}?".join(parts), texts_of_the_source()), message
