@@ -10,6 +10,7 @@
 #   space    no space at the end of a line, one newline at the end of a file
 #   types    basedpyright on the package
 #   layers   import-linter: who may import whom
+#   site     mkdocs: the documentation as a site in outputs/site, with all links, and nothing from other servers
 #
 # The settings of the tools are in pyproject.toml, their versions in requirements/lint.txt.
 set -euo pipefail
@@ -29,9 +30,14 @@ PATH="$LINT/bin:$PATH"
 
 style() { ruff check . && ruff format --check .; }
 shell() { shellcheck -P SCRIPTDIR --external-sources run_scripts/*.sh requirements/*.sh .ci/run; }
-yaml() { yamllint --strict gcpo/config recipe .github .pre-commit-config.yaml CITATION.cff; }
+yaml() { yamllint --strict gcpo/config recipe .github .pre-commit-config.yaml CITATION.cff mkdocs.yml; }
 types() { basedpyright --project pyproject.toml --pythonpath "$PY"; }
 layers() { lint-imports; }
+site() {
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict || return
+    # A reader without a network sees the same pages: no script, style, font or image comes from another server.
+    ! grep -rnoE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//[^>]*>' outputs/site --include='*.html'
+}
 space() {
     "$PY" - <<'PYTHON'
 import pathlib, sys
@@ -53,7 +59,7 @@ PYTHON
 }
 
 failed=()
-for check in "${@:-style shell yaml space types layers}"; do
+for check in "${@:-style shell yaml space types layers site}"; do
     for name in $check; do
         say "== $name"
         declare -F "$name" >/dev/null || die "there is no check '$name' (see --help)" 2
