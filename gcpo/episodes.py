@@ -6,7 +6,7 @@ It needs neither torch nor verl.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from pydantic import field_validator
@@ -145,6 +145,18 @@ def token_spans(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, i
         if k >= 0:
             found[k] = (found.get(k, (token, token))[0], token + 1)
     return [found[k] for k in sorted(found)]
+
+
+def texts_of(ids: Sequence[int], index: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """Return the text of every episode.
+
+    Args:
+        ids: token ids of a response.
+        index: the episode of every token; see `Episodes.index`.
+        decode: see `gcpo.tokens.plain_decoder`.
+    """
+    pairs = list(zip(ids, index, strict=True))
+    return [decode([token for token, k in pairs if k == episode]) for episode in range(max(index, default=-1) + 1)]
 
 
 def split_response(

@@ -42,6 +42,7 @@ def test_symbol_exists(module: str, name: str) -> None:
 def overridden() -> list[tuple[type, str]]:
     """Methods that our subclasses of verl's classes override."""
     from gcpo.adapters.dataset import EpisodePromptDataset
+    from gcpo.adapters.dump import DumpingTrainer
     from gcpo.adapters.engine import GCPOFSDPEngine
     from gcpo.adapters.group_client import GroupClient
     from gcpo.adapters.mini_batches import MethodTrainingWorker
@@ -56,6 +57,7 @@ def overridden() -> list[tuple[type, str]]:
         MethodWorker: ["init_model"],
         MethodTrainingWorker: ["train_mini_batch", "train_batch"],
         EpisodePromptDataset: ["maybe_filter_out_long_prompts"],
+        DumpingTrainer: ["_log_rollout_data", "_dump_generations"],
         OwnFieldsTrainer: ["_compute_ref_log_prob", "_compute_values", "_update_critic"],
         MethodTrainer: [
             "_setup",
@@ -66,7 +68,6 @@ def overridden() -> list[tuple[type, str]]:
             "_compute_old_log_prob",
             "_compute_advantage",
             "_update_actor",
-            "_log_rollout_data",
         ],
     }
     return [(cls, name) for cls, methods in names.items() for name in methods]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from gcpo.adapters import hooks
 from gcpo.adapters.checkpoints import WholeCheckpoints
+from gcpo.adapters.dump import DumpingTrainer
 from gcpo.adapters.liveness import WatchedTrainer
 from gcpo.adapters.mini_batches import whole_mini_batches
 from gcpo.adapters.registry import credited
@@ -40,8 +40,7 @@ from gcpo.adapters.worker import METHOD_CALL, MethodWorker
 from gcpo.adapters.zero_rewards import zero_reward_warning
 from gcpo.checks import check_run
 from gcpo.faults import RunStoppedError
-from gcpo.methods.base import Credit
-from gcpo.methods.fields import EXTRA_FIELDS, INDEX, PROMPTS, RAW_PROMPT
+from gcpo.methods.fields import EXTRA_FIELDS, INDEX, RAW_PROMPT
 from gcpo.methods.stations import parts_of
 from gcpo.notices import notice
 from gcpo.reading import OUR_REWARD
@@ -95,14 +94,13 @@ class OwnFieldsTrainer(PPOTrainerSync):
             return super()._update_actor(batch, metrics)
 
 
-class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTrainer):
+class MethodTrainer(WholeCheckpoints, StableTrainer, DumpingTrainer, OwnFieldsTrainer, WatchedTrainer):
     """The trainer mode of every method.
 
     Between verl's old log-probabilities and its advantages the actor scores what the method asks about; the method's
     credit then goes to the advantage estimator, and its fields to the update.
     """
 
-    _credit: Credit | None = None
     _rewards_seen = False
 
     def __init__(self, config: Any) -> None:
@@ -298,21 +296,3 @@ class MethodTrainer(WholeCheckpoints, StableTrainer, OwnFieldsTrainer, WatchedTr
             self._rewards_seen = True
             for line in zero_reward_warning(batch, self.tokenizer, ours=reward == OUR_REWARD):
                 notice(logger, line)
-
-    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
-        """verl's dump of the plain responses, and one of the auxiliary generations in ``auxiliary/``."""
-        super()._log_rollout_data(batch, timing_raw, rollout_data_dir)
-        rows = QueueBatch(batch, self.global_steps)
-        draws = hooks.call(self.method, "dump", rows)
-        if not draws:
-            return
-        decode = self.tokenizer.decode
-        prompts = rows.fetch([draw["row"] for draw in draws], [PROMPTS])[PROMPTS]
-        self._dump_generations(
-            inputs=[decode(prompt.tolist(), skip_special_tokens=True) for prompt in prompts],
-            outputs=[decode(draw["token_ids"], skip_special_tokens=True) for draw in draws],
-            gts=[None] * len(draws),
-            scores=[draw["reward"] for draw in draws],
-            reward_extra_infos_dict={name: [draw[name] for draw in draws] for name in ("uid", "kind", "outcome")},
-            dump_path=os.path.join(rollout_data_dir, "auxiliary"),
-        )

@@ -19,6 +19,7 @@ from gcpo.methods.stations import (
     GROUPS_AT_ONCE,
     Batch,
     Credit,
+    Dump,
     Engine,
     Generate,
     Outcome,
@@ -33,6 +34,7 @@ __all__ = [
     "GROUPS_AT_ONCE",
     "Batch",
     "Credit",
+    "Dump",
     "Engine",
     "Generate",
     "Method",
@@ -177,9 +179,12 @@ class Method:
 
     # report
 
-    def dump(self, batch: Batch) -> list[dict[str, Any]]:
-        """Return the auxiliary generations for the rollout dump.
+    def dump(self, batch: Batch, credit: Any, tokenizer: Any) -> Dump:
+        """Return the method's keys of the rollout dump and its auxiliary generations; called only if there is a dump.
 
-        Each has its group ``uid``, a ``row`` of the group, ``kind``, ``outcome``, ``reward`` and ``token_ids``.
+        Args:
+            batch: the rows after the update, with all fields.
+            credit: the result of `credit`.
+            tokenizer: tokenizer of the model.
         """
-        return []
+        return Dump()

@@ -122,7 +122,7 @@ ADVANTAGES = Field(
     torch.float32,
     "[T]",
     writer="verl: advantage",
-    readers="update",
+    readers="update, report",
     meaning="Advantage of every token, 0 outside `response_mask`.",
 )
 REWARD_MODEL = Field(

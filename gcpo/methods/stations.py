@@ -6,10 +6,11 @@ updates the actor. `gcpo.methods.base` exports everything.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -301,3 +302,25 @@ class Term(ABC):
 def parts_of(term: Term | None, use_kl_loss: bool) -> Sequence[str]:
     """Return the parts of the loss whose gradient norms can be measured."""
     return ["policy", *["beta"] * use_kl_loss, *([term.name] if term is not None else [])]
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Dump:
+    """A method's part of the rollout dump.
+
+    Attributes:
+        columns: additional keys of the rows, each with one JSON value per row of the batch.
+        draws: the auxiliary generations. Each has its group ``uid``, a ``row`` of the group, ``reward``, ``token_ids``
+            and more keys, the same for all.
+    """
+
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    draws: list[dict[str, Any]] = field(default_factory=list)
+
+
+def brief(values: Tensor) -> list[float | None]:
+    """Return a vector for the dump: four significant digits; ``None`` for a value that is not finite."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]

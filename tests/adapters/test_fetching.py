@@ -174,16 +174,21 @@ def test_a_dump_of_few_groups(
 def test_dump_fields() -> None:
     """Draws come back as they were, those without tokens and without a reward too."""
     draws = [
-        Draw([5, 6, 7], "collider", "ok", reward=0.25),
-        Draw([], "leave_one_out", "failed"),
-        Draw([8], "regenerated", "cut"),
+        Draw([5, 6, 7], "collider", "ok", reward=0.25, prompt=(2, 0, 1)),
+        Draw([], "leave_one_out", "failed", left_out=1, prompt=(2, 0)),
+        Draw([8], "regenerated", "cut", left_out=0),
     ]
+    draws[2].prompt = [2, 1, draws[0]]
     fields = dump_fields(draws)
     assert tuple(fields) == DUMP_FIELDS
+    names = ("draw", "kind", "outcome", "left_out", "prompt", "reward", "token_ids")
     assert dumped_draws(*fields.values()) == [
-        {"kind": "collider", "outcome": "ok", "reward": 0.25, "token_ids": [5, 6, 7]},
-        {"kind": "leave_one_out", "outcome": "failed", "reward": None, "token_ids": []},
-        {"kind": "regenerated", "outcome": "cut", "reward": None, "token_ids": [8]},
+        dict(zip(names, values, strict=True))
+        for values in (
+            (0, "collider", "ok", None, ["response 2", "response 0", "response 1"], 0.25, [5, 6, 7]),
+            (1, "leave_one_out", "failed", 1, ["response 2", "response 0"], None, []),
+            (2, "regenerated", "cut", 0, ["response 2", "response 1", "draw 0"], None, [8]),
+        )
     ]
     empty = dump_fields([])
     assert dumped_draws(*empty.values()) == [] and all(len(value) == 1 for value in empty.values())

@@ -17,6 +17,7 @@ import torch
 
 from gcpo.adapters.perturbed import EpisodeScore
 from gcpo.adapters.registry import credited, method_advantage
+from gcpo.adapters.schema import QueueBatch
 from gcpo.adapters.trainer import MethodTrainer
 from gcpo.adapters.worker import METHOD_CALL
 from gcpo.algorithms import episode_reward, group_relative_advantage, token_advantage
@@ -214,6 +215,24 @@ def test_no_parsable_answer_in_a_group(make_config: Callable, queue: MemoryQueue
     wanted = group_relative_advantage(outcome, torch.zeros(N, dtype=torch.long))
     for fields, value in zip(rows, wanted, strict=True):
         torch.testing.assert_close(fields["advantages"], value.expand(len(fields["responses"])))
+    check_dump(trainer, queue, batch, tokenizer)
+
+
+def check_dump(trainer: MethodTrainer, queue: MemoryQueue, batch: Any, tokenizer: Any) -> None:
+    """The dump has the texts of the episodes, their terms, and the advantage that the update finds; none in a group
+    without an answer and in padding rows."""
+    column = trainer.method.dump(QueueBatch(batch, 1), trainer._credit, tokenizer).columns["episodes"]
+    scored = {key for key in real(batch) if not key.startswith("uid1_")}
+    assert {key for key, episodes in zip(batch.keys, column, strict=True) if episodes} == scored
+    for key, episodes in zip(batch.keys, column, strict=True):
+        fields = queue.fields["train"][key]
+        for k, episode in enumerate(episodes or ()):
+            tokens = fields["gc2po_index"] == k
+            assert episode["text"] == tokenizer.decode(fields["responses"][tokens])
+            assert episode["advantage"] == pytest.approx(float(fields["advantages"][tokens].mean()), rel=1e-3)
+            assert episode["robustness"] == pytest.approx(math.exp(-float(fields["gc2po_divergence"][k])), rel=1e-3)
+            assert episode["effectiveness"] == pytest.approx(float(fields["gc2po_effectiveness"][k]), rel=1e-3)
+        assert len(episodes or ()) in (0, int(fields["gc2po_index"].max()) + 1)
 
 
 def test_nothing_parsable_at_all(make_config: Callable, queue: MemoryQueue, tokenizer: Any) -> None:

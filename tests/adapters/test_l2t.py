@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from gcpo.adapters.schema import QueueBatch
 from gcpo.adapters.worker import METHOD_CALL
 from gcpo.episodes import split_response
 from gcpo.faults import RunStoppedError
@@ -150,6 +151,11 @@ def test_a_step(max_ratio: float, make_config: Callable, queue: MemoryQueue, tok
     gains = [gain for row in kept for gain in row.diff().tolist()]
     assert metrics["l2t/gain/mean"] == pytest.approx(statistics.fmean(gains))
     assert metrics["l2t/episodes/mean"] == pytest.approx(len(gains) / 12)
+    column = trainer.method.dump(QueueBatch(batch, 1), trainer._credit, tokenizer).columns["episodes"]
+    by_key = dict(zip(batch.keys, column, strict=True))
+    assert {key for key in by_key if by_key[key]} == set(real(batch))
+    dumped = [episode["gain"] for key in real(batch) for episode in by_key[key]]
+    assert dumped == pytest.approx(gains, rel=1e-3)
 
 
 def with_truths(*truths: Any) -> Any:

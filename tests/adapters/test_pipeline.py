@@ -433,6 +433,82 @@ def test_the_dump(make_config: Callable, queue: MemoryQueue, tokenizer: Any, tmp
         assert found[f"uid{i}", "collider"] == 2 and found[f"uid{i}", "leave_one_out"] == N
     graded = [line for line in lines if line["outcome"] == "ok"]
     assert graded and all(line["score"] in (0.0, 1.0, 2.0) for line in graded)
+    check_dumped_rows(read_lines(tmp_path / "1.jsonl"), queue, batch, trainer.method.settings)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def check_dumped_rows(lines: list[dict[str, Any]], queue: MemoryQueue, batch: Any, settings: GCPOConfig) -> None:
+    """The additional keys of the rows are the numbers of the public functions; padding rows have none."""
+    by_key = {line["uid"]: line for line in lines}
+    assert sorted(by_key) == sorted(batch.keys)
+    assert {key for key, line in by_key.items() if not line["padding"]} == set(real(batch))
+    for line in by_key.values():
+        assert (line["group"] is None) == line["padding"]
+    for uid, keys in groups_of(real(batch)).items():
+        keys = sorted(keys, key=lambda key: int(key.rsplit("_", 2)[1]))
+        rows, found = [queue.fields["train"][key] for key in keys], [by_key[key] for key in keys]
+        wanted = expected_group(rows, settings)
+        assert [(line["group"], line["index"], line["question"]) for line in found] == [
+            (uid, i, int(uid.removeprefix("uid"))) for i in range(N)
+        ]
+        near = {"rel": 1e-3, "abs": 1e-6}
+        assert [line["grpo_advantage"] for line in found] == pytest.approx(wanted["advantage"].tolist(), **near)
+        assert [line["upsilon"] for line in found] == pytest.approx(wanted["weight"].tolist(), **near)
+        trained = (wanted["advantage"] * wanted["weight"]).tolist()
+        assert [line["advantage"] for line in found] == pytest.approx(trained, **near)
+        for row, line, (log_ref, has_reference) in zip(rows, found, wanted["references"], strict=True):
+            context = split_rows(row["gcpo_contexts"], row["gcpo_context_lengths"])[0]
+            log_rho = log_ref - log_probs_of(context, row["responses"])
+            kl = float((log_rho.exp() - log_rho - 1).clamp(max=settings.reference.max_kl).mean())
+            assert line["kappa_kl"] == (pytest.approx(kl, **near) if has_reference else None)
+            assert line["log_rho"] == (pytest.approx(log_rho.tolist(), **near) if has_reference else None)
+            assert len(line["tokens"] or ()) == (len(row["responses"]) if has_reference else 0)
+
+
+def test_the_dump_says_what_stood_in_the_prompts(
+    make_config: Callable, queue: MemoryQueue, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The texts of the blocks, joined in the order that a line names, are the prompts that the server got."""
+    overrides = ("gcpo.reference.collider_context=append", "gcpo.blocks.max_tokens=4", "gcpo.collider.max_tokens=5")
+    config = make_config(*GENERATED, *overrides, f"trainer.rollout_data_dir={tmp_path}", "gcpo.metrics.dump_fraction=1")
+    server = Server()
+    roll_out(config, server)
+    trainer = make_trainer(config, queue, tokenizer)
+    batch, _ = take_step(trainer, queue)
+    trainer._init_dump_executor()
+    trainer._log_rollout_data(batch, {}, str(tmp_path))
+    trainer._shutdown_dump_executor()
+    rows, draws = read_lines(tmp_path / "1.jsonl"), read_lines(tmp_path / "auxiliary" / "1.jsonl")
+    blocks = {(line["group"], f"response {line['index']}"): line["block"] for line in rows}
+    blocks |= {(line["uid"], f"draw {line['draw']}"): line["block"] for line in draws}
+    texts = settings_texts(trainer.method.settings.blocks)
+    rebuilt = Counter()
+    for line in draws:
+        question = next(row for row in rows if row["group"] == line["uid"])
+        parts = [
+            texts[block.split()[0]].format(label=int(block.split()[1]) + 1) + blocks[line["uid"], block]
+            for block in line["prompt"]
+        ]
+        user = question["input"].removesuffix("\nassistant\n")
+        rebuilt[user + texts["intro"] + "".join(parts) + texts["outro"] + "\nassistant\n"] += 1
+    asked = Counter(
+        tokenizer.decode(request.prompt_ids, skip_special_tokens=True)
+        for request in server.requests
+        if hasattr(request, "max_tokens")
+    )
+    assert rebuilt == asked
+    left_out = {line["left_out"] for line in draws if line["kind"] == "leave_one_out"}
+    assert left_out == set(range(N)) and all(
+        f"response {line['left_out']}" not in line["prompt"] for line in draws if line["left_out"] is not None
+    )
+
+
+def settings_texts(blocks: Any) -> dict[str, str]:
+    """Texts around and before the blocks."""
+    return {"intro": blocks.intro, "outro": blocks.outro, "response": blocks.candidate, "draw": blocks.collider}
 
 
 def test_the_order_of_arrival_does_not_matter(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gcpo.faults import RunStoppedError
-from gcpo.methods.base import Batch, Credit, Engine, Method, Outcome, Run
+from gcpo.methods.base import Batch, Credit, Dump, Engine, Method, Outcome, Run
 from gcpo.methods.fields import OLD_LOG_PROBS, PROMPTS, RESPONSES, REWARD_MODEL, Field, flat, lengths
 from gcpo.methods.gc2po import fields as own
 from gcpo.methods.gc2po.check import check
@@ -22,9 +22,10 @@ from gcpo.methods.gc2po.credit import (
     group_advantage,
     group_answers,
 )
+from gcpo.methods.gc2po.dump import episodes_of
 from gcpo.methods.gc2po.scoring import RowReader, score_rows
 from gcpo.methods.gc2po.settings import GC2POConfig
-from gcpo.tokens import TokenReader, control_ids
+from gcpo.tokens import TokenReader, control_ids, plain_decoder
 
 
 @dataclass
@@ -35,12 +36,13 @@ class EpisodeCredit(Credit):
         config: the resolved settings.
         rows: of every group, in the order of its responses.
         groups: their episodes; ``None``: no answer could be parsed.
+        results: of the other groups in the same order, after `advantages`.
     """
 
     config: GC2POConfig
     rows: list[list[int]]
     groups: list[GroupEpisodes | None]
-    _results: list[GroupResult] = field(default_factory=list)
+    results: list[GroupResult] = field(default_factory=list)
     _masks: list[Tensor] = field(default_factory=list)
 
     def advantages(self, outcome: Outcome) -> Tensor:
@@ -53,14 +55,14 @@ class EpisodeCredit(Credit):
                 continue
             result = group_advantage(group, rewards[rows], outcome.mask[rows], self.config)
             advantages[rows] = result.advantage.to(advantages)
-            self._results.append(result)
+            self.results.append(result)
             self._masks.append(outcome.mask[rows])
         return advantages
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the whole batch under ``gc2po/``."""
         known = [group for group in self.groups if group is not None]
-        return batch_metrics(self._results, self._masks, known, len(self.groups) - len(known))
+        return batch_metrics(self.results, self._masks, known, len(self.groups) - len(known))
 
 
 class GC2PO(Method):
@@ -181,6 +183,18 @@ class GC2PO(Method):
     def whole_groups(self) -> bool:
         """The rows of a group share their prompt."""
         return True
+
+    # ---- report -----------------------------------------------------------------------------------------------------
+
+    def dump(self, batch: Batch, credit: EpisodeCredit, tokenizer: Any) -> Dump:
+        """The episodes of every response."""
+        column: list[Any] = [None] * batch.size
+        results, decode = iter(credit.results), plain_decoder(tokenizer)
+        for rows, group, data in zip(credit.rows, credit.groups, batch.by_group(RESPONSES), strict=True):
+            if group is not None:
+                for row, episodes in zip(rows, episodes_of(group, next(results), data[RESPONSES], decode), strict=True):
+                    column[row] = episodes
+        return Dump({"episodes": column})
 
 
 def _padded(rows: Sequence[Tensor], value: float) -> Tensor:

@@ -19,6 +19,7 @@ from gcpo.methods.gcpo.fields import (
     KL_WEIGHT,
     LOG_P,
     LOG_REF,
+    LOG_RHO,
     OUTPUT_LENGTHS,
     SCORED_TOKENS,
     Z_REGENERATED,
@@ -174,16 +175,14 @@ class CausalStage:
         names = (RESPONSE_MASK, OLD_LOG_PROBS, CONTEXT_LENGTHS, LOG_P, KL_WEIGHT)
         for rows in self.batch.row_pieces():
             data = self.batch.fetch(rows, names)
-            references = []
+            columns: dict[Field, list[Tensor]] = {name: [] for name in (LOG_REF, KL_MASK, LOG_RHO)}
             for mask, old, lengths, log_p, weight in zip(*(data[name] for name in names), strict=True):
                 log_p = log_p.view(len(lengths), len(mask))
-                references.append(stage.add(log_p, lengths > 0, old, mask, chosen=bool(weight > 0)))
-            self.batch.put(
-                rows,
-                {
-                    LOG_REF: [log_ref for log_ref, _ in references],
-                    KL_MASK: [kl_mask.long() for _, kl_mask in references],
-                },
-            )
+                log_ref, kl_mask = stage.add(log_p, lengths > 0, old, mask, chosen=bool(weight > 0))
+                columns[LOG_REF].append(log_ref)
+                columns[KL_MASK].append(kl_mask.long())
+                if self.run.dumps:
+                    columns[LOG_RHO].append(stage.log_rho(log_ref, log_p, lengths > 0, old).float())
+            self.batch.put(rows, {name: values for name, values in columns.items() if values})
         self.missing.references = stage.count
         metrics.update(stage.metrics())

@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,10 @@ class Draw:
     reward: float | None = None
     cause: str | None = None
     """The reason of its exclusion, in one line, or ``None`` if it is valid."""
+    left_out: int | None = None
+    """The response that its prompt leaves out."""
+    prompt: Sequence[int | Draw] = field(default=(), compare=False, repr=False)
+    """The blocks of its prompt in order: indices of responses, and collider draws."""
 
     @property
     def valid(self) -> bool:
@@ -99,6 +103,7 @@ class ColliderSampler:
         self.sampling_params = sampling_params
         self.max_model_len = max_model_len
         self.end_ids = end_ids
+        self._blocks: dict[tuple[int, int], list[int | Draw]] = {}
 
     async def draw(self, kind: str, prompt_ids: list[int], seed_parts: Sequence[Any]) -> Draw:
         """Generate one draw, with its outcome.
@@ -233,8 +238,12 @@ class ColliderSampler:
         # Shared draws are exchangeable. Valid draws come first, so that l = 0, on which p_c, Zbar_i and the policy's
         # context are based, is valid whenever any draw is valid.
         shared, rest = sorted(draws[:num_shared], key=lambda draw: not draw.valid), draws[num_shared:]
+        for draw in shared:
+            draw.prompt = group.plan.collider_order()
         for at, i in enumerate(chosen):
             leave_one_out = rest[at * num_leave_one_out : (at + 1) * num_leave_one_out]
+            for draw in leave_one_out:
+                draw.left_out, draw.prompt = i, group.plan.candidate_order(i)
             contexts[i] = self._contexts(group, i, shared, leave_one_out)
         return draws
 
@@ -258,6 +267,7 @@ class ColliderSampler:
             *(self.draw("regenerated", contexts[i][slot], parts("regenerated", i, slot, m)) for i, slot, m in places)
         )
         for (i, slot, m), draw in zip(places, draws, strict=True):
+            draw.left_out, draw.prompt = i, self._blocks[i, slot]
             if draw.valid:
                 outputs[i][slot * generations + m] = draw.token_ids
         return draws
@@ -292,6 +302,9 @@ class ColliderSampler:
                 replaced = self.prompts.collider_block(shared[0].token_ids)
             block = self.prompts.collider_block(draw.token_ids)
             contexts.append(group.context(i, slot, block, replaced))
+            colliders = [draw] if replaced is None else [shared[0], draw]
+            order = [[k] if kind == "candidate" else colliders for kind, k in group.plan.orders[i][slot]]
+            self._blocks[i, slot] = [block for blocks in order for block in blocks]
         return contexts
 
 

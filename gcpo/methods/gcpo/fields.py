@@ -57,7 +57,18 @@ DUMP_TOKENS = _sample(
     "gcpo_dump_tokens", torch.int32, "[tokens]", readers="report", meaning="Token ids of the draws that are dumped."
 )
 DUMP_DRAWS = _sample(
-    "gcpo_dump_draws", torch.int32, "[3 * draws]", readers="report", meaning="Kind, outcome and tokens of every draw."
+    "gcpo_dump_draws",
+    torch.int32,
+    "[5 * draws]",
+    readers="report",
+    meaning="Kind, outcome, tokens, left-out response (-1: none) and blocks of the prompt of every draw.",
+)
+DUMP_PROMPTS = _sample(
+    "gcpo_dump_prompts",
+    torch.int32,
+    "[blocks]",
+    readers="report",
+    meaning="The blocks of the prompts in order: k for response k, -1 - j for the draw j of the group.",
 )
 DUMP_REWARDS = _sample(
     "gcpo_dump_rewards", torch.float32, "[draws]", readers="report", meaning="Their rewards; NaN: not graded."
@@ -90,9 +101,22 @@ LOG_REF = Field(
     meaning="log pi'_ref of every token (Eq. 13).",
 )
 KL_MASK = Field(
-    "gcpo_kl_mask", torch.int64, "[T]", writer="credit", readers="update", meaning="1 for the tokens with a kappa term."
+    "gcpo_kl_mask",
+    torch.int64,
+    "[T]",
+    writer="credit",
+    readers="update, report",
+    meaning="1 for the tokens with a kappa term.",
 )
-DUMP = (DUMP_TOKENS, DUMP_DRAWS, DUMP_REWARDS)
+LOG_RHO = Field(
+    "gcpo_log_rho",
+    torch.float32,
+    "[T]",
+    writer="credit",
+    readers="report",
+    meaning="log pi'_ref - log pi_old(y_t | x_{i,0}, y_<t), only if rollouts are dumped.",
+)
+DUMP = (DUMP_TOKENS, DUMP_DRAWS, DUMP_REWARDS, DUMP_PROMPTS)
 ALL = (
     CONTEXTS,
     CONTEXT_LENGTHS,
@@ -107,4 +131,5 @@ ALL = (
     SCORED_TOKENS,
     LOG_REF,
     KL_MASK,
+    LOG_RHO,
 )

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from gcpo.collider.prompts import BlockBudget, CandidatePrompts, PromptTemplate
 from gcpo.faults import RunStoppedError
-from gcpo.methods.base import Batch, Engine, Generate, Method, RowFields, SampledGroup, Sampling
+from gcpo.methods.base import Batch, Dump, Engine, Generate, Method, RowFields, SampledGroup, Sampling
 from gcpo.methods.fields import PROMPTS, RESPONSES, Field, FieldError
 from gcpo.methods.gcpo import fields as own
 from gcpo.methods.gcpo.credit import CausalCredit, CausalStage
 from gcpo.methods.gcpo.draws import ColliderSampler, GroupResult
-from gcpo.methods.gcpo.rollout import dumped_draws, empty_result, grade_draws, is_chosen, row_fields
+from gcpo.methods.gcpo.dump import dump_batch
+from gcpo.methods.gcpo.rollout import empty_result, grade_draws, is_chosen, row_fields
 from gcpo.methods.gcpo.scoring import score_rows
 from gcpo.methods.gcpo.settings import BlocksConfig, GCPOConfig
 from gcpo.methods.gcpo.term import KappaTerm
@@ -169,15 +170,10 @@ class GCPO(Method):
         """Whether the groups stay together, since their contexts share prefixes."""
         return self.settings.needs_rollout
 
-    def dump(self, batch: Batch) -> list[dict[str, Any]]:
-        """Return the draws that the rollout kept in the first row of their group."""
-        if not self._dumps:
-            return []
-        draws = []
-        for (uid, rows), data in zip(batch.groups.items(), batch.by_group(*own.DUMP), strict=True):
-            for row, *values in zip(rows, *(data[name] for name in own.DUMP), strict=True):
-                draws += [{"uid": uid, "row": row, **draw} for draw in dumped_draws(*values)]
-        return draws
+    def dump(self, batch: Batch, credit: CausalCredit | None, tokenizer: Any) -> Dump:
+        """Return Upsilon, the kappa term and the draws; see `gcpo.methods.gcpo.dump`."""
+        prompts = make_prompts(self.settings.blocks, tokenizer, self.run.chat_template_kwargs) if self._dumps else None
+        return dump_batch(self.settings, batch, credit, prompts)
 
 
 def make_prompts(

@@ -68,14 +68,26 @@ class ReferenceStage:
         if chosen and mask.any():
             self.count.add(1, int(not has_reference))
         if kl_mask.any():
-            # The context of the policy: x_{i,0}, or the first valid one.
-            on_context = log_p[int(valid[:num_shared].int().argmax())]
+            on_context = self._on_context(log_p, valid)
             self._measure(log_ref[kl_mask], log_p_query[kl_mask], on_context[kl_mask], floored[0][kl_mask])
         return log_ref, kl_mask
 
+    def log_rho(self, log_ref: Tensor, log_p: Tensor, valid: Tensor, log_p_query: Tensor) -> Tensor:
+        """Return log rho [T] before the first update, clamped as in the loss; see `add`."""
+        log_policy = self._log_policy(log_p_query, self._on_context(log_p, valid.bool()))
+        return (log_ref - log_policy).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    def _on_context(self, log_p: Tensor, valid: Tensor) -> Tensor:
+        """Return the log-probabilities under x_{i,0}, or the first valid context."""
+        return log_p[int(valid[: self.config.collider.num_draws].int().argmax())]
+
+    def _log_policy(self, log_p_query: Tensor, on_context: Tensor) -> Tensor:
+        """Return the denominator of rho."""
+        return log_p_query if self.config.reference.policy_condition == "query" else on_context
+
     def _measure(self, log_ref: Tensor, log_p_query: Tensor, on_context: Tensor, floored: Tensor) -> None:
         reference = self.config.reference
-        log_policy = log_p_query if reference.policy_condition == "query" else on_context
+        log_policy = self._log_policy(log_p_query, on_context)
         log_ratio = (log_ref - log_policy).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         kl = causal_kl(log_policy[None], log_ref[None], max_kl=reference.max_kl)[0]
         self._kl.append(kl.float())

@@ -17,8 +17,8 @@ from gcpo.methods.gcpo.draws import KINDS, OUTCOMES, Draw, GroupResult
 from gcpo.methods.gcpo.fields import (
     CONTEXT_LENGTHS,
     CONTEXTS,
-    DUMP,
     DUMP_DRAWS,
+    DUMP_PROMPTS,
     DUMP_REWARDS,
     DUMP_TOKENS,
     GROUP,
@@ -129,32 +129,51 @@ def _report(result: GroupResult) -> dict[str, Any]:
 
 
 def dump_fields(draws: Sequence[Draw]) -> dict[Any, Tensor]:
-    """Convert draws to three ragged rows, which `dumped_draws` reads; without draws each row is one zero."""
+    """Convert draws to four ragged rows, which `dumped_draws` reads; without draws each row is one zero."""
+    number = {id(draw): j for j, draw in enumerate(draws)}
+    prompts = [[block if isinstance(block, int) else -1 - number[id(block)] for block in draw.prompt] for draw in draws]
     tokens = [token for draw in draws for token in draw.token_ids]
     entries = [
-        entry for draw in draws for entry in (KINDS.index(draw.kind), OUTCOMES.index(draw.outcome), len(draw.token_ids))
+        entry
+        for draw, prompt in zip(draws, prompts, strict=True)
+        for entry in (
+            KINDS.index(draw.kind),
+            OUTCOMES.index(draw.outcome),
+            len(draw.token_ids),
+            -1 if draw.left_out is None else draw.left_out,
+            len(prompt),
+        )
     ]
     rewards = [torch.nan if draw.reward is None else draw.reward for draw in draws]
     return {
         DUMP_TOKENS: torch.tensor(tokens or [0], dtype=torch.int32),
         DUMP_DRAWS: torch.tensor(entries or [0], dtype=torch.int32),
         DUMP_REWARDS: torch.tensor(rewards or [0.0], dtype=torch.float32),
+        DUMP_PROMPTS: torch.tensor([block for prompt in prompts for block in prompt] or [0], dtype=torch.int32),
     }
 
 
-def dumped_draws(tokens: Tensor, entries: Tensor, rewards: Tensor) -> list[dict[str, Any]]:
-    """Return the draws in a row of `dump_fields`: ``kind``, ``outcome``, ``reward`` (or ``None``) and ``token_ids``."""
-    if len(entries) < len(DUMP):
+def dumped_draws(tokens: Tensor, entries: Tensor, rewards: Tensor, prompts: Tensor) -> list[dict[str, Any]]:
+    """Return the draws in a row of `dump_fields`, with ``reward`` and ``left_out`` ``None`` if there is none.
+
+    ``draw`` is its number in the group, and ``prompt`` names the blocks of its prompt in order: ``response k`` or
+    ``draw j``.
+    """
+    if len(entries) < 5:
         return []
-    table = entries.view(-1, 3)
+    table = entries.view(-1, 5)
+    columns = zip(
+        table.tolist(), rewards.tolist(), split(tokens, table[:, 2]), split(prompts, table[:, 4]), strict=True
+    )
     return [
         {
+            "draw": number,
             "kind": KINDS[kind],
             "outcome": OUTCOMES[outcome],
+            "left_out": None if left_out < 0 else left_out,
+            "prompt": [f"response {block}" if block >= 0 else f"draw {-1 - block}" for block in prompt.tolist()],
             "reward": None if reward != reward else reward,
             "token_ids": piece.tolist(),
         }
-        for (kind, outcome, _), reward, piece in zip(
-            table.tolist(), rewards.tolist(), split(tokens, table[:, 2]), strict=True
-        )
+        for number, ((kind, outcome, _, left_out, _), reward, piece, prompt) in enumerate(columns)
     ]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcpo.episodes import texts_of
 from gcpo.faults import RunStoppedError
-from gcpo.methods.base import Batch, Engine, Method, Run
+from gcpo.methods.base import Batch, Dump, Engine, Method, Run
 from gcpo.methods.fields import (
     DATA_SOURCE,
     OLD_LOG_PROBS,
@@ -28,8 +29,9 @@ from gcpo.methods.l2t.credit import FittingCredit
 from gcpo.methods.l2t.probes import RowReader, pieces_of, right_answer
 from gcpo.methods.l2t.scoring import score_rows
 from gcpo.methods.l2t.settings import L2TConfig
+from gcpo.methods.stations import brief
 from gcpo.notices import notice
-from gcpo.tokens import control_ids
+from gcpo.tokens import control_ids, plain_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +155,20 @@ class L2T(Method):
     def whole_groups(self) -> bool:
         """The rows of a group share their prompt."""
         return True
+
+    # ---- report -----------------------------------------------------------------------------------------------------
+
+    def dump(self, batch: Batch, credit: FittingCredit, tokenizer: Any) -> Dump:
+        """The episodes of every response, with J after each."""
+        column: list[Any] = [None] * batch.size
+        decode = plain_decoder(tokenizer)
+        for rows, data in zip(batch.groups.values(), batch.by_group(RESPONSES), strict=True):
+            for row, response in zip(rows, data[RESPONSES], strict=True):
+                texts = texts_of(response.tolist(), credit.index[row, : len(response)].tolist(), decode)
+                after, gain = brief(credit.probability[row, 1:]), brief(credit.gain[row])
+                keys = ("text", "probability", "gain")
+                column[row] = [dict(zip(keys, values, strict=True)) for values in zip(texts, after, gain, strict=False)]
+        return Dump({"episodes": column})
 
 
 def _padded(rows: Sequence[Tensor], value: float) -> Tensor:
