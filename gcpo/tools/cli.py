@@ -261,12 +261,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from gcpo.tools.evaluate.__main__ import main as evaluate
 
         return evaluate(arguments[1:])
+    if arguments[:1] == ["show"]:
+        from gcpo.tools.groups.show import main as show
+
+        return show(arguments[1:])
     parser = argparse.ArgumentParser(prog="gcpo", description="Group Causal Policy Optimization for verl.")
     parser.add_argument("--version", action="version", version=f"gcpo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="say whether this installation can train, and what is wrong if not")
     add_cost_arguments(commands.add_parser("cost", help="say what a training step takes in tokens, beside GRPO"))
     add_compare_arguments(commands.add_parser("compare", help="train methods side by side over tasks and seeds"))
+    commands.add_parser("show", help="print the responses and the draws of one group of a run")
     commands.add_parser("evaluate", help="sample a model and grade it, or compare such runs")
     # Overrides may be placed between the options, which argparse does not allow for positional arguments.
     options, options.overrides = parser.parse_known_args(arguments)
