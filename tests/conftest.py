@@ -110,6 +110,7 @@ SLOW = (
     "test_races",
     "test_scripts",
     "tools/compare/test_compare",
+    "tools/groups/test_page",
     "tools/test_launch",
     "tools/test_launch_full_disk",
     "tools/test_launch_leftovers",

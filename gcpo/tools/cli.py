@@ -261,6 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from gcpo.tools.evaluate.__main__ import main as evaluate
 
         return evaluate(arguments[1:])
+    if arguments[:1] == ["report"]:
+        from gcpo.tools.report import main as report
+
+        return report(arguments[1:])
     if arguments[:1] == ["show"]:
         from gcpo.tools.groups.show import main as show
 
@@ -271,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="say whether this installation can train, and what is wrong if not")
     add_cost_arguments(commands.add_parser("cost", help="say what a training step takes in tokens, beside GRPO"))
     add_compare_arguments(commands.add_parser("compare", help="train methods side by side over tasks and seeds"))
+    commands.add_parser("report", help="write the curves and the groups of a run into one page")
     commands.add_parser("show", help="print the responses and the draws of one group of a run")
     commands.add_parser("evaluate", help="sample a model and grade it, or compare such runs")
     # Overrides may be placed between the options, which argparse does not allow for positional arguments.

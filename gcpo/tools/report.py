@@ -1,7 +1,7 @@
-"""Report of a run from its metrics file: curves as a PNG, accuracy before and after, and the last checkpoint.
+"""Report of a run: accuracy before and after, curves, the last checkpoint, and a page with the groups.
 
-``python -m gcpo.tools.report DIR...`` reads ``DIR/metrics.jsonl`` of one or several runs; several are drawn over
-each other.
+``gcpo report DIR...`` reads ``DIR/metrics.jsonl`` and the rollout dump of one or several runs; the curves of several
+are drawn over each other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gcpo.checkpoints import read_tracker
 from gcpo.files import why, write_atomically
+from gcpo.tools.groups.page import write_page
 from gcpo.tools.metrics import (
     HELD_OUT,
     METRICS_FILE,
@@ -112,6 +113,17 @@ class _Curve(NamedTuple):
 
 def plot(runs: Sequence[Run], path: Path) -> list[str]:
     """Draw the curves of ``runs`` into a PNG; return the titles of the panels that have data."""
+    titles, image = draw_curves(runs, "png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, image)
+    except OSError as error:
+        raise ReportError(f"{path} can't be written: {why(error)}") from error
+    return titles
+
+
+def draw_curves(runs: Sequence[Run], form: str) -> tuple[list[str], bytes]:
+    """Return the titles of the panels that have data, and the image as ``png`` or ``svg``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,14 +142,9 @@ def plot(runs: Sequence[Run], path: Path) -> list[str]:
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         _draw(axis, title, curves)
     image = io.BytesIO()
-    figure.savefig(image, dpi=130, format="png")
+    figure.savefig(image, dpi=130, format=form)
     pyplot.close(figure)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, image.getvalue())
-    except OSError as error:
-        raise ReportError(f"{path} can't be written: {why(error)}") from error
-    return list(panels)
+    return list(panels), image.getvalue()
 
 
 def _panels(runs: Sequence[Run]) -> dict[str, list[_Curve]]:
@@ -186,6 +193,17 @@ def _draw(axis: Any, title: str, curves: Sequence[_Curve]) -> None:
 # ---- table -----------------------------------------------------------------------------------------------------------
 
 
+HEADINGS: Sequence[str] = (
+    "run",
+    "steps",
+    "accuracy before",
+    "after",
+    "change",
+    "reward first → last",
+    "seconds a step",
+)
+
+
 def _table_row(run: Run) -> list[str]:
     accuracy = 100 * run.series(HELD_OUT.name_in(run.names))
     rewards = run.series(REWARD.name_in(run.names))
@@ -212,7 +230,7 @@ def print_table(runs: Sequence[Run]) -> None:
     from rich.table import Table
 
     table = Table(title="before and after (held-out questions)")
-    for column in ("run", "steps", "accuracy before", "after", "change", "reward first → last", "seconds a step"):
+    for column in HEADINGS:
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in runs:
         table.add_row(*_table_row(run))
@@ -221,25 +239,47 @@ def print_table(runs: Sequence[Run]) -> None:
     Console(width=width, highlight=False).print(table)
 
 
+def write_report(runs: Sequence[Run], path: Path) -> str:
+    """Write the page of ``runs``; return a sentence about its groups.
+
+    Raises:
+        ReportError: it cannot be written.
+    """
+    table = [dict(zip(HEADINGS, _table_row(run), strict=True)) for run in runs]
+    try:
+        curves = draw_curves(runs, "svg")[1]
+    except ReportError:
+        curves = None
+    try:
+        return write_page(path, {run.name: run.directory for run in runs}, table, curves)
+    except OSError as error:
+        raise ReportError(f"{path} can't be written: {why(error)}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments and print the report; see the module's description."""
-    parser = argparse.ArgumentParser(prog="python -m gcpo.tools.report", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="the --output of a run")
-    parser.add_argument("--plot", type=Path, help="where the curves go (default: curves.png in the first DIR)")
+    """Parse the arguments, print the report, and write the curves and the page; see the module's description."""
+    parser = argparse.ArgumentParser(prog="gcpo report", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output of a run")
+    parser.add_argument("--plot", type=Path, help="where the curves go (default: curves.png in the first RUN)")
+    parser.add_argument("--page", type=Path, help="where the page goes (default: report.html in the first RUN)")
     options = parser.parse_args(arguments)
     try:
         runs = load_runs(options.runs)
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    path, code = options.plot or options.runs[0] / "curves.png", 0
+    path, page = options.plot or options.runs[0] / "curves.png", options.page or options.runs[0] / "report.html"
+    code = 0
     print_table(runs)
-    try:
-        plot(runs, path)
-        print(f"curves:     {path}")
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+    for write in (
+        lambda: plot(runs, path) and f"curves:     {path}",
+        lambda: f"page:       {page} ({write_report(runs, page)})",
+    ):
+        try:
+            print(write())
+        except ReportError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
     for run in runs:
         checkpoint = checkpoint_of(run.directory)
         print(f"checkpoint: {checkpoint or f'none under {run.directory}/checkpoints'}")

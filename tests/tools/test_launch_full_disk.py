@@ -12,6 +12,7 @@ import pytest
 
 from gcpo.tools import launch, report
 from gcpo.tools.display import Display
+from gcpo.tools.groups import page
 from gcpo.tools.launch import metrics
 from gcpo.tools.launch.log import Log, error_summary
 from gcpo.tools.metrics import EARLIER_METRICS_FILE, METRICS_FILE, read_metrics
@@ -111,14 +112,17 @@ def test_a_cut_line_of_an_earlier_start_does_not_take_the_next_one_along(tmp_pat
     assert list(read_metrics(tmp_path)) == [2]
 
 
-def test_no_room_for_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_no_room_for_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     (tmp_path / METRICS_FILE).write_text('{"step": 1, "data": {"critic/score/mean": 1}}\n')
     (tmp_path / "curves.png").write_bytes(b"old")
     with monkeypatch.context() as patch:
         patch.setattr(report, "write_atomically", full)
+        patch.setattr(page, "write_atomically", full)
         assert report.main([str(tmp_path)]) == 2
     shown = capfd.readouterr()
-    assert shown.err == f"error: {tmp_path}/curves.png can't be written: No space left on device\n"
+    assert shown.err.splitlines() == [
+        f"error: {tmp_path}/{name} can't be written: No space left on device" for name in ("curves.png", "report.html")
+    ]
     assert "before and after" in shown.out  # the table needs no disk
     assert (tmp_path / "curves.png").read_bytes() == b"old"
     assert report.main([str(tmp_path)]) == 0
