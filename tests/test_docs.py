@@ -259,11 +259,13 @@ def check_python(monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[s
             assert options.set is None or options.set in {*SETS, "SET"}
         if module == "recipe.rest_mcts":
             read_settings(options.config, options.overrides)
-        if module == "gcpo.tools.cli" and options.command == "cost":
+        # `gcpo report` and `gcpo show` have parsers of their own.
+        command = getattr(options, "command", None)
+        if module == "gcpo.tools.cli" and command == "cost":
             compose_run(["--config-name", options.config_name or "gcpo_trainer", *rest])
         else:
             assert not rest
-        if module == "gcpo.tools.cli" and options.command == "compare":
+        if module == "gcpo.tools.cli" and command == "compare":
             assert (ROOT / options.experiment).is_file() and (ROOT / (options.against or "")).exists()
 
 
