@@ -44,7 +44,7 @@ def register() -> None:
     except BaseException:
         print(
             "gcpo: the plug-in for verl could not be loaded, so the trainer 'gcpo' will be unknown to verl. "
-            f"Run `gcpo doctor`. Cause (process {os.getpid()}):\n{traceback.format_exc()}",
+            f"Cause (process {os.getpid()}):\n{traceback.format_exc()}",
             file=sys.stderr,
             flush=True,
         )

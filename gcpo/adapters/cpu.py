@@ -166,7 +166,7 @@ def activate() -> None:
 def pageable_reference() -> None:
     """Make verl offload the reference model to pageable memory, since without an accelerator pinning has no use.
 
-    A test in ``tests/cpu/test_patches.py`` fails when verl no longer needs this patch.
+    A test fails when verl no longer needs this patch.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy
     from verl.workers.engine.fsdp import transformer_impl

@@ -145,7 +145,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "trainer.device": ("cuda", "cpu", "npu"),
     "reward.reward_manager.source": ("register", "importlib"),
 }  # fmt: skip
-"""``tests/test_contract.py`` compares the lists of names with verl's registries."""
+"""A test compares the lists of names with verl's registries."""
 
 LOGGERS = ("wandb", "mlflow", "swanlab", "vemlp_wandb", "tensorboard", "console", "clearml", "trackio", "file",
            "rl_insight", "tracking")  # fmt: skip

@@ -1,7 +1,7 @@
 """Changes to others' code that the CPU profile needs, each with its reason.
 
-They run only where ``gcpo.cpu.is_cpu_profile`` says yes. Each patch is applied once and has a test in
-``tests/cpu/test_patches.py`` that fails when the code it mends no longer needs it.
+They run only where ``gcpo.cpu.is_cpu_profile`` says yes. Each patch is applied once and has a test
+that fails when the code it mends no longer needs it.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ would be lost:
 * a closing fence may be indented by three spaces more than its opening fence (CommonMark counts from the list item);
 * a fence inside a triple-quoted string of a Python block does not close the block.
 
-``markdown-it-py`` is stricter in all three, so it cannot be used here. ``tests/rewards/test_blocks.py`` compares both
-on texts where they must agree.
+``markdown-it-py`` is stricter in all three, so it cannot be used here. A test compares both on texts where they must
+agree.
 """
 
 from __future__ import annotations

@@ -136,8 +136,13 @@ class Pool:
         if verdict is None and not self._warned.is_set():
             self._warned.set()
             limits = f"{self._limits[0]:g} s and {self._limits[1] >> 20} MiB"
-            said = "math-verify could not compare %.80r with %.80r within %s: it counts as wrong, and so will others"
-            logger.warning(said + " without a word", answer, truth, limits)
+            logger.warning(
+                "math-verify could not compare %.80r with %.80r within %s: it counts as wrong, and so will others "
+                "without a word",
+                answer,
+                truth,
+                limits,
+            )
         return bool(verdict)
 
     def close(self) -> None:

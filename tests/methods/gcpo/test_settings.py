@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+import gcpo.config
 from gcpo.methods.gc2po.settings import GC2POConfig
 from gcpo.methods.gcpo.presets import PRESETS
 from gcpo.methods.gcpo.settings import GCPOConfig, GCPOSettings
 from gcpo.settings import ConfigError, Settings
 
-YAML = Path(__file__).parents[3] / "gcpo" / "config" / "base.yaml"
+YAML = Path(gcpo.config.__file__).parent / "base.yaml"
 
 
 def resolve(n: int = 8, response_length: int = 100, **config: Any) -> GCPOConfig:
