@@ -29,7 +29,7 @@ fi
 PATH="$LINT/bin:$PATH"
 
 style() { ruff check . && ruff format --check .; }
-shell() { shellcheck -P SCRIPTDIR --external-sources run_scripts/*.sh requirements/*.sh .ci/run; }
+shell() { shellcheck -P SCRIPTDIR --external-sources run_scripts/*.sh requirements/*.sh recipe/gcpo/*.sh .ci/run; }
 yaml() { yamllint --strict gcpo/config recipe .github .pre-commit-config.yaml CITATION.cff mkdocs.yml; }
 types() { basedpyright --project pyproject.toml --pythonpath "$PY"; }
 layers() { lint-imports; }

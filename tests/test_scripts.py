@@ -20,7 +20,10 @@ from tests.run_inputs import copy_model
 from tests.tools.evaluate.made import rows, write_set
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted([*(ROOT / "run_scripts").glob("*.sh"), *(ROOT / "requirements").glob("*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [path for folder in ("run_scripts", "requirements", "recipe/gcpo") for path in (ROOT / folder).glob("*.sh")]
+    + [ROOT / ".ci" / "run"]
+)
 PAPER = ["deepscaler", "numinamath_1.5b", "numinamath_7b", "code_qwen2_7b"]
 MATHEMATICS = PAPER[:3]
 RUNS = [
@@ -120,7 +123,7 @@ def test_ci_runs_the_tests():
     assert "bash run_scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("script", [*RUNS, "evaluate.sh"])
+@pytest.mark.parametrize("script", [*RUNS, "evaluate.sh", "export_recipe.sh"])
 def test_help(sandbox, script):
     done = sandbox.run(script, "--help")
     assert done.returncode == 0 and "run_scripts/" in done.stdout and "set -e" not in done.stdout
