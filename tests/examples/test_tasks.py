@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from examples.arithmetic import warm_start
+from examples.arithmetic.task import Question
 from examples.arithmetic.warm_start import make_once
 from examples.tasks.__main__ import main
+from examples.tasks.arithmetic_hard import FORGET, REMINDED, ArithmeticHard, LongQuestion
 from examples.tasks.base import SPLITS, Worked
 from examples.tasks.complement import FACTS, Complement, Sum
 from examples.tasks.recipes import RECIPES, TASKS
-from gcpo.rewards import compute_score
+from gcpo.rewards import grade_many, problem_of
 
 SIZES = {"test": 30, "ood": 20, "train": 60}
 
@@ -42,15 +47,29 @@ def answer(solution: Worked) -> str:
 @pytest.mark.parametrize("name", TASKS)
 def test_right_solutions_are_rewarded_and_wrong_ones_not(name: str) -> None:
     task, rng = TASKS[name](), random.Random(0)
-    wrong = 0
+    rows, solutions, expected = [], [], []
     for question in task.splits(SIZES)["test"]:
-        row, right = task.row(question, 0, "test"), task.right(question)
+        right = task.right(question)
         for one in (right, *(task.candidate(question, rng, 1.0) for _ in range(4))):
-            truth = row["reward_model"]["ground_truth"]
-            is_right = answer(one) == answer(right)
-            assert compute_score(row["data_source"], one.text, truth)["score"] == is_right
-            wrong += one.text != right.text
-    assert wrong > 20
+            rows.append(task.row(question, 0, "test"))
+            solutions.append(one.text)
+            expected.append(float(answer(one) == answer(right)))
+    truths = [row["reward_model"]["ground_truth"] for row in rows]
+    graded = grade_many(solutions, truths, [row["data_source"] for row in rows])
+    assert [grades["score"] for grades in graded] == expected and expected.count(0.0) > len(rows) / 5
+    assert problem_of(rows[0]["data_source"], truths[0]) is None
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_lengths_of_the_experiment(name: str, recipe_config: Callable[..., Any]) -> None:
+    """Every question and every right response fits, those out of distribution too."""
+    task, config = TASKS[name](), recipe_config(f"experiment={name}", name="gcpo_quickstart")
+    tokenizer = warm_start.make_tokenizer(RECIPES[name], task)
+    for question in chain(*task.splits(SIZES).values()):
+        messages = [{"role": "user", "content": question.text}]
+        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert len(tokenizer.encode(asked)) <= config.data.max_prompt_length
+        assert len(tokenizer.encode(task.right(question).text)) < config.data.max_response_length
 
 
 def test_complement_by_hand() -> None:
@@ -59,7 +78,20 @@ def test_complement_by_hand() -> None:
     assert Complement().right(question).text == r"\boxed{a four seven one b three nine two}"
 
 
-def test_out_of_distribution_sums_are_longer_and_in_other_words() -> None:
+def test_arithmetic_hard_by_hand() -> None:
+    """A carry is forgotten at the rate of the module, and less often where a candidate applies it."""
+    task, rng = ArithmeticHard(), random.Random(0)
+    question = LongQuestion(Question(3, "+", 4821, 3190))
+    right = task.right(question)
+    assert question.text == "What is 4821 + 3190?" and right.parts == (0, 0, 1, 1)
+    assert right.text == r"1+0=1 2+9=11 8+1+1=10 4+3+1=8 \boxed{8011}"
+    alone = [task.candidate(question, rng, 1.0).parts[2] for _ in range(4000)]
+    reminded = [task.joint(question, rng, [right]).parts[2] for _ in range(4000)]
+    assert abs(sum(alone) / 4000 - (1 - FORGET["+"])) < 0.03 and abs(sum(reminded) / 4000 - (1 - REMINDED)) < 0.03
+    assert LongQuestion(question.exercise, ood=True).text == "Please work out 4821 + 3190 now."
+
+
+def test_sums_out_of_distribution_are_longer_and_in_other_words() -> None:
     splits = Complement().splits(SIZES)
     assert {len(question.columns) for question in splits["ood"]} <= {10, 11, 12}
     for split in ("train", "test"):
