@@ -203,7 +203,8 @@ def environment(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("uv is not installed; pip takes minutes for the packages")
     folder = tmp_path_factory.mktemp("environment") / "venv"
     links = pip_setting("find-links")
-    options = [f"--find-links={link}" for link in links] + [
+    # Ray gives its agent a limited time to start, in which a busy machine cannot compile all that the agent imports.
+    options = ["--compile-bytecode", *(f"--find-links={link}" for link in links)] + [
         f"--default-index={x}" for x in pip_setting("index-url")[:1]
     ]
     if not any(list(Path(link).glob("torch-*+cpu-*")) for link in links):
@@ -233,9 +234,10 @@ def test_two_steps_from_the_recipe(recipe: Path, environment: Path, run_inputs: 
         "TRAIN_FILE": str(run_inputs / "train.parquet"),
         "TEST_FILE": str(run_inputs / "test.parquet"),
     }
-    where = [environment / "bin/python", "-c", "import gcpo, recipe; print(gcpo.__file__, *recipe.__path__)"]
+    # The wheel of TransferQueue has a folder `recipe` too.
+    where = [environment / "bin/python", "-c", "import gcpo, recipe.gcpo; print(gcpo.__file__, *recipe.gcpo.__path__)"]
     package, folder = subprocess.check_output(where, cwd=recipe.parents[1], env=variables, text=True).split()
-    assert Path(package).is_relative_to(environment) and Path(folder).samefile(recipe.parent)
+    assert Path(package).is_relative_to(environment) and Path(folder).samefile(recipe)
     command = ["bash", "recipe/gcpo/run_gcpo.sh", "size=tiny", "device=cpu", "gcpo.preset=balanced"]
     command += ["actor_rollout_ref.rollout.n=4", "trainer.save_freq=-1", "trainer.test_freq=-1"]
     command += [f"trainer.default_local_dir={tmp_path}/checkpoints", f"hydra.run.dir={tmp_path}/hydra"]
