@@ -10,6 +10,7 @@ from examples.arithmetic.training_data import BaseRecipe
 from examples.tasks.arithmetic_hard import ArithmeticHard
 from examples.tasks.base import Task
 from examples.tasks.complement import Complement
+from examples.tasks.contradict import Contradict
 
 
 @dataclass(frozen=True)
@@ -21,5 +22,5 @@ class TaskRecipe(BaseRecipe):
     """Increased when the questions or the errors of the task change."""
 
 
-TASKS: dict[str, Callable[[], Task[Any]]] = {task.name: task for task in (ArithmeticHard, Complement)}
+TASKS: dict[str, Callable[[], Task[Any]]] = {task.name: task for task in (ArithmeticHard, Complement, Contradict)}
 RECIPES = {name: TaskRecipe(task=name, vocab_size=400, heads=6, batch_tokens=512) for name in TASKS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -19,6 +20,7 @@ from examples.tasks.__main__ import main
 from examples.tasks.arithmetic_hard import FORGET, REMINDED, ArithmeticHard, LongQuestion
 from examples.tasks.base import SPLITS, Worked
 from examples.tasks.complement import FACTS, Complement, Sum
+from examples.tasks.contradict import Contradict, Expression
 from examples.tasks.recipes import RECIPES, TASKS
 from gcpo.rewards import grade_many, problem_of
 
@@ -76,6 +78,27 @@ def test_complement_by_hand() -> None:
     question = Sum(((4, 7), (3, 9)))
     assert question.text == "Add modulo ten: a four seven b three nine"
     assert Complement().right(question).text == r"\boxed{a four seven one b three nine two}"
+
+
+def test_contradict_by_hand() -> None:
+    question, task = Expression((8, 3), x=4, y=7, z=2, late=True), Contradict()
+    assert question.text == "There are 8 pens and 3 cups. What is 4 + 7 * 2?"
+    assert task.right(question).text == r"7*2=14 4+14=18 \boxed{18}" and task.truth(question) == "18"
+    drawn = Counter(task.candidate(question, random.Random(seed), 1.0).text for seed in range(200))
+    assert drawn[r"4+7=11 11*2=22 \boxed{22}"] > 40
+    early = replace(question, late=False)
+    assert early.text.endswith("7 * 2 + 4?") and task.right(early).text == r"7*2=14 14+4=18 \boxed{18}"
+
+
+def test_most_candidates_of_contradict_agree_on_an_error() -> None:
+    """The majority, and the joint answer that follows it, are right less often than a candidate."""
+    task, rng = Contradict(), random.Random(0)
+    right, joint = 0, 0
+    for question in task.splits(SIZES | {"train": 400})["train"]:
+        drawn = [task.candidate(question, rng, 1.0) for _ in range(8)]
+        right += sum(one == task.right(question) for one in drawn)
+        joint += task.joint(question, rng, drawn) == task.right(question)
+    assert joint / 400 < right / 3200 - 0.03
 
 
 def test_arithmetic_hard_by_hand() -> None:
