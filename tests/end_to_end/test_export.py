@@ -24,7 +24,7 @@ from tests.test_structure import imported, tree_of
 
 COMES_ALONG = {
     *("flash_attn", "torch", "transformers", "vllm"),  # verl's environment, which differs between the platforms
-    *("safetensors", "pydantic", "pydantic_core"),  # transformers and ray[default]
+    *("safetensors", "pydantic_core"),  # transformers and pydantic
     *("sympy", "latex2sympy2_extended"),  # math-verify
 }
 """Imported packages that the packages of pyproject.toml need."""
