@@ -221,7 +221,7 @@ def environment(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_steps_from_the_recipe(recipe: Path, environment: Path, run_inputs: Path, tmp_path: Path) -> None:
+def test_two_steps_from_the_recipe(recipe: Path, environment: Path, inputs: Path, tmp_path: Path) -> None:
     """The script of the recipe trains in its environment, which has no other copy of the package."""
     metrics = tmp_path / "metrics.jsonl"
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")} | {
@@ -230,9 +230,9 @@ def test_two_steps_from_the_recipe(recipe: Path, environment: Path, run_inputs: 
         "PYTHONWARNINGS": "ignore",
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "TENSORBOARD_DIR": str(tmp_path / "tensorboard"),
-        "MODEL_PATH": str(run_inputs / "model"),
-        "TRAIN_FILE": str(run_inputs / "train.parquet"),
-        "TEST_FILE": str(run_inputs / "test.parquet"),
+        "MODEL_PATH": str(inputs / "model"),
+        "TRAIN_FILE": str(inputs / "data/train.parquet"),
+        "TEST_FILE": str(inputs / "data/test.parquet"),
     }
     # The wheel of TransferQueue has a folder `recipe` too.
     where = [environment / "bin/python", "-c", "import gcpo, recipe.gcpo; print(gcpo.__file__, *recipe.gcpo.__path__)"]

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.test_training import ROOT, STEPS, inputs  # noqa: F401  (inputs is a fixture)
+from tests.end_to_end.test_training import ROOT, STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def title_of(process: psutil.Process) -> str:
     return ""
 
 
-def start_and_kill(inputs: Path, folder: Path, title: str, after: str) -> Ended:  # noqa: F811
+def start_and_kill(inputs: Path, folder: Path, title: str, after: str) -> Ended:
     """Start the run, or go on with it; when ``after`` is printed, kill the process with this title.
 
     Args:
@@ -108,7 +108,7 @@ def start_and_kill(inputs: Path, folder: Path, title: str, after: str) -> Ended:
     return Ended(screen.read_text(), seconds, launcher.returncode, left, victim.pid, log)
 
 
-def test_a_dead_process_ends_the_run_and_the_same_command_goes_on(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_dead_process_ends_the_run_and_the_same_command_goes_on(inputs: Path, tmp_path: Path) -> None:
     """vLLM's engine core in the first start; the agent-loop worker in the second, which goes on from the checkpoint.
 
     Without the watch the first waits for the weight sync without end, the second for groups that never come.

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_training import inputs, train  # noqa: F401  (inputs is a fixture)
+from tests.end_to_end.test_training import train
 
 pytestmark = pytest.mark.slow
 
 
-def test_two_steps(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_steps(inputs: Path, tmp_path: Path) -> None:
     """Both steps score probes and train on token advantages; nothing in the metrics is NaN."""
     steps, log = train(
         "recipe.gcpo.main_gcpo",

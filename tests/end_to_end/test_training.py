@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from examples.arithmetic.task import prepare
-from examples.arithmetic.warm_start import Recipe, warm_start
 from gcpo.checkpoints import MANIFEST, TRACKER
 from tests.test_pages import undocumented
 
@@ -38,15 +36,6 @@ STEPS = [
     "trainer.test_freq=-1",
     "trainer.val_before_train=False",
 ]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Arithmetic questions, and a model trained for seconds: its answers are wrong, but they end."""
-    folder = tmp_path_factory.mktemp("inputs")
-    prepare(folder / "data", train_size=32, test_size=6)
-    warm_start(folder / "data", folder / "model", Recipe(plain_examples=3000, candidate_examples=300))
-    return folder
 
 
 def train(
