@@ -48,6 +48,10 @@ class Results:
         long = ok.melt(KEY, list(SPLITS), var_name="split").dropna(subset="value")
         return long.replace({"split": SPLITS})
 
+    def held_out_at(self, step: int) -> Frame:
+        """Held-out accuracies of the evaluations after ``step`` of the runs that ended well: `KEY` and ``value``."""
+        return self.ok_curves().query("step == @step").dropna(subset="held_out").rename(columns={"held_out": "value"})
+
     def ok_curves(self) -> Frame:
         """The curves of the runs that ended well."""
         return self.curves[self.curves["state"] == "ok"]

@@ -121,7 +121,7 @@ def plan(comparison: Comparison) -> list[Run]:
                 "trainer": comparison.trainer,
                 "task": task,
                 "method": arm.method,
-                "overrides": {**comparison.overrides, **arm.overrides},
+                "overrides": {**comparison.overrides, **settings, **arm.overrides},
                 "seed": seed,
                 "steps": comparison.steps,
                 "inputs": inputs[task],
@@ -129,7 +129,7 @@ def plan(comparison: Comparison) -> list[Run]:
             Path(comparison.output, "runs", task, name, f"seed-{seed}"),
         )
         for seed in comparison.seeds
-        for task in comparison.tasks
+        for task, settings in comparison.tasks.items()
         for name, arm in arms.items()
     ]
 

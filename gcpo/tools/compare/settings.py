@@ -49,8 +49,8 @@ class Comparison(Size):
     """``verl``, or ``one_file``: examples/gcpo_in_one_file.py."""
     output: str
     """Folder of the runs, tables and figures. ``--quick`` adds ``-quick``."""
-    tasks: Annotated[list[str], Field(min_length=1)]
-    """Files of ``gcpo/config/experiment``."""
+    tasks: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    """File of ``gcpo/config/experiment`` -> settings of its runs."""
     methods: dict[str, Any]
     """Name in the tables -> `Arm`."""
     baseline: str
@@ -60,7 +60,7 @@ class Comparison(Size):
     vary: dict[str, NotEmpty] = {}
     """Setting -> its values; each is an arm ``setting=value``, or ``varied`` itself where that has the value."""
     overrides: dict[str, Any] = {}
-    """Settings of every run."""
+    """Settings of every run; those of a task come before them, and those of an arm before both."""
     quick: Size
     """What ``--quick`` runs instead."""
 
@@ -108,7 +108,7 @@ class Comparison(Size):
         Raises:
             ConfigError: an unknown task, method or arm, a name that cannot be one of a folder, or one that comes twice.
         """
-        for key, values in (("tasks", self.tasks), ("seeds", self.seeds), ("quick.seeds", self.quick.seeds)):
+        for key, values in (("seeds", self.seeds), ("quick.seeds", self.quick.seeds)):
             if len(set(values)) < len(values):
                 raise ConfigError(f"comparison.{key} is {values}; name each only once")
         for task in self.tasks:

@@ -179,17 +179,20 @@ def _counts(states: Frame) -> str:
 
 
 def agreement(comparisons: tuple[Comparison, Comparison], results: tuple[Results, Results]) -> str:
-    """Held-out accuracies of two comparisons side by side, where task, arm and steps have the same name and number."""
-    first, second = (one.final().query("split == 'held-out'").groupby(["task", "arm"])["value"] for one in results)
+    """Held-out accuracies of two comparisons side by side, for tasks and arms of one name, after the steps of the
+    shorter one.
+    """
+    step = min(comparison.steps for comparison in comparisons)
+    first, second = (one.held_out_at(step).groupby(["task", "arm"])["value"] for one in results)
     rows: dict[str, list[str]] = {}
     for key, own in first:
-        if key in second.groups and comparisons[0].steps == comparisons[1].steps:
+        if key in second.groups:
             pair = own.to_list(), second.get_group(key).to_list()
             texts = [f"{number(mean_interval(values))} (n = {len(values)})" for values in pair]
             rows[f"{key[1]}, {key[0]}"] = [*texts, number(unpaired(*pair), min(map(len, pair)), signed=True)]
     if not rows:
-        return "The two comparisons have no method, task and number of steps in common."
+        return f"The two comparisons have no task and method in common that both evaluate after {step} steps."
     names = [f"{TRAINER_NAMES[one.trainer]}, %" for one in comparisons]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=[*names, "difference, points"])
-    text = "Difference of the means with Welch's 95 % interval; bold: the interval leaves out 0."
+    text = f"Held-out accuracy after {step} steps. Difference of the means with Welch's 95 % interval; bold: the interval leaves out 0."
     return f"## Do the two agree?\n\n{markdown(table.rename_axis('method and task'))}\n\n{text}"

@@ -37,7 +37,7 @@ def experiment(place: Path) -> Callable[..., Path]:
             "title": "Trial",
             "trainer": "one_file",
             "output": "out",
-            "tasks": ["arithmetic"],
+            "tasks": {"arithmetic": {}},
             "methods": {"grpo": {"method": "grpo"}, "gcpo": {"method": "gcpo"}},
             "baseline": "grpo",
             "seeds": [0, 1, 2],

@@ -157,6 +157,24 @@ def test_two_folders_of_results(experiment, place):
     assert "| gcpo, arithmetic | 66.0" not in text.split("## Do the two agree?")[1]
 
 
+def test_the_shorter_comparison_gives_the_step(experiment, place):
+    """Of two comparisons of unequal length, the longer one is read at its evaluation after step 5."""
+    first, methods = experiment(methods={"grpo": arm("grpo")}).rename(place / "first.yaml"), {"grpo": arm("grpo")}
+    assert cli.main(["compare", str(first)]) == 0
+    other = experiment(output="other", seeds=[3, 4, 5], methods=methods, steps=5)
+    assert cli.main(["compare", str(other)]) == 0
+    for ours, theirs, row in [(first, other, "56.0 ± 2.5 (n = 3) | 59.0"), (other, first, "59.0 ± 2.5 (n = 3) | 56.0")]:
+        assert cli.main(["compare", str(ours), "--tables-only", "--against", str(theirs)]) == 0
+        text = (place / ("out" if ours == first else "other") / "comparison.md").read_text()
+        assert f"| grpo, arithmetic | {row}" in text and "Held-out accuracy after 5 steps." in text
+
+    other = experiment(output="third", methods=methods, steps=7)
+    assert cli.main(["compare", str(other)]) == 0
+    assert cli.main(["compare", str(first), "--tables-only", "--against", str(other)]) == 0
+    sentence = "The two comparisons have no task and method in common that both evaluate after 7 steps."
+    assert sentence in (place / "out/comparison.md").read_text()
+
+
 def test_figure_3(experiment, place):
     methods = {"grpo": arm("grpo"), "gcpo": arm("gcpo", alpha=2)}
     path = experiment(methods=methods, varied="gcpo", vary={"alpha": [1, 2]}, seeds=[0, 1])

@@ -68,7 +68,7 @@ def test_varied_arms(experiment):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"tasks": ["arithmetics"]}, "comparison.tasks has 'arithmetics', which is unknown; choose one of "),
+        ({"tasks": {"arithmetics": {}}}, "comparison.tasks has 'arithmetics', which is unknown; choose one of "),
         (
             {"methods": {"grpo": {"method": "gpro"}}},
             "comparison.methods.grpo.method has 'gpro', which is unknown; choose one of grpo, gvpo, gcpo",
@@ -99,6 +99,17 @@ def test_no_yaml(place):
     (place / "list.yaml").write_text("[1")
     with pytest.raises(ConfigError, match="can't be read as yaml"):
         Comparison.load(place / "list.yaml")
+
+
+def test_settings_of_a_task(experiment):
+    """An arm goes before its task, and a task before what every run has."""
+    path = experiment(
+        tasks={"arithmetic": {"lr": 0.02, "alpha": 1}},
+        methods={"grpo": {"method": "grpo"}, "gcpo": {"method": "gcpo", "overrides": {"alpha": 2}}},
+        overrides={"lr": 0.01, "kl": 0.1},
+    )
+    found = {run.arm: run.configuration["overrides"] for run in plan(Comparison.load(path))}
+    assert found == {"grpo": {"lr": 0.02, "alpha": 1, "kl": 0.1}, "gcpo": {"lr": 0.02, "alpha": 2, "kl": 0.1}}
 
 
 def test_commands(experiment):
