@@ -194,5 +194,8 @@ def agreement(comparisons: tuple[Comparison, Comparison], results: tuple[Results
         return f"The two comparisons have no task and method in common that both evaluate after {step} steps."
     names = [f"{TRAINER_NAMES[one.trainer]}, %" for one in comparisons]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=[*names, "difference, points"])
-    text = f"Held-out accuracy after {step} steps. Difference of the means with Welch's 95 % interval; bold: the interval leaves out 0."
+    text = (
+        f"Held-out accuracy after {step} steps. Difference of the means with Welch's 95 % interval; bold: the interval "
+        "leaves out 0."
+    )
     return f"## Do the two agree?\n\n{markdown(table.rename_axis('method and task'))}\n\n{text}"
