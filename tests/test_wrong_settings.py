@@ -101,7 +101,14 @@ WRONG_TOGETHER = [
     (f"{ACTOR}.use_prefix_grouper=True", "prefix_grouper"),
     (f"{ACTOR}.checkpoint.async_save=True", "no run can resume"),
     ("algorithm.filter_groups.enable=True", "group filtering"),
-    ("algorithm.rollout_correction.bypass_mode=True", "old log-probabilities"),
+    (
+        f"algorithm.rollout_correction.bypass_mode=True {ROLLOUT}.calculate_log_probs=False",
+        f"set {ROLLOUT}.calculate_log_probs=True",
+    ),
+    (
+        "algorithm.rollout_correction.bypass_mode=True algorithm.rollout_correction.rollout_is=token",
+        "verl corrects nothing",
+    ),
     ("critic.enable=True", "trained for nothing"),
     ("trainer.critic_warmup=5", "there is no critic"),
     ("reward.reward_model.enable=True", "reward function"),

@@ -33,10 +33,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     f"{MODEL}.mtp.enable": ("the heads for several tokens have no causal term", "False"),
     f"{MODEL}.lora.rank": (f"the FSDP engine reads {MODEL}.lora_rank instead", "0"),
     "algorithm.filter_groups.enable": ("group filtering is not supported", "False"),
-    "algorithm.rollout_correction.bypass_mode": (
-        "the causal reference needs the actor's own old log-probabilities, not the rollout's",
-        "False",
-    ),
     "critic.enable": ("the advantages come from groups, so that a critic is trained for nothing", "null"),
     "trainer.critic_warmup": ("there is no critic, so that the actor would not be trained in these steps", "0"),
     "reward.reward_model.enable": ("rewards must be known when a group completes; use a reward function", "False"),
@@ -69,6 +65,7 @@ def check_supported(config: DictConfig, gcpo: GCPOConfig, mode: str) -> None:
     _check_without_effect(config)
     _check_loss(config)
     _check_lora(config)
+    _check_bypass(config)
     _check_objective(config, gcpo, mode)
     _check_engine(config, gcpo)
     _check_rollout(config, gcpo)
@@ -160,6 +157,28 @@ def _check_lora(config: DictConfig) -> None:
             f"{MODEL}.lora_rank is set without merging: set {MODEL}.lora.merge=True, so that vLLM is given whole "
             "weights"
         )
+
+
+def _check_bypass(config: DictConfig) -> None:
+    """Check verl's option to take the rollout's log-probabilities as those of pi_old, without a pass of the actor."""
+    correction = "algorithm.rollout_correction"
+    if not get(config, f"{correction}.bypass_mode"):
+        return
+    if not get(config, f"{ROLLOUT}.calculate_log_probs"):
+        raise ConfigError(
+            f"{correction}.bypass_mode is True without the rollout's log-probabilities, which it takes as the old ones; "
+            f"set {ROLLOUT}.calculate_log_probs=True"
+        )
+    if get(config, f"{correction}.rollout_is"):
+        raise ConfigError(
+            f"{correction}.rollout_is is {get(config, f'{correction}.rollout_is')}: with {correction}.bypass_mode=True "
+            f"verl corrects nothing; set {correction}.rollout_is=null"
+        )
+    logger.warning(
+        "gcpo: the log-probabilities of vLLM are those of pi_old (%s.bypass_mode=True): verl then reports no entropy, "
+        "and in bfloat16 the two engines differ by more than the causal reference may",
+        correction,
+    )
 
 
 def _check_objective(config: DictConfig, gcpo: GCPOConfig, mode: str) -> None:
