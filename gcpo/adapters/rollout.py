@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-import transfer_queue as tq
 from tensordict import TensorDict
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from gcpo.adapters import hooks
+from gcpo.adapters.agent_loop import Rows, install, kept, write
 from gcpo.adapters.group_client import GroupClient
 from gcpo.adapters.processes import is_death
 from gcpo.adapters.questions import OCCURRENCE, QuestionCounter, question_key
@@ -38,6 +38,7 @@ class Session:
     response_ids: list[int]
     reward: float | None
     output: AgentLoopOutput
+    rows: Rows
 
 
 @dataclass
@@ -68,6 +69,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        install()
         rollout = self.config.actor_rollout_ref.rollout
         self.method = hooks.make_method(self.config)
         self.groups: dict[str, Group] = {}
@@ -108,7 +110,7 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         """Open the group of a question, then run its sessions as verl does."""
         occurrence = prompt.pop(OCCURRENCE, 0)
         trajectory = {**trajectory, OCCURRENCE: occurrence}
-        if trajectory["validate"] or not self.method.samples:
+        if trajectory["validate"]:
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
             return
         uid = prompt["uid"]
@@ -145,14 +147,16 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         final.extra_fields["reward_extra_info"] = info
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
-        """Store and grade the session as verl does, then add it to its group."""
-        await super()._agent_loop_postprocess(output, validate, **kwargs)
+        """Grade the session and make its row as verl does, then add it to its group, which is stored as a whole."""
         uid, session_id = kwargs["uid"], int(kwargs["session_id"])
         group = self.groups.get(uid)
         if validate or group is None or not output:
+            await super()._agent_loop_postprocess(output, validate, **kwargs)
             return
+        with kept() as rows:
+            await super()._agent_loop_postprocess(output, validate, **kwargs)
         final = output[-1] if isinstance(output, list) else output
-        session = Session(list(final.prompt_ids), list(final.response_ids), final.reward_score, final)
+        session = Session(list(final.prompt_ids), list(final.response_ids), final.reward_score, final, rows)
         await self._arrive(group, uid, session_id, session, kwargs)
 
     async def _arrive(
@@ -163,12 +167,18 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
         else:
             group.sessions[session_id] = session
         if group.complete and group.sessions:
-            await self._finish_group(uid, group, kwargs)
+            sessions = [group.sessions[i] for i in sorted(group.sessions)]
+            fields = None
+            try:
+                if self.method.samples:
+                    fields = to_batch(await self._sample_more(uid, group, sessions, kwargs))
+            finally:
+                await write([session.rows for session in sessions], fields)
 
-    async def _finish_group(self, uid: str, group: Group, kwargs: dict[str, Any]) -> None:
-        """Let the method sample more for the group, and store its fields in the rows of the group."""
-        ids = sorted(group.sessions)
-        sessions = [group.sessions[i] for i in ids]
+    async def _sample_more(
+        self, uid: str, group: Group, sessions: list[Session], kwargs: dict[str, Any]
+    ) -> list[RowFields]:
+        """Let the method sample more for the group; returns its fields, a row for each session."""
 
         async def grade(token_ids: Sequence[int]) -> float | None:
             output = sessions[0].output.model_copy(deep=False)
@@ -186,13 +196,9 @@ class GCPOAgentLoopWorkerPlain(_PlainWorker):
             kwargs.get("ability"),
             grade,
         )
-        if len(ids) > 1:
-            rows = await self._ask_method(sampled, GroupClient(self.llm_client, f"{uid}-gcpo"))
-        else:
-            rows = hooks.call(self.method, "empty_fields", 1)
-        await tq.async_kv_batch_put(
-            keys=[f"{uid}_{session_id}_0" for session_id in ids], fields=to_batch(rows), partition_id="train"
-        )
+        if len(sessions) == 1:
+            return hooks.call(self.method, "empty_fields", 1)
+        return await self._ask_method(sampled, GroupClient(self.llm_client, f"{uid}-gcpo"))
 
     async def _ask_method(self, group: SampledGroup, client: GroupClient) -> list[RowFields]:
         """Return the fields of a group. A hook's error is logged, and the method decides whether the run continues."""

@@ -166,8 +166,8 @@ def _check_bypass(config: DictConfig) -> None:
         return
     if not get(config, f"{ROLLOUT}.calculate_log_probs"):
         raise ConfigError(
-            f"{correction}.bypass_mode is True without the rollout's log-probabilities, which it takes as the old ones; "
-            f"set {ROLLOUT}.calculate_log_probs=True"
+            f"{correction}.bypass_mode is True without the rollout's log-probabilities, which it takes as the old "
+            f"ones; set {ROLLOUT}.calculate_log_probs=True"
         )
     if get(config, f"{correction}.rollout_is"):
         raise ConfigError(

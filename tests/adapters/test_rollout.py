@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.experimental.agent_loop import agent_loop as verls_agent_loop
+from verl.experimental.agent_loop import single_turn_agent_loop
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
+from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.workers.rollout.llm_server import LLMServerClient
 
-from gcpo.adapters import rollout
+from gcpo.adapters import agent_loop, rollout
 from gcpo.adapters.rollout import GCPOAgentLoopWorkerPlain
+from gcpo.faults import RunStoppedError
 from gcpo.methods.base import Run, Sampling
 from gcpo.methods.fields import flat, lengths, split
 from gcpo.methods.gcpo.draws import ColliderSampler, Draw, GroupResult
@@ -42,6 +46,16 @@ class Worker(GCPOAgentLoopWorkerPlain):
         self.groups, self.llm_client = {}, LLMServerClient(self.config)
 
 
+def keep_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names that `agent_loop.install` replaces are verl's again after the test."""
+    for module, name in (
+        (agent_loop_tq, "tq"),
+        (agent_loop_tq, "list_of_dict_to_tensordict"),
+        (verls_agent_loop, "hydra"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """verl's methods reduced to what the group sees, and a record of what was stored."""
@@ -67,7 +81,13 @@ def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return await self._agent_loop_postprocess(output, trajectory["validate"], session_id=session_id, **kwargs)
 
     async def postprocess(self, output, validate, **kwargs):
-        return None
+        rows = [{"responses": torch.tensor(output.response_ids)}]
+        await agent_loop_tq.tq.async_kv_batch_put(
+            keys=[f"{kwargs['uid']}_{kwargs['session_id']}_0"],
+            fields=agent_loop_tq.list_of_dict_to_tensordict(rows),
+            tags=[{"session": kwargs["session_id"]}],
+            partition_id="val" if validate else "train",
+        )
 
     async def run_stage(self, messages, responses, *, seed_parts, equal_rewards):
         seen.stages.append((responses, equal_rewards))
@@ -77,14 +97,18 @@ def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             [[[1], [1, 1]]] * len(responses), [[[]] * 2] * len(responses), [], {"skipped": 0.0}, [1.0] * len(responses)
         )
 
-    async def put(keys, fields, partition_id):
+    async def put(keys, fields, tags, partition_id):
+        assert [tag["session"] for tag in tags] == [int(key.split("_")[1]) for key in keys]
+        assert [row.tolist()[0] for row in fields["responses"]] == [10 + tag["session"] for tag in tags]
         seen.stored.append((keys, fields, partition_id))
 
     monkeypatch.setattr(PARENT, "_run_prompt", run_prompt)
     monkeypatch.setattr(PARENT, "_run_agent_loop", run_agent_loop)
     monkeypatch.setattr(PARENT, "_agent_loop_postprocess", postprocess)
     monkeypatch.setattr(ColliderSampler, "run", run_stage)
-    monkeypatch.setattr(rollout.tq, "async_kv_batch_put", put)
+    keep_names(monkeypatch)
+    agent_loop.install()
+    monkeypatch.setattr(agent_loop.tq, "async_kv_batch_put", put)
     return seen
 
 
@@ -128,6 +152,82 @@ def test_a_failed_session_releases_the_group(world: SimpleNamespace) -> None:
     assert world.stored == []
 
 
+def test_a_hook_that_ends_the_run_leaves_verls_rows(world: SimpleNamespace) -> None:
+    """The rows are there without the method's fields, so that verl can report and clear the group."""
+    world.stage_error = RunStoppedError("no draw is valid")
+    run(Worker())
+    ((keys, fields, _),) = world.stored
+    assert keys == ["u_0_0", "u_1_0", "u_2_0"] and list(fields.keys()) == ["responses"]
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_verl_writes_through_the_names_that_are_replaced(monkeypatch: pytest.MonkeyPatch, opened: bool) -> None:
+    """verl's own method keeps the row of a session while its group is open, and else writes it as before."""
+    written = []
+
+    async def put(**call):
+        written.append(call)
+
+    async def nothing(self, *args, **kwargs):
+        pass
+
+    keep_names(monkeypatch)
+    monkeypatch.setattr(agent_loop.tq, "async_kv_batch_put", put)
+    monkeypatch.setattr(PARENT, "_compute_score", nothing)
+    monkeypatch.setattr(PARENT, "_compute_teacher_logprobs", nothing)
+    monkeypatch.setattr(PARENT, "_compute_multi_modal_inputs", lambda *args: {})
+    monkeypatch.setattr(PARENT, "_compute_position_ids", lambda self, ids, mask, images: mask.cumsum(-1) - 1)
+    agent_loop.install()
+    worker, answers = Worker(kappa=0.0, weighting="off"), [[10, 2], [11, 4, 2]]
+    if opened:
+        worker.groups["u"] = rollout.Group(2)
+
+    async def sessions() -> None:
+        for number, answer in enumerate(answers):
+            output = AgentLoopOutput(
+                prompt_ids=[5], response_ids=answer, response_mask=[1] * len(answer), metrics=AgentLoopMetrics()
+            )
+            await worker._agent_loop_postprocess(output, False, session_id=number, **PROMPT)
+
+    asyncio.run(sessions())
+    assert [call["keys"] for call in written] == ([["u_0_0", "u_1_0"]] if opened else [["u_0_0"], ["u_1_0"]])
+    rows = [row.tolist() for call in written for row in call["fields"]["responses"].unbind()]
+    assert rows == answers
+    assert [tag["response_len"] for call in written for tag in call["tags"]] == [2, 3]
+    assert {call["partition_id"] for call in written} == {"train"}
+
+
+@pytest.mark.parametrize(("name", "made"), [("single_turn_agent", 1), ("other_agent", 2)])
+def test_the_loop_of_a_single_turn_is_made_once(monkeypatch: pytest.MonkeyPatch, name: str, made: int) -> None:
+    """verl's own method asks for a loop for each session; one of another class may have a state and is made anew."""
+    loops = []
+
+    class Loop:
+        def __init__(self, **arguments: Any) -> None:
+            loops.append(arguments["tokenizer"])
+
+        async def run(self, sampling_params: dict, **kwargs: Any) -> list:
+            return []
+
+    keep_names(monkeypatch)
+    monkeypatch.setattr(single_turn_agent_loop, "SingleTurnAgentLoop", Loop)
+    monkeypatch.setattr(single_turn_agent_loop, "Other", Loop, raising=False)
+    target = f"{single_turn_agent_loop.__name__}.Other"
+    monkeypatch.setitem(verls_agent_loop._agent_loop_registry, "other_agent", {"_target_": target})
+    agent_loop.install()
+    worker = Worker(kappa=0.0, weighting="off")
+    worker.tokenizer = worker.processor = worker.hf_model_type = worker.dataset_cls = None
+    worker.config.data, worker.tools, worker.tokenizer = {}, [], "the tokenizer"
+    trajectory = {"validate": True, "step": 1, "sample_index": 3, "rollout_n": 0}
+
+    async def sessions() -> None:
+        for number in range(2):
+            await worker._run_agent_loop({}, trajectory, session_id=number, agent_name=name, **PROMPT)
+
+    asyncio.run(sessions())
+    assert loops == ["the tokenizer"] * made
+
+
 def test_an_error_in_the_stage_costs_the_causal_part_alone(world: SimpleNamespace) -> None:
     """The rows are stored without contexts and the failure is counted."""
     world.stage_error = ValueError("the chat template drops the user's text")
@@ -138,10 +238,14 @@ def test_an_error_in_the_stage_costs_the_causal_part_alone(world: SimpleNamespac
 
 
 def test_validation_and_plain_grpo_draw_nothing(world: SimpleNamespace) -> None:
-    """Neither validation nor a run without both parts issues or stores anything."""
+    """Neither validation nor a run without both parts draws or adds fields; validation writes as verl does."""
     run(Worker(), validate=True)
+    assert [(keys, partition) for keys, _, partition in world.stored] == [([f"u_{i}_0"], "val") for i in range(3)]
+    world.stored = []
     run(Worker(kappa=0.0, weighting="off"))
-    assert world.stages == [] and world.stored == []
+    ((keys, fields, partition),) = world.stored
+    assert keys == ["u_0_0", "u_1_0", "u_2_0"] and partition == "train" and list(fields.keys()) == ["responses"]
+    assert world.stages == []
     assert all("seed" in params for params in world.params)
 
 
@@ -171,10 +275,9 @@ def test_grading_of_draws(monkeypatch: pytest.MonkeyPatch, ability: str | None) 
         return result
 
     monkeypatch.setattr(ColliderSampler, "run", sampled)
-    monkeypatch.setattr(rollout.tq, "async_kv_batch_put", sampled)
     worker = Worker(metrics={"graded_fraction": 1.0})
-    sessions = {i: rollout.Session([5], [10 + i, 2], 0.5 * i, output) for i in range(2)}
-    asyncio.run(worker._finish_group("u", rollout.Group(2, sessions=sessions), {**PROMPT, "ability": ability}))
+    sessions = [rollout.Session([5], [10 + i, 2], 0.5 * i, output, agent_loop.Rows()) for i in range(2)]
+    asyncio.run(worker._sample_more("u", rollout.Group(2), sessions, {**PROMPT, "ability": ability}))
     stats = {"graded/response": 0.25, "graded/oracle": 0.5, "graded/majority": 0.0}
     assert result.stats == ({} if ability == "code" else stats)
     assert [draw.reward for draw in draws] == [None if ability == "code" else 7.0, None]
