@@ -53,7 +53,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def make_inputs(folder: Path, model: Path) -> Path:
     """``folder`` with ``model``, ``train.parquet`` and ``test.parquet``."""
-    copy_model(model, folder / "model", num_hidden_layers=3)
+    copy_model(model, folder / "model", num_hidden_layers=3, head_dim=32)
     write_rows(folder / "train.parquet", [row(i) for i in range(ROWS)])
     write_rows(folder / "test.parquet", [row(i) for i in range(8)])
     return folder

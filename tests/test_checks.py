@@ -14,7 +14,7 @@ import pytest
 from gcpo.adapters.registry import plugin_problem
 from gcpo.checks import check_run, devices, longest_prompt
 from gcpo.checks.data import truth_problem
-from gcpo.checks.model import check_weights
+from gcpo.checks.model import check_head_size, check_weights, model_config
 from gcpo.checks.reward import check_function
 from gcpo.settings import ConfigError
 from tests.run_inputs import CONTEXT, config_of, copy_model, row, write_rows
@@ -211,6 +211,16 @@ def test_a_model_whose_states_cannot_be_perturbed(run_inputs: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match="Gemma2ForCausalLM has layers that are not full attention"):
         check_run(config_of(run_inputs, path, method="gc2po"))
     check_run(config_of(run_inputs, path, "gc2po.counterfactual=off", method="gc2po"))
+
+
+@pytest.mark.parametrize(("changes", "size"), [({"head_dim": None}, 16), ({"head_dim": 48}, 48)])
+def test_heads_that_vllm_has_no_kernel_for(run_inputs: Path, tmp_path: Path, changes: dict, size: int) -> None:
+    """On the CPU its engine would die with the first request; on a GPU other kernels serve them."""
+    folder = copy_model(run_inputs / "model", tmp_path / "model", **changes)
+    refused(run_inputs, f"has attention heads of size {size} ", f"{MODEL}.path={folder}")
+    config = config_of(run_inputs, f"{MODEL}.path={folder}")
+    config.trainer.device = "cuda"
+    check_head_size(config, model_config(config))
 
 
 def test_a_model_folder_that_is_not_whole(run_inputs: Path, tmp_path: Path) -> None:

@@ -100,6 +100,15 @@ def test_plug_in_is_registered() -> None:
     assert {e.value for e in entry_points(group="vllm.general_plugins")} >= {"gcpo.cpu.patches:apply_in_vllm"}
 
 
+def test_head_sizes_of_vllm_on_the_cpu() -> None:
+    """A model with other heads is refused before the engine starts."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from gcpo.checks.model import CPU_HEAD_SIZES
+
+    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
+
+
 def test_ray_actor_class_can_be_unwrapped() -> None:
     """AgentLoopWorkerTQ is a Ray actor class; its plain class is what we subclass."""
     from verl.experimental.agent_loop import AgentLoopWorker

@@ -386,6 +386,11 @@ def test_the_embedded_task_has_settings_of_its_own_for_gc2po(recipe_config):
     for config in (quickstart, recipe_config("method=gc2po", "experiment=arithmetic", "device=cpu")):
         assert (config.gc2po.intervention, config.gc2po.episodes.separator) == ("lm_head", " ")
         assert config.data.episode_prompt is None
+    for task in ("contradict", "arithmetic_hard"):
+        config = recipe_config("method=gc2po", f"experiment={task}", name="gcpo_quickstart")
+        assert config.gc2po == quickstart.gc2po and config.data.episode_prompt is None
+        l2t = recipe_config("method=l2t", f"experiment={task}", name="gcpo_quickstart")
+        assert l2t.l2t.probe.text == " \\boxed{" and l2t.data.episode_prompt is None
     assert quickstart.trainer.default_local_dir == "outputs/quickstart-gc2po/checkpoints"
     assert recipe_config("method=gc2po", "experiment=deepscaler").gc2po.intervention == "hidden_state"
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from gcpo.checks.data import Table, check_filtered_steps, check_steps, read_tables
 from gcpo.checks.devices import check_batches, check_devices
 from gcpo.checks.lengths import check_lengths, longest_prompt
-from gcpo.checks.model import check_model, model_config
+from gcpo.checks.model import check_head_size, check_model, model_config
 from gcpo.checks.packages import check_packages
 from gcpo.checks.resume import check_resume
 from gcpo.checks.reward import check_reward
@@ -63,6 +63,7 @@ def check_run(config: DictConfig) -> Any:
     train = _check_inputs(config)
     check_devices(config)
     model = model_config(config)
+    check_head_size(config, model)
     check_lengths(config, gcpo, model)
     if name != "gcpo":
         method_class(name).check(config, settings, model)

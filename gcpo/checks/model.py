@@ -16,6 +16,8 @@ from gcpo.settings import ConfigError
 KEY = f"{MODEL}.path"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json",
                     "sentencepiece.bpe.model", "tokenizer.tiktoken", "*.tiktoken")  # fmt: skip
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Those of vLLM's attention on the CPU."""
 _SAFETENSORS_HEADER_LIMIT = 100_000_000
 """The largest header that the safetensors format allows."""
 
@@ -156,6 +158,23 @@ def _check_tokenizer(config: DictConfig, path: str) -> None:
 
 
 # ---- transformers' configuration -------------------------------------------------------------------------------------
+
+
+def check_head_size(config: DictConfig, model: Any) -> None:
+    """Check on a machine without accelerator that vLLM has an attention kernel for the model's heads.
+
+    Raises:
+        ConfigError: it has none, and the engine would die with the first request.
+    """
+    heads = getattr(model, "num_attention_heads", None)
+    if get(config, "trainer.device") != "cpu" or not heads:
+        return
+    size = getattr(model, "head_dim", None) or model.hidden_size // heads
+    if size not in CPU_HEAD_SIZES:
+        raise ConfigError(
+            f"{KEY}: {get(config, KEY)} has attention heads of size {size} (hidden_size / num_attention_heads), and on "
+            f"the CPU vLLM has kernels for {', '.join(map(str, CPU_HEAD_SIZES))} only; use another model"
+        )
 
 
 def model_config(config: DictConfig) -> Any:
