@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,6 +18,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from run_scripts.export_recipe import HEADER, METHODS, ROOT, RUFF, RULES, export, imports_of
+from tests.processes import pip_setting, uv
 from tests.run_inputs import composed
 from tests.test_structure import imported, tree_of
 
@@ -187,36 +187,17 @@ def test_an_existing_folder_stays(recipe: Path) -> None:
         export(recipe)
 
 
-def pip_setting(name: str) -> list[str]:
-    """The values of a setting of pip, which uv does not read."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "get", f"global.{name}"], capture_output=True, text=True, check=False
-    )
-    return os.environ.get(f"PIP_{name.replace('-', '_').upper()}", done.stdout).split()
-
-
 @pytest.fixture(scope="module")
 def environment(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new environment with the packages of the lock, and the recipe instead of this repository."""
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if uv is None:
-        pytest.skip("uv is not installed; pip takes minutes for the packages")
     folder = tmp_path_factory.mktemp("environment") / "venv"
-    links = pip_setting("find-links")
     # Ray gives its agent a limited time to start, in which a busy machine cannot compile all that the agent imports.
-    options = ["--compile-bytecode", *(f"--find-links={link}" for link in links)] + [
-        f"--default-index={x}" for x in pip_setting("index-url")[:1]
-    ]
-    if not any(list(Path(link).glob("torch-*+cpu-*")) for link in links):
+    options = ["--python", str(folder / "bin/python"), "--no-deps", "--compile-bytecode"]
+    if not any(list(Path(link).glob("torch-*+cpu-*")) for link in pip_setting("find-links")):
         options.append("--torch-backend=cpu")
-    install = [uv, "pip", "install", "--quiet", "--python", str(folder / "bin/python"), "--no-deps", *options]
-    for command in (
-        [uv, "venv", "--quiet", "--python", sys.executable, str(folder)],
-        [*install, "-r", str(recipe / "requirements-cpu.txt")],
-        [*install, "--no-build-isolation", str(recipe)],
-    ):
-        done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    uv("venv", "--python", sys.executable, str(folder))
+    uv("pip", "install", *options, "-r", str(recipe / "requirements-cpu.txt"))
+    uv("pip", "install", *options, "--no-build-isolation", str(recipe))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""``gcpo evaluate MODEL`` and ``gcpo evaluate table RUN...``."""
+"""``gcpo evaluate MODEL``, ``gcpo evaluate table RUN...`` and ``gcpo evaluate inspect RUN...``."""
 
 from __future__ import annotations
 
@@ -33,10 +33,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output of an evaluation, or NAME=DIR")
         parser.add_argument("--format", choices=("terminal", "markdown", "csv"), default="terminal")
         return parser.parse_args(arguments[1:])
+    if arguments[:1] == ["inspect"]:
+        parser = argparse.ArgumentParser(
+            prog="gcpo evaluate inspect", description="Write the samples of runs as logs that `inspect view` shows."
+        )
+        parser.set_defaults(command=inspect)
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output of an evaluation, or NAME=DIR")
+        parser.add_argument("--sets", default="", metavar="A,B,...", help="as in the evaluation (default: all of its)")
+        return parser.parse_args(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="gcpo evaluate",
         description="Sample a model, grade the samples, and show the table of this run.",
-        epilog="gcpo evaluate table RUN... compares runs.",
+        epilog="gcpo evaluate table RUN... compares runs; gcpo evaluate inspect RUN... writes logs of Inspect.",
     )
     parser.set_defaults(command=run)
     parser.add_argument("model", metavar="MODEL", help="folder, checkpoint (global_step_N), or name on the hub")
@@ -111,6 +119,16 @@ def table(options: argparse.Namespace) -> None:
         show(found)
     else:
         print({"markdown": markdown, "csv": comma_separated}[options.format](found), end="")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Write the samples of several runs as logs of Inspect."""
+    from gcpo.tools.evaluate.inspect_log import export
+    from gcpo.tools.evaluate.table import parse_runs
+
+    for name, output in parse_runs(options.runs).items():
+        for path in export(name, output, [one for one in options.sets.split(",") if one]):
+            print(f"written: {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
