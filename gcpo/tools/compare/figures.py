@@ -118,7 +118,8 @@ def _finish(figure: Figure, axes: Any, comparison: Comparison) -> Figure:
             axis.tick_params(axis="x", rotation=30)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = max(1, int(figure.get_figwidth() / 1.3))
+    # In points: a letter takes about 5, and a line with its margins 40.
+    columns = max(1, int(72 * figure.get_figwidth() / (40 + 5 * max(map(len, handles), default=0))))
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )
