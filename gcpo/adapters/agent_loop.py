@@ -1,9 +1,10 @@
-"""What verl's agent loop does for every session, done once for a group or once for all.
+"""Work that verl's agent loop does for every session, done once for a group or once for a worker.
 
 verl makes the row of a session and writes it to its queue in one method, ``_agent_loop_postprocess``, and makes an
-agent loop for every session in another, ``_run_agent_loop``; both use names of their modules. Objects in the place of
-these names keep the rows of a session until its group is complete, and the agent loop. A row is written before verl
-publishes the state of its group, and nothing reads it earlier.
+agent loop for every session in another, ``_run_agent_loop``. Both find the functions that they call through names of
+their modules. `install` gives these names to objects that keep the rows of a session until its group is complete, and
+that make the agent loop once. A row is written before verl publishes the state of its group, and nothing reads it
+earlier.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _KEPT: ContextVar[Rows | None] = ContextVar("rows of the open group", default=No
 
 @contextmanager
 def kept() -> Iterator[Rows]:
-    """Within the block, and in this task alone, verl's agent loop keeps its rows in the object that is yielded."""
+    """Within the block, and only in this task, verl's agent loop keeps its rows in the object that is yielded."""
     rows = Rows()
     token = _KEPT.set(rows)
     try:
@@ -97,7 +98,7 @@ class _Hydra:
 
 
 def install() -> None:
-    """Put the objects in the place of verl's names, in the process of a worker."""
+    """Give verl's names to the objects of this module, in the process of a worker."""
     writes: Any = agent_loop_tq
     loops: Any = agent_loop
     writes.tq, writes.list_of_dict_to_tensordict, loops.hydra = _Queue(), _as_batch, _Hydra()
