@@ -59,11 +59,12 @@ def test_a_request_that_fails_by_itself_is_a_failed_draw(error: Exception, monke
     assert asyncio.run(draws.draw("collider", [5], (1, "question"))).outcome == "failed"
 
 
-def test_a_group_whose_server_died_is_not_stored(world: SimpleNamespace) -> None:  # noqa: F811
-    """Not even as a group that trains as GRPO; verl marks it as failed, and the trainer does not use its batch."""
+def test_a_group_whose_server_died_trains_as_nothing(world: SimpleNamespace) -> None:  # noqa: F811
+    """Not even as GRPO: verl marks the group as failed, and its rows lack the fields that the update needs."""
     world.stage_error = ServerLostError("the generation server is dead")
     run(Worker())
-    assert world.stages and world.stored == []
+    ((_, fields, _),) = world.stored
+    assert world.stages and list(fields.keys()) == ["responses"]
 
 
 @pytest.mark.parametrize("error", [ActorDiedError(), RayTaskError("score", "traceback", ActorDiedError())], ids=repr)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 NEEDED: dict[str, tuple[Any, str]] = {
     "algorithm.norm_adv_by_std_in_grpo": (False, "GVPO does not divide by the standard deviation of the group"),
     "algorithm.rollout_correction.rollout_is": (None, "its weights would change the loss of GVPO"),
+    "algorithm.rollout_correction.bypass_mode": (False, "the loss reads log-ratios, and vLLM is another engine"),
     f"{ACTOR}.policy_loss.loss_mode": ("gpg", "GVPO has neither a ratio nor a clip"),
     f"{ACTOR}.loss_agg_mode": ("seq-mean-token-sum", "GVPO reads the log-probability of the whole response"),
     f"{ACTOR}.use_kl_loss": (False, "the loss of GVPO pulls to the old policy by itself"),
