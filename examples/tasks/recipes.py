@@ -23,4 +23,4 @@ class TaskRecipe(BaseRecipe):
 
 
 TASKS: dict[str, Callable[[], Task[Any]]] = {task.name: task for task in (ArithmeticHard, Complement, Contradict)}
-RECIPES = {name: TaskRecipe(task=name, vocab_size=400, heads=6, batch_tokens=512) for name in TASKS}
+RECIPES = {name: TaskRecipe(task=name, vocab_size=400, heads=3, batch_tokens=512) for name in TASKS}

@@ -22,6 +22,7 @@ from examples.tasks.base import SPLITS, Worked
 from examples.tasks.complement import FACTS, Complement, Sum
 from examples.tasks.contradict import Contradict, Expression
 from examples.tasks.recipes import RECIPES, TASKS
+from gcpo.checks.model import CPU_HEAD_SIZES
 from gcpo.rewards import grade_many, problem_of
 
 SIZES = {"test": 30, "ood": 20, "train": 60}
@@ -72,6 +73,12 @@ def test_the_lengths_of_the_experiment(name: str, recipe_config: Callable[..., A
         asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert len(tokenizer.encode(asked)) <= config.data.max_prompt_length
         assert len(tokenizer.encode(task.right(question).text)) < config.data.max_response_length
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_vllm_has_kernels_for_the_model(name: str) -> None:
+    recipe = RECIPES[name]
+    assert recipe.hidden_size % recipe.heads == 0 and recipe.hidden_size // recipe.heads in CPU_HEAD_SIZES
 
 
 def test_complement_by_hand() -> None:
