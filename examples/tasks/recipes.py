@@ -9,6 +9,7 @@ from typing import Any
 from examples.arithmetic.training_data import BaseRecipe
 from examples.tasks.arithmetic_hard import ArithmeticHard
 from examples.tasks.base import Task
+from examples.tasks.code import Code
 from examples.tasks.complement import Complement
 from examples.tasks.contradict import Contradict
 
@@ -22,5 +23,5 @@ class TaskRecipe(BaseRecipe):
     """Increased when the questions or the errors of the task change."""
 
 
-TASKS: dict[str, Callable[[], Task[Any]]] = {task.name: task for task in (ArithmeticHard, Complement, Contradict)}
+TASKS: dict[str, Callable[[], Task[Any]]] = {task.name: task for task in (ArithmeticHard, Code, Complement, Contradict)}
 RECIPES = {name: TaskRecipe(task=name, vocab_size=400, heads=3, batch_tokens=512) for name in TASKS}

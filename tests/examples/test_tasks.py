@@ -19,11 +19,13 @@ from examples.arithmetic.warm_start import make_once
 from examples.tasks.__main__ import main
 from examples.tasks.arithmetic_hard import FORGET, REMINDED, ArithmeticHard, LongQuestion
 from examples.tasks.base import SPLITS, Worked
+from examples.tasks.code import INPUTS, LESS, MORE, OPERATIONS, OPPOSITE, Code, Function
+from examples.tasks.code import work as written_function
 from examples.tasks.complement import FACTS, Complement, Sum
 from examples.tasks.contradict import Contradict, Expression
 from examples.tasks.recipes import RECIPES, TASKS
 from gcpo.checks.model import CPU_HEAD_SIZES
-from gcpo.rewards import grade_many, problem_of
+from gcpo.rewards import grade_many, grader_of, problem_of
 
 SIZES = {"test": 30, "ood": 20, "train": 60}
 
@@ -42,8 +44,12 @@ def test_no_question_is_in_two_splits(name: str) -> None:
     assert len(set(keys)) == len(keys) == sum(SIZES.values())
 
 
-def answer(solution: Worked) -> str:
+def answer(solution: Worked) -> Any:
     """The part that is graded: errors of the working may cancel each other out."""
+    if solution.text.startswith("```python"):
+        scope: dict[str, Any] = {}
+        exec(solution.text.strip("`").removeprefix("python"), scope)
+        return [scope["f"](n) for n in INPUTS]
     return solution.text.partition(r"\boxed")[2]
 
 
@@ -51,7 +57,7 @@ def answer(solution: Worked) -> str:
 def test_right_solutions_are_rewarded_and_wrong_ones_not(name: str) -> None:
     task, rng = TASKS[name](), random.Random(0)
     rows, solutions, expected = [], [], []
-    for question in task.splits(SIZES)["test"]:
+    for question in task.splits(SIZES)["test"][: 10 if name == "code" else None]:  # each program has a sandbox
         right = task.right(question)
         for one in (right, *(task.candidate(question, rng, 1.0) for _ in range(4))):
             rows.append(task.row(question, 0, "test"))
@@ -95,6 +101,35 @@ def test_contradict_by_hand() -> None:
     assert drawn[r"4+7=11 11*2=22 \boxed{22}"] > 40
     early = replace(question, late=False)
     assert early.text.endswith("7 * 2 + 4?") and task.right(early).text == r"7*2=14 14+4=18 \boxed{18}"
+
+
+def test_code_by_hand() -> None:
+    question, task = Function(((0, 7), (4, 4), (3, 9))), Code()
+    assert question.text == "Write f(n): add 7, keep at most 4, take from 9"
+    lines = ["```python", "def f(n):", "    n = n + 7", "    n = min(n, 4)", "    n = 9 - n", "    return n", "```"]
+    assert task.right(question).text == "\n".join(lines)
+    assert [question.value(n) for n in (-10, 0, 50)] == [12, 5, 5]
+    wrong = written_function(question, (MORE, OPPOSITE, LESS)).text.splitlines()
+    assert wrong[2:5] == ["    n = n + 8", "    n = max(n, 4)", "    n = 8 - n"]
+
+
+def test_every_error_of_one_step_fails_a_test_of_code() -> None:
+    for operation in range(len(OPERATIONS)):
+        for k in (2, 5, 9):
+            question = Function(((operation, k),))
+            for error in (OPPOSITE, MORE, LESS):
+                assert answer(written_function(question, (error,))) != answer(Code().right(question)), (operation, k)
+
+
+def test_the_experiment_of_code_has_its_sandbox(recipe_config: Callable[..., Any]) -> None:
+    """The rows are graded as programs; a program that breaks out of its function is wrong."""
+    task, config = Code(), recipe_config("experiment=code", name="gcpo_quickstart")
+    assert config.data.train_files == "data/code/train.parquet"
+    row = task.row(task.splits(SIZES)["ood"][0], 0, "ood")
+    truth, source = row["reward_model"]["ground_truth"], row["data_source"]
+    assert grader_of(source, truth) == "code" and row["ability"] == "code"
+    hostile = "```python\nimport os\nos._exit(0)\n```"
+    assert grade_many([hostile], [truth], [source])[0]["score"] == 0.0
 
 
 def test_most_candidates_of_contradict_agree_on_an_error() -> None:
