@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gcpo.files import lock, why, write_atomically
 from gcpo.settings import ConfigError
-from gcpo.tools.compare.execution import execute
+from gcpo.tools.compare.execution import execute, make_missing
 from gcpo.tools.compare.figures import save_figures
 from gcpo.tools.compare.results import Results, load
 from gcpo.tools.compare.runs import ResultsError, plan
@@ -22,6 +22,8 @@ def compare(options: argparse.Namespace) -> int:
     """Run what is missing and write the tables and figures; returns an exit code."""
     try:
         comparison = Comparison.load(options.experiment, quick=options.quick)
+        if not options.tables_only:
+            make_missing(comparison.tasks)
         runs, output = plan(comparison), Path(comparison.output)
         other = Comparison.load(options.against, quick=options.quick) if options.against else None
         if not options.tables_only:

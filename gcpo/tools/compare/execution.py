@@ -7,23 +7,35 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gcpo.files import write_atomically
+from gcpo.settings import ConfigError
 from gcpo.tools.compare.metrics import final_evaluation
-from gcpo.tools.compare.runs import MODULES, RECORD_FILE, ResultsError, Run, profile, provenance
+from gcpo.tools.compare.runs import (
+    MAKE,
+    MODULES,
+    RECORD_FILE,
+    ResultsError,
+    Run,
+    folders,
+    is_missing,
+    profile,
+    provenance,
+)
 from gcpo.tools.display import duration, say
 from gcpo.tools.launch.log import error_summary
 from gcpo.tools.launch.run import end_with_parent
 from gcpo.tools.metrics import METRICS_FILE, read_metrics
 
 LOG_FILE = "output.log"
+ON_THE_CPU = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 GRACE_SECONDS = 75.0
 """How long a stopped run may take to end; the launcher of verl's runs takes up to 60."""
-ON_THE_CPU = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def execute(runs: Sequence[Run], jobs: int, *, retry: bool = False) -> None:
@@ -58,6 +70,22 @@ def execute(runs: Sequence[Run], jobs: int, *, retry: bool = False) -> None:
                 time.sleep(0.1)
         finally:
             _stop([one.child for one in going_on])
+
+
+def make_missing(tasks: Iterable[str]) -> None:
+    """Make the tasks whose data or model is missing, which takes minutes; their maker prints its progress.
+
+    Raises:
+        ConfigError: a task cannot be made.
+        ResultsError: their maker is not here.
+    """
+    for task in filter(is_missing, tasks):
+        _require(MODULES["tasks"])
+        command = [sys.executable, "-m", MODULES["tasks"], task]
+        data, model = folders(task)
+        say(f"{data} or {model} is missing: making the task (minutes)")
+        if code := subprocess.run(command, env={**ON_THE_CPU, **os.environ}).returncode:
+            raise ConfigError(f"{data} and {model} can't be made: `{MAKE} {task}` ended with exit code {code}")
 
 
 def _require(module: str) -> None:

