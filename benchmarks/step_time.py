@@ -16,12 +16,13 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.common import METHODS, UNTRAINED, arguments, print_table, run, save
+from gcpo.methods import method_names
 
 STAGES = {
     "generation": ("timing_s/gen",),
     "old log-prob": ("timing_s/old_log_prob",),
-    "of that: scoring": ("timing_s/gcpo_score", "timing_s/gc2po_score", "timing_s/l2t_score"),
-    "of that: weights and reference": ("timing_s/gcpo_stage",),
+    "of that: scoring": tuple(f"timing_s/{method}_score" for method in method_names()),
+    "of that: weights and reference": tuple(f"timing_s/{method}_credit" for method in method_names()),
     "update": ("timing_s/update_actor",),
     "whole step": ("timing_s/step",),
 }

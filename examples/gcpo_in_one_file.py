@@ -280,11 +280,11 @@ class Trainer:
             return weights
         # A response without a target gets the mean: with 1 it would take a smaller step than all others.
         weights = [torch.where(has, weight, every.mean()) for weight, has in zip(weights, known, strict=True)]
-        spread = torch.stack([weight[has].std() for weight, has in zip(weights, known, strict=True) if has.sum() > 1])
         self.metrics |= {f"gcpo/upsilon/{kind}": float(getattr(every, kind)()) for kind in ("mean", "min", "max")}
         advantage = torch.cat([group.advantage[has] for group, has in zip(groups, known, strict=True)])
         self.metrics |= means_by_sign("gcpo/upsilon/mean", every, advantage)
-        self.metrics["gcpo/upsilon/spread_in_group"] = float(spread.mean())
+        if spread := [float(weight[has].std()) for weight, has in zip(weights, known, strict=True) if has.sum() > 1]:
+            self.metrics["gcpo/upsilon/spread_in_group"] = sum(spread) / len(spread)
         return self._ablated(groups, weights, known)
 
     def _ablated(self, groups: Sequence[Group], weights: list[Tensor], known: list[Tensor]) -> list[Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import bare_step, common
 from benchmarks.estimators import TABLES, cell
 from benchmarks.kappa_gradients import cosine, fraction_variance, largest_part
 from benchmarks.sampled_groups import N
@@ -50,3 +51,33 @@ def test_gradients_of_groups_by_hand():
     }
     value, low, high = cosine(gradients, torch.cat([one, -other]), seed=0)
     assert value == pytest.approx(0.8) and low == pytest.approx(-1) and high == pytest.approx(1)
+
+
+def test_parts_of_a_step_by_hand():
+    """A step of 10 s through verl; what no stage names is the rest."""
+    step = {
+        **{"timing_s/gen": 3.0, "timing_s/old_log_prob": 4.0, "timing_s/update_actor": 1.5, "timing_s/step": 10.0},
+        **{"timing_s/gcpo_score": 2.0, "timing_s/gcpo_credit": 0.5, "response_length/mean": 5.0},
+        **{"gcpo/tokens/generated/response": 640.0, "gcpo/tokens/generated/collider": 60.0},
+    }
+    parts = bare_step.verl_parts(step, 16)
+    seconds = [parts[name] for name in bare_step.PARTS]
+    assert seconds == [3.0, 1.5, 2.0, 0.5, 1.5, 1.5, 10.0] and parts["generated"] == 700
+    bare = {**dict.fromkeys(bare_step.PARTS, 0.0), "generation": 0.5, "whole step": 2.0, "generated": 350}
+    header, rows = bare_step.table({"balanced": {"verl": parts, "one file": bare}})
+    assert header == ["seconds", "balanced, verl", "balanced, one file", "balanced, ratio"]
+    assert rows[0] == ["generation", "3.00", "0.50", "6.0 ×"] and rows[2] == ["scoring", "2.00", "0.00", "–"]
+    assert rows[-2:] == [["whole step", "10.00", "2.00", "5.0 ×"], ["generated", "700", "350", "2.0 ×"]]
+
+
+def test_the_bare_steps_have_all_parts(tiny_model, run_inputs, tmp_path, monkeypatch):
+    """The parts of a step are all of its time, and the extra pass is no part of it."""
+    generate = bare_step.Trainer.generate
+    whole = lambda *args, **options: [replace(y, is_cut=False) for y in generate(*args, **options)]  # noqa: E731
+    monkeypatch.setattr(bare_step.Trainer, "generate", whole)  # the model is random and never ends a response
+    for method in bare_step.METHODS:
+        for step in bare_step.bare_steps(method, str(tiny_model), str(run_inputs), tmp_path, 2):
+            named = {part: step[part] for part in bare_step.PARTS if part not in ("whole step", "old log-prob")}
+            assert sum(named.values()) == pytest.approx(step["whole step"])
+            assert step["old log-prob"] > 0 and 0 <= step["rest"] < 0.2 * step["whole step"]
+            assert (step["scoring"] > 0.01) == (method == "balanced") and step["generated"] > 0
