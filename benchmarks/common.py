@@ -25,8 +25,10 @@ UNSHARED = [
 ]
 METHODS = {
     "grpo": ["method=grpo"],
+    "grpo-2-threads": ["method=grpo", "gcpo.actor_threads=2"],
     "light": ["gcpo.preset=light"],
     "balanced": ["gcpo.preset=balanced"],
+    "balanced-2-threads": ["gcpo.preset=balanced", "gcpo.actor_threads=2"],
     "paper": ["gcpo.preset=paper"],
     "paper-batched": UNSHARED,
     "paper-unshared": [

@@ -101,6 +101,7 @@ SLOW = (
     "adapters/test_probe",
     "adapters/test_scoring",
     "adapters/test_stability",
+    "adapters/test_threads",
     "cpu/test_patches",
     "data_prep/test_broken_rows",
     "golden/test_golden",

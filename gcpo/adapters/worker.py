@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -79,6 +80,16 @@ class ActorEngine(Engine):
         return self._engine.tree_problem
 
 
+def use_threads(threads: int | None) -> None:
+    """Let PyTorch use so many threads, or fewer if the ranks would need more cores than there are; ``None``: no change.
+
+    The driver and the servers wait while an actor computes, so more than one core is free then.
+    """
+    if threads:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, min(threads, cores // torch.distributed.get_world_size())))
+
+
 class MethodWorker(ActorRolloutRefWorker):
     """Actor, rollout and reference in one worker, for any method."""
 
@@ -97,6 +108,7 @@ class MethodWorker(ActorRolloutRefWorker):
             self.rollout.zmq_handle = own_socket(handle, ray.get_runtime_context().get_job_id(), token)
         if self._is_actor:
             self.method = hooks.received(self.config)
+            use_threads(self.method.run.actor_threads)
             term = self.actor.engine.term = hooks.call(self.method, "term")
             self.actor.engine.method_name = self.method.name
             config = self.loss_fn.keywords["config"]

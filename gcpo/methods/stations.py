@@ -38,6 +38,7 @@ class Run:
         dumps: whether rollouts are dumped.
         chat_template_kwargs: options of ``apply_chat_template``.
         seed: seed of the sampling requests; ``None``: no seeds.
+        actor_threads: threads of PyTorch in every process of the actor; ``None``: those of the environment.
     """
 
     n: int
@@ -50,11 +51,13 @@ class Run:
     dumps: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
     seed: int | None = 0
+    actor_threads: int | None = None
 
     @classmethod
     def of(cls, config: Any) -> Run:
         """Create the settings from verl's whole configuration."""
         actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+        common = config.get("gcpo") or {}
         return cls(
             n=rollout.n,
             response_length=rollout.response_length,
@@ -65,7 +68,8 @@ class Run:
             use_kl_loss=actor.use_kl_loss,
             dumps=bool(config.trainer.get("rollout_data_dir")),
             chat_template_kwargs=dict(config.data.get("apply_chat_template_kwargs") or {}),
-            seed=(config.get("gcpo") or {}).get("seed", 0),
+            seed=common.get("seed", 0),
+            actor_threads=common.get("actor_threads"),
         )
 
 

@@ -201,6 +201,10 @@ class GCPOSettings(Settings):
     request has a seed. The choices then follow from the step and the question only. Turn the seed off if a server
     samples many requests together on a GPU: for requests with seeds vLLM calls a generator for each of them in Python,
     at every token."""
+    actor_threads: Count | None = None
+    """Threads of PyTorch in every process of the actor, at most the cores of the machine divided by the number of
+    these processes. ``null``: as many as ``OMP_NUM_THREADS`` says. With another number the gradients are rounded in
+    another way, so a run is no longer verl's GRPO bit for bit where that runs with one thread."""
     collider: ColliderSettings = ColliderSettings()
     regenerated: RegeneratedSettings = RegeneratedSettings()
     blocks: BlocksSettings = BlocksSettings()
