@@ -6,10 +6,12 @@ Every round runs both sides. It prints medians and writes ``packing.json``:
 
 * ratio: dense over packed, in seconds, and in seconds of processor time, which other work on the machine affects less;
 * token bound: tokens of dense over tokens of packed, which is the ratio if every token costs the same;
+* FLOP bound: the same for the operations of the matrix products and of attention over the keys that a token sees;
 * memory: the largest resident size while the gradient is taken, minus that before, each side in its own process.
 
 Dense rows are sorted by length and padded on the right, without a mask: padding after a causal row needs no mask, and
-this is the fastest dense form. Both sides run the language-model head only on the scored positions.
+this is the fastest dense form of that budget. ``--dense-rows 1`` reads one sequence at a time instead, which is faster
+where a single one occupies the processor. Both sides run the language-model head only on the scored positions.
 """
 
 from __future__ import annotations
@@ -113,7 +115,10 @@ def dense(model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace) -
     order = sorted(range(len(problem.sequences)), key=lambda i: len(problem.sequences[i]))
     while order:
         count = 1
-        while count < len(order) and (count + 1) * len(problem.sequences[order[count]]) <= args.budget:
+        while (
+            count < min(len(order), args.dense_rows or len(order))
+            and (count + 1) * len(problem.sequences[order[count]]) <= args.budget
+        ):
             count += 1
         chosen, order = order[:count], order[count:]
         rows = [problem.sequences[i] for i in chosen]
@@ -123,6 +128,18 @@ def dense(model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace) -
         kept = [states[len(row) - t - 1 : len(row) - 1] for states, row, t in zip(hidden, rows, targets, strict=True)]
         labels = torch.cat([row[-t:] for row, t in zip(rows, targets, strict=True)])
         yield log_probs(model.lm_head(torch.cat(kept)).unsqueeze(0), labels)
+
+
+def operations(model: Qwen2ForCausalLM, tokens: int, pairs: int) -> int:
+    """Return the FLOP of a forward pass without the head, which runs on the same positions on both sides.
+
+    Args:
+        model: its matrices multiply every token.
+        tokens: that are read.
+        pairs: of a token and a key that it sees.
+    """
+    matrices = sum(weight.numel() for weight in model.model.layers.parameters() if weight.dim() == 2)
+    return 2 * matrices * tokens + 4 * model.config.hidden_size * model.config.num_hidden_layers * pairs
 
 
 def score(side: str, model: Qwen2ForCausalLM, problem: Problem, args: argparse.Namespace, gradient: bool) -> float:
@@ -166,12 +183,19 @@ def measure(args: argparse.Namespace, draws: int) -> dict[str, Any]:
     packs = PrefixForest(problem.sequences, min_shared=args.min_shared).packs(args.budget)
     tokens = {"dense": problem.tokens, "packed": sum(map(len, packs))}
     bound = tokens["dense"] / tokens["packed"]
+    # A token of a tree sees the tokens before it in its sequence, as many as its position, and itself.
+    pairs = {
+        "dense": sum(len(sequence) * (len(sequence) + 1) // 2 for sequence in problem.sequences),
+        "packed": sum(int((pack.position_ids + 1).sum()) for pack in packs),
+    }
+    flop = {side: operations(model, tokens[side], pairs[side]) for side in SIDES}
     found: dict[str, Any] = {
         "sequences": len(problem.sequences),
         "packs": len(packs),
         "nodes": sum(len(pack.spans) for pack in packs),
         "tokens": tokens,
         "token bound": round(bound, 3),
+        "FLOP bound": round(flop["dense"] / flop["packed"], 3),
     }
     for name, gradient in (("forward", False), ("with gradient", True)):
         spent: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
@@ -215,6 +239,7 @@ def _times(kind: str) -> dict[str, str]:
 
 ROWS = {
     "tokens dense / packed (bound)": "{0[tokens][dense]} / {0[tokens][packed]} ({0[token bound]:.2f}x)",
+    "FLOP bound": "{0[FLOP bound]:.2f}x",
     **_times("forward"),
     **_times("with gradient"),
     "gradient: peak MiB dense / packed": (
@@ -235,6 +260,7 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=0.3, help="lengths lie within this share of the mean")
     parser.add_argument("--question", type=int, default=64, help="tokens of the question")
     parser.add_argument("--budget", type=int, default=8192, help="tokens of a micro-batch")
+    parser.add_argument("--dense-rows", type=int, help="most sequences of a dense micro-batch")
     parser.add_argument("--min-shared", type=int, default=8, help="gcpo.scoring.min_shared_tokens")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
@@ -246,6 +272,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; it must be at least 1")
+    if args.dense_rows is not None and args.dense_rows < 1:
+        parser.error(f"--dense-rows is {args.dense_rows}; it must be at least 1")
     if args.memory_of:
         print(gradient_memory(args.memory_of, args, args.draws[0]))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
@@ -27,11 +28,32 @@ def test_results(monkeypatch, tmp_path, capsys) -> None:
     # Six sequences of 9 + 3 * 12 + 8 + 12 tokens. The tree: the question; one block for the contexts of two responses,
     # another one for each of these, and two for the third's; six ends of 12 + 8 + 12.
     assert result["tokens"] == {"dense": 6 * 65, "packed": 9 + 5 * 12 + 6 * 32}
+    # 4 * 32 * 32 + 3 * 32 * 85 weights. Pairs: 6 * 65 * 66 / 2, and in the tree those of positions 0 to 8, twice those
+    # of 9 to 20, three times those of 21 to 32, six times those of 33 to 64.
+    dense, tree = 2 * 12_256 * 390 + 4 * 32 * 12_870, 2 * 12_256 * 261 + 4 * 32 * (45 + 2 * 186 + 3 * 330 + 6 * 1584)
+    assert result["FLOP bound"] == pytest.approx(dense / tree, abs=5e-4)
     for kind in ("forward", "with gradient"):
         seconds = result[kind]["seconds"]
         assert result[kind]["ratio"] == pytest.approx(seconds["dense"] / seconds["packed"], rel=0.1)
     assert result["gradient memory, MiB"] == {"dense": 4, "packed": 6} and result["memory ratio"] == 1.5
     assert entry["settings"]["draws"] == [2] and entry["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("option", "sizes"), [([], [6]), (["--dense-rows", "4"], [4, 2]), (["--dense-rows", "1"], [1] * 6)]
+)
+def test_rows_of_a_dense_micro_batch(monkeypatch, option: list[str], sizes: list[int]) -> None:
+    found = []
+
+    def measure(args: argparse.Namespace, draws: int) -> None:
+        model, problem = packing.make_model(args), packing.make_problem(args, draws)
+        found.extend(len(values) // 12 for values in packing.dense(model, problem, args))
+        raise SystemExit
+
+    monkeypatch.setattr(packing, "measure", measure)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *option)
+    assert found == sizes
 
 
 @pytest.mark.parametrize("side", packing.SIDES)
@@ -47,4 +69,7 @@ def test_bad_input(monkeypatch, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         run(monkeypatch, "--rounds", "0")
     assert "--rounds is 0; it must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--dense-rows", "0")
+    assert "--dense-rows is 0; it must be at least 1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
