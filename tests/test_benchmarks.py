@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import bare_step, common
+from benchmarks import bare_step, common, trl_step
 from benchmarks.estimators import TABLES, cell
 from benchmarks.kappa_gradients import cosine, fraction_variance, largest_part
 from benchmarks.sampled_groups import N
@@ -81,3 +82,16 @@ def test_the_bare_steps_have_all_parts(tiny_model, run_inputs, tmp_path, monkeyp
             assert sum(named.values()) == pytest.approx(step["whole step"])
             assert step["old log-prob"] > 0 and 0 <= step["rest"] < 0.2 * step["whole step"]
             assert (step["scoring"] > 0.01) == (method == "balanced") and step["generated"] > 0
+
+
+def test_trl_is_graded_as_our_runs():
+    completions = [[{"role": "assistant", "content": text}] for text in (r"\boxed{4}", r"\boxed{5}", "4")]
+    truths, sources = [{"ground_truth": "4"}] * 3, ["gcpo/sums"] * 3
+    assert trl_step.reward(completions, truths, sources, prompts=None) == [1.0, 0.0, 0.0]
+
+
+def test_without_trl_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trl_step"])
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match="benchmarks/trl_step.py has the command that installs trl"):
+        trl_step.main()
