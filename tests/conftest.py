@@ -110,6 +110,7 @@ SLOW = (
     "rewards/test_sandbox",
     "test_docs",
     "test_entry_points",
+    "test_gpu_smoke",
     "test_races",
     "test_scripts",
     "tools/compare/test_compare",

@@ -105,31 +105,11 @@ def build_worker(config: Any, role: str = "actor", *, lr: float = 0.0, engine_cl
     return worker
 
 
-def build_engine(model: str, *, dtype: str = "fp32", use_remove_padding: bool = False) -> Any:
-    """The engine by itself, without a configuration of a run; ``dtype`` is the one that it computes in."""
-    from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+def build_engine(model: str, **options: Any) -> Any:
+    """The engine by itself; see `gcpo.adapters.standalone.standalone_engine` for the options."""
+    from gcpo.adapters.standalone import standalone_engine
 
-    from gcpo.adapters.engine import GCPOFSDPEngine
-
-    engine = GCPOFSDPEngine(
-        model_config=HFModelConfig(
-            path=model,
-            use_remove_padding=use_remove_padding,
-            enable_gradient_checkpointing=False,
-            override_config={"attn_implementation": "sdpa"},
-        ),
-        engine_config=FSDPEngineConfig(
-            strategy="fsdp2",
-            model_dtype="fp32",
-            mixed_precision={"param_dtype": dtype, "reduce_dtype": "fp32", "buffer_dtype": dtype},
-            use_torch_compile=False,
-        ),
-        optimizer_config=FSDPOptimizerConfig(lr=0.0, weight_decay=0.0, total_training_steps=10),
-        checkpoint_config=CheckpointConfig(),
-    )
-    engine.initialize()
-    return engine
+    return standalone_engine(model, **options)
 
 
 def with_changes(config: Any, changes: dict[str, Any]) -> Any:
