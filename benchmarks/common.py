@@ -119,11 +119,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(finite), float(half)
 
 
+def table_text(header: Sequence[str], *rows: Sequence[Any]) -> str:
+    """A markdown table, with an empty line behind it."""
+    lines = ("| " + " | ".join(map(str, cells)) + " |\n" for cells in (header, ["---"] * len(header), *rows))
+    return "".join([*lines, "\n"])
+
+
 def print_table(header: Sequence[str], *rows: Sequence[Any]) -> None:
-    """A markdown table."""
-    for cells in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(map(str, cells)) + " |")
-    print()
+    """Print a markdown table."""
+    print(table_text(header, *rows), end="")
 
 
 def two_axes(**options: Any) -> Any:

@@ -7,7 +7,7 @@
 #
 # Options behind the name of a part go to it (--help shows them); --cpu runs it small on the CPU. Where torch,
 # transformers and verl are installed already, GCPO_SKIP_SETUP=1 runs the engine part with them.
-# The tables and the numbers are written to outputs/gpu_smoke/PART.md and PART.json.
+# The tables and the numbers are written to outputs/gpu_smoke/PART.md and PART.json (another folder: --output DIR).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
@@ -19,10 +19,9 @@ case "${1:-}" in
 esac
 case " $* " in *" --cpu "*) prefer_cpu "--cpu says so" ;; esac
 ensure_environment
-mkdir -p outputs/gpu_smoke
 status=0
 for part in "${parts[@]}"; do
     if [ "$part" = loop ]; then "$PY" -m examples.tasks arithmetic; fi
-    "$PY" -m "benchmarks.gpu_smoke.$part" "$@" | tee "outputs/gpu_smoke/$part.md" || status=1
+    "$PY" -m "benchmarks.gpu_smoke.$part" "$@" || status=1
 done
 exit "$status"

@@ -16,6 +16,7 @@ import torch
 from benchmarks.common import module_of
 from benchmarks.gpu_smoke import engine, loop
 from benchmarks.gpu_smoke.problem import SMALL, make_group
+from tests.test_scripts import Sandbox
 
 ROOT = Path(__file__).resolve().parents[1]
 ERRORS = {
@@ -42,6 +43,7 @@ def test_packed_and_single_passes_agree(tmp_path: Path) -> None:
     done = smoke(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "packed and single passes agree" in done.stdout and "| GC²PO, hidden_state | " in done.stdout
+    assert (tmp_path / "engine.md").read_text() in done.stdout
     result = json.loads((tmp_path / "engine.json").read_text())
     found = result["the kernel for CPUs"]
     assert all(error < 1e-3 for error in found["errors"]["packed"].values()) and not found["disagreements"]
@@ -128,3 +130,90 @@ def test_no_device(part, monkeypatch, capsys) -> None:
 def test_the_module_of_a_program() -> None:
     assert module_of(ROOT / "benchmarks/gpu_smoke/engine.py") == "gpu_smoke.engine"
     assert module_of(ROOT / "benchmarks/packing.py") == "packing" and module_of(Path("/bin/pytest")) == "pytest"
+
+
+# ---- scripts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+def test_the_script_runs_its_parts(sandbox: Sandbox) -> None:
+    done = sandbox.run("gpu_smoke.sh", "engine", "--cpu", "--n", "4")
+    assert done.returncode == 0, done.stderr
+    assert sandbox.calls == ["-m benchmarks.gpu_smoke.engine --cpu --n 4"]
+    sandbox.calls_file.unlink()
+    assert sandbox.run("gpu_smoke.sh").returncode == 0
+    parts = ["-m benchmarks.gpu_smoke.engine", "-m examples.tasks arithmetic", "-m benchmarks.gpu_smoke.loop"]
+    assert [call.strip() for call in sandbox.calls] == parts
+    wrong = sandbox.run("gpu_smoke.sh", "all")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: there is no part 'all'; it must be engine or loop")
+
+
+def test_a_part_that_fails_is_told_and_the_next_one_runs(sandbox: Sandbox) -> None:
+    sandbox.program(
+        sandbox.folder / "venv/bin/python",
+        f'printf "%s\\n" "$*" >> {sandbox.calls_file}; [ "$2" != benchmarks.gpu_smoke.engine ]',
+    )
+    assert sandbox.run("gpu_smoke.sh").returncode == 1 and len(sandbox.calls) == 3
+
+
+class Cluster:
+    """Stand-ins for Slurm's and Ray's programs on three machines."""
+
+    def __init__(self, sandbox: Sandbox, joined: int) -> None:
+        self.sandbox, self.log = sandbox, sandbox.folder / "cluster"
+        sandbox.program(sandbox.bin / "scontrol", "printf 'a\\nb\\nc\\n'")
+        sandbox.program(sandbox.bin / "srun", f'echo "srun $*" >> {self.log}')
+        sandbox.program(sandbox.bin / "sleep", "exit 0")
+        nodes = "".join(f"echo '\"node_id\": {i},';" for i in range(joined))
+        sandbox.program(sandbox.folder / "venv/bin/ray", f'[ "$1" != list ] || {{ {nodes} }}')
+
+    def run(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "[a-c]", "SLURM_GPUS_ON_NODE": "8", **changes}
+        return self.sandbox.run("slurm.sh", *arguments, **{key: value for key, value in job.items() if value})
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+def test_a_slurm_job_trains_on_its_machines(sandbox: Sandbox) -> None:
+    cluster = Cluster(sandbox, joined=3)
+    done = cluster.run("deepscaler", "--method", "gc2po", RAY_PORT="7000")
+    assert done.returncode == 0, done.stderr
+    ray = sandbox.folder / "venv/bin/ray"
+    head, workers, train, stop = sorted(
+        cluster.calls(), key=lambda c: ("stop" in c, "train.sh" in c, "--head" not in c)
+    )
+    assert head == (
+        f"srun --overlap --nodes=1 --ntasks=1 --nodelist=a {ray} start --head --port=7000 --disable-usage-stats --block"
+    )
+    assert workers == (
+        f"srun --overlap --nodes=2 --ntasks=2 --exclude=a {ray} start --address=a:7000 --disable-usage-stats --block"
+    )
+    assert train.endswith("--nodelist=a bash run_scripts/train.sh deepscaler --method gc2po --nodes 3 --gpus 8")
+    assert stop == f"srun --overlap --ntasks-per-node=1 {ray} stop"
+
+
+def test_machines_that_do_not_join_end_the_job(sandbox: Sandbox) -> None:
+    cluster = Cluster(sandbox, joined=2)
+    done = cluster.run("deepscaler")
+    assert (
+        done.returncode == 1
+        and "error: only 2 of 3 machines joined Ray's head a:6379 within five minutes" in done.stderr
+    )
+    assert not any("train.sh" in call for call in cluster.calls()) and cluster.calls()[-1].endswith("ray stop")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"SLURM_JOB_NODELIST": ""}, "this is no Slurm job; submit it with sbatch"),
+        ({"SLURM_GPUS_ON_NODE": ""}, "the job has no GPUs; submit it with --gpus-per-node"),
+    ],
+)
+def test_no_slurm_job(sandbox: Sandbox, changes: dict[str, str], sentence: str) -> None:
+    done = Cluster(sandbox, joined=3).run("deepscaler", **changes)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {sentence}")

@@ -1,7 +1,7 @@
 """The packed passes of the engine beside one sequence at a time: agreement, seconds, memory. Needs no vLLM.
 
 ``python -m benchmarks.gpu_smoke.engine`` makes a random Qwen2 of 0.5 B parameters, in bf16 under FSDP2 on one GPU; with
-``--cpu`` a small one in float32. It writes ``engine.json`` and ``engine.md`` and ends with status 1 if packed and
+``--cpu`` a small one in float32. It writes ``engine.json`` and ``engine.md``, and ends with status 1 if packed and
 single passes disagree by more than single passes in that precision differ from float32.
 
 * agreement: log-probabilities, states, the gradient of the kappa term, and the divergences of GC²PO. The reference is
@@ -28,7 +28,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.common import arguments, print_table, save
+from benchmarks.common import arguments, save, table_text
 from benchmarks.gpu_smoke.problem import HALF_A_BILLION, SMALL, Group, OneAtATime, kl_loss, make_group, make_model
 from benchmarks.packing import resident
 
@@ -303,12 +303,14 @@ def run(args: argparse.Namespace, machine: Machine) -> dict[str, Any]:
     return results
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print the tables."""
+def tables(results: dict[str, Any]) -> str:
+    """Agreement and rates, as markdown."""
+    text = ""
     for kernel in (name for name, value in results.items() if isinstance(value, dict) and "errors" in value):
         errors, found = results[kernel]["errors"], results[kernel]["rates"]
-        print(f"{kernel}: relative error against {'float64' if results['device'] == 'CPU' else 'float32'}\n")
-        print_table(["", *errors], *([name, *(f"{e[name]:.1e}" for e in errors.values())] for name in errors["packed"]))
+        reference = "float64" if results["device"] == "CPU" else "float32"
+        rows = [[name, *(f"{error[name]:.1e}" for error in errors.values())] for name in errors["packed"]]
+        text += table_text([f"{kernel}: relative error against {reference}", *errors], *rows)
         names = next(iter(found.values()))["passes"]
         rows = [[name, *(cell(one["passes"][name]) for one in found.values())] for name in names]
         rows += [
@@ -316,10 +318,11 @@ def show(results: dict[str, Any]) -> None:
             for side in ("packed", "dense")
         ]
         rows += [
-            [f"scoring, {limit}", *(f"{one['shares'].get(limit, 0):.0%}" for one in found.values())]
+            [f"packed scoring, {limit}", *(f"{one['shares'].get(limit, 0):.0%}" for one in found.values())]
             for limit in ("of the product", "of the copy")
         ]
-        print_table(["seconds (peak MiB)", *found], *rows)
+        text += table_text([f"{kernel}: seconds (peak MiB)", *found], *rows)
+    return text
 
 
 def cell(one: dict[str, Any]) -> str:
@@ -342,8 +345,9 @@ def main() -> int:
     args.check_length = args.check_length or (32 if args.cpu else 512)
     machine = Machine(cpu=args.cpu)
     results = run(args, machine)
-    show(results)
+    print(text := tables(results))
     save(args.output / "engine.json", results)
+    (args.output / "engine.md").write_text(text)
     problems = [
         line for value in results.values() if isinstance(value, dict) for line in value.get("disagreements", [])
     ]

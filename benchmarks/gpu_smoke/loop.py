@@ -1,8 +1,8 @@
 """Whole runs with vLLM: some steps of GRPO and of every preset, with finite losses, and rollout and actor in agreement.
 
 ``python -m benchmarks.gpu_smoke.loop`` trains the quick start's model on one GPU; with ``--cpu`` as the quick start
-does. It prints medians of the steps after the first, writes ``loop.json``, and ends with status 1 if a value is not
-finite, or if vLLM and the actor give the sampled tokens other probabilities.
+does. It prints medians of the steps after the first, writes ``loop.json`` and ``loop.md``, and ends with status 1 if a
+value is not finite, or if vLLM and the actor give the sampled tokens other probabilities.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import METHODS, UNTRAINED, arguments, print_table, run, save
+from benchmarks.common import METHODS, UNTRAINED, arguments, run, save, table_text
 from benchmarks.step_time import STAGES, total
 
 FINITE = ("actor/pg_loss", "actor/grad_norm", "gcpo/kl_loss", "gcpo/upsilon/mean", "critic/score/mean")
@@ -69,9 +69,10 @@ def main() -> int:
     rows.append(["ratio", *(f"{medians[method]['whole step'] / first:.2f}" for method in steps)])
     differences = [max(s["training/rollout_probs_diff_mean"] for s in found) for found in steps.values()]
     rows.append(["largest difference of probabilities", *(f"{value:.1e}" for value in differences)])
-    print_table(["seconds", *steps], *rows)
+    print(text := table_text(["seconds", *steps], *rows))
     name = "CPU" if args.cpu else torch.cuda.get_device_name()
     save(args.output / "loop.json", {"device": name, "median seconds": medians, "problems": wrong})
+    (args.output / "loop.md").write_text(text)
     print("\n".join(f"gpu_smoke: {line}" for line in wrong) or "all values are finite, and vLLM and the actor agree")
     return 1 if wrong else 0
 
