@@ -6,6 +6,7 @@
 #
 #   style    ruff: lint and format
 #   shell    shellcheck on the scripts
+#   docker   hadolint on the Dockerfile
 #   yaml     yamllint on the configuration
 #   space    no space at the end of a line, one newline at the end of a file
 #   types    basedpyright on the package
@@ -30,6 +31,7 @@ PATH="$LINT/bin:$PATH"
 
 style() { ruff check . && ruff format --check .; }
 shell() { shellcheck -P SCRIPTDIR --external-sources run_scripts/*.sh requirements/*.sh recipe/gcpo/*.sh .ci/run; }
+docker() { hadolint run_scripts/Dockerfile; }
 yaml() { yamllint --strict gcpo/config recipe .github .pre-commit-config.yaml CITATION.cff mkdocs.yml; }
 types() { basedpyright --project pyproject.toml --pythonpath "$PY"; }
 layers() { lint-imports; }
@@ -59,7 +61,7 @@ PYTHON
 }
 
 failed=()
-for check in "${@:-style shell yaml space types layers site}"; do
+for check in "${@:-style shell docker yaml space types layers site}"; do
     for name in $check; do
         say "== $name"
         declare -F "$name" >/dev/null || die "there is no check '$name' (see --help)" 2
