@@ -101,7 +101,7 @@ prepare_experiment() {
     if [ "$NODES" -gt 1 ]; then
         # The processes on other machines do not inherit this environment.
         device+=(
-            +ray_kwargs.ray_init.address=auto
+            ++ray_kwargs.ray_init.address=auto
             "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH=$OUTPUT/metrics.jsonl"
         )
     fi

@@ -376,6 +376,17 @@ def test_a_checkpoint_to_resume_from(run_inputs: Path, tmp_path: Path) -> None:
     refused(run_inputs, "file is a file", f"trainer.default_local_dir={tmp_path}/file/checkpoints")
 
 
+def test_a_running_cluster_knows_its_devices(run_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a run starts a cluster of its own, whatever else runs; one that it joins is told no numbers."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    check_run(config_of(run_inputs))
+    auto = "ray_kwargs.ray_init.address=auto"
+    both = "set ray_kwargs.ray_init.num_cpus=null ray_kwargs.ray_init.num_gpus=null"
+    refused(run_inputs, both, auto)
+    refused(run_inputs, "set ray_kwargs.ray_init.num_gpus=null", auto, "ray_kwargs.ray_init.num_cpus=null")
+    check_run(config_of(run_inputs, auto, "ray_kwargs.ray_init.num_cpus=null", "ray_kwargs.ray_init.num_gpus=null"))
+
+
 def test_gpus_are_counted_where_the_machine_is_the_only_one(run_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Ray cluster's devices are not known here, and a process of Ray sees none."""
     cuda = ("trainer.device=cuda", "trainer.n_gpus_per_node=4")
@@ -384,10 +395,12 @@ def test_gpus_are_counted_where_the_machine_is_the_only_one(run_inputs: Path, mo
     monkeypatch.setattr(devices, "count_gpus", lambda: 2)
     refused(run_inputs, "trainer.n_gpus_per_node is 4, and PyTorch finds 2", *cuda)
     check_run(config_of(run_inputs, *cuda, "trainer.nnodes=2"))
-    check_run(config_of(run_inputs, *cuda, "+ray_kwargs.ray_init.address=auto"))
+    unknown = ("ray_kwargs.ray_init.num_cpus=null", "ray_kwargs.ray_init.num_gpus=null")
+    check_run(config_of(run_inputs, *cuda, "++ray_kwargs.ray_init.address=auto", *unknown))
     with monkeypatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-        check_run(config_of(run_inputs, *cuda))
+        check_run(config_of(run_inputs, *cuda, "++ray_kwargs.ray_init.address=null", *unknown))
+        refused(run_inputs, "PyTorch finds 2", *cuda, "++ray_kwargs.ray_init.address=local")
     with monkeypatch.context() as patch:
         import ray
 

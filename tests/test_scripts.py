@@ -327,7 +327,7 @@ def test_deepscaler_uses_a_parquet_that_is_ready(sandbox):
     assert done.returncode == 0, done.stderr
     assert len(sandbox.calls) == 2 and f"data.train_files={sandbox.folder}/mine.parquet" in sandbox.calls[1]
     assert "test_freq=-1" not in sandbox.calls[1]
-    assert "trainer.nnodes=2" in sandbox.calls[1] and "+ray_kwargs.ray_init.address=auto" in sandbox.calls[1]
+    assert "trainer.nnodes=2" in sandbox.calls[1] and "++ray_kwargs.ray_init.address=auto" in sandbox.calls[1]
 
 
 @pytest.mark.parametrize("name", PAPER)

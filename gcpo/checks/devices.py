@@ -64,19 +64,34 @@ def check_devices(config: DictConfig) -> None:
             f"does not divide the {gpus * nodes} of the run (trainer.n_gpus_per_node is {gpus}, trainer.nnodes is "
             f"{nodes}); set {' '.join(f'{key}=1' for key in larger)}"
         )
-    if nodes > 1 or _on_cluster(config):
-        return  # Only Ray can count the devices of its cluster, and verl asks it before it creates a worker.
+    ray = sys.modules.get("ray")
+    running = ray is not None and ray.is_initialized()
+    if not running and _joins_cluster(config):
+        _check_numbers(config)
+    # Only Ray can count the devices of its cluster, and verl asks it before it creates a worker. A process of Ray
+    # without a GPU does not see those of its machine.
+    if nodes > 1 or running or _joins_cluster(config):
+        return
     if get(config, "trainer.device") == "cpu":
         _check_logical(config, gpus)
     elif get(config, "trainer.device") == "cuda":
         _check_gpus(gpus)
 
 
-def _on_cluster(config: DictConfig) -> bool:
-    """Return whether Ray runs already; a Ray process without a GPU does not see those of its machine."""
-    ray = sys.modules.get("ray")
-    running = ray is not None and ray.is_initialized()
-    return bool(running or get(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS"))
+def _joins_cluster(config: DictConfig) -> bool:
+    """Return whether the run joins a Ray cluster instead of starting one."""
+    address = get(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS")
+    return bool(address) and address != "local"
+
+
+def _check_numbers(config: DictConfig) -> None:
+    """Check that nobody tells a running cluster how many devices it has; Ray refuses that."""
+    given = [name for name in ("num_cpus", "num_gpus") if get(config, f"ray_kwargs.ray_init.{name}") is not None]
+    if given:
+        raise ConfigError(
+            f"the run joins a Ray cluster, which knows its devices, and ray_kwargs.ray_init.{given[0]} is given: set "
+            f"{' '.join(f'ray_kwargs.ray_init.{name}=null' for name in given)}"
+        )
 
 
 def _check_logical(config: DictConfig, gpus: int) -> None:

@@ -195,27 +195,6 @@ def test_resume_through_verls_entry_point(first_run: tuple[Path, list[dict]], in
     assert steps[0]["gcpo/tokens/generated/leave_one_out"] > 0
 
 
-def test_two_ranks_balanced(inputs: Path, tmp_path: Path) -> None:
-    """A step on two FSDP ranks and two vLLM servers, whose log-probabilities are the old ones."""
-    steps, _ = train(
-        "recipe.gcpo.main_gcpo",
-        inputs,
-        tmp_path,
-        "ranks",
-        *our_yaml(
-            "gcpo.preset=balanced",
-            "gcpo.features.source=response",
-            "trainer.n_gpus_per_node=2",
-            "actor_rollout_ref.rollout.agent.num_workers=2",
-            "algorithm.rollout_correction.bypass_mode=True",
-            "trainer.total_training_steps=1",
-        ),
-    )
-    assert steps[0]["actor/grad_norm"] > 0
-    assert steps[0]["gcpo/tokens/generated/leave_one_out"] > 0
-    assert "actor/entropy" not in steps[0]  # no pass of the actor for the old log-probabilities
-
-
 def verl_overrides() -> list[str]:
     """What the README names for `verl.trainer.main_ppo` on a CPU, without our yaml."""
     text = (ROOT / "docs" / "verl_overrides.txt").read_text()
