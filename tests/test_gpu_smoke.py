@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.common import module_of
 from benchmarks.gpu_smoke import engine, loop
+from benchmarks.gpu_smoke.machine import shares
 from benchmarks.gpu_smoke.problem import SMALL, make_group
 from tests.test_scripts import Sandbox
 
@@ -101,9 +102,9 @@ def test_shares_by_hand() -> None:
         model = torch.nn.Module()
 
     Model.model.layers = torch.nn.ModuleList([torch.nn.Linear(25, 4, bias=False)])
-    found = engine.shares(2.0, 10, 30, Model, 2, {"FLOP/s": 24_800.0, "bytes/s": 1_000.0})
+    found = shares(2.0, 10, 30, Model, 2, {"FLOP/s": 24_800.0, "bytes/s": 1_000.0})
     assert found == pytest.approx({"of the product": 0.05, "of the copy": 0.1})
-    assert engine.shares(None, 10, 30, Model, 2, {}) == {}
+    assert shares(None, 10, 30, Model, 2, {}) == {}
     assert engine.cell({"seconds": None, "peak MiB": "out of memory"}) == "out of memory"
 
 
