@@ -25,9 +25,11 @@ UNSHARED = [
 ]
 METHODS = {
     "grpo": ["method=grpo"],
+    "grpo-padding-free": ["method=grpo", "gcpo.padding_free=True"],
     "grpo-2-threads": ["method=grpo", "gcpo.actor_threads=2"],
     "light": ["gcpo.preset=light"],
     "balanced": ["gcpo.preset=balanced"],
+    "balanced-padding-free": ["gcpo.preset=balanced", "gcpo.padding_free=True"],
     "balanced-2-threads": ["gcpo.preset=balanced", "gcpo.actor_threads=2"],
     "paper": ["gcpo.preset=paper"],
     "paper-batched": UNSHARED,

@@ -97,6 +97,7 @@ SLOW = (
     "adapters/test_l2t",
     "adapters/test_l2t_penalty",
     "adapters/test_objective",
+    "adapters/test_padding_free",
     "adapters/test_perturbed",
     "adapters/test_probe",
     "adapters/test_scoring",

@@ -24,10 +24,10 @@ from verl.utils.torch_functional import logprobs_from_logits
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import _is_scalar_unit_temperature, _scale_logits_by_temperature
 
+from gcpo.adapters.padding_free import PaddingFreeEngine
 from gcpo.adapters.perturbed import PerturbedRow
 from gcpo.adapters.probe import probe_trees
 from gcpo.adapters.scoring import row_of
-from gcpo.adapters.stability import StableEngine
 from gcpo.adapters.term import PART, term_pass, update_of
 from gcpo.algorithms import head_gradient_square
 from gcpo.methods.base import Term
@@ -89,7 +89,7 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     )
 
 
-class GCPOFSDPEngine(StableEngine):
+class GCPOFSDPEngine(PaddingFreeEngine):
     """FSDP engine of a language model, with packs, states and the term of a method.
 
     Attributes:

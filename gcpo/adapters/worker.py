@@ -106,8 +106,11 @@ class MethodWorker(ActorRolloutRefWorker):
         token, handle = cluster_token(), getattr(self.rollout, "zmq_handle", None)
         if token and handle:
             self.rollout.zmq_handle = own_socket(handle, ray.get_runtime_context().get_job_id(), token)
+        self.method = hooks.received(self.config)
+        for worker in (self.actor, self.ref):
+            if worker is not None and self.method.run.padding_free:
+                worker.engine.use_padding_free()
         if self._is_actor:
-            self.method = hooks.received(self.config)
             use_threads(self.method.run.actor_threads)
             term = self.actor.engine.term = hooks.call(self.method, "term")
             self.actor.engine.method_name = self.method.name

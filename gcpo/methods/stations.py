@@ -39,6 +39,7 @@ class Run:
         chat_template_kwargs: options of ``apply_chat_template``.
         seed: seed of the sampling requests; ``None``: no seeds.
         actor_threads: threads of PyTorch in every process of the actor; ``None``: those of the environment.
+        padding_free: whether the rows of a micro-batch are packed into one.
     """
 
     n: int
@@ -52,6 +53,7 @@ class Run:
     chat_template_kwargs: Mapping[str, Any] | None = None
     seed: int | None = 0
     actor_threads: int | None = None
+    padding_free: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Run:
@@ -70,6 +72,7 @@ class Run:
             chat_template_kwargs=dict(config.data.get("apply_chat_template_kwargs") or {}),
             seed=common.get("seed", 0),
             actor_threads=common.get("actor_threads"),
+            padding_free=common.get("padding_free", False),
         )
 
 

@@ -205,6 +205,10 @@ class GCPOSettings(Settings):
     """Threads of PyTorch in every process of the actor, at most the cores of the machine divided by the number of
     these processes. ``null``: as many as ``OMP_NUM_THREADS`` says. With another number the gradients are rounded in
     another way, so a run is no longer verl's GRPO bit for bit where that runs with one thread."""
+    padding_free: bool = False
+    """Pack the rows of a micro-batch into one, without padding, and read prompts that are equal once. Losses and
+    gradients are those of padded rows up to rounding, so a run is no longer verl's GRPO bit for bit. Models that packed
+    trees do not support keep their rows (docs/support.md)."""
     collider: ColliderSettings = ColliderSettings()
     regenerated: RegeneratedSettings = RegeneratedSettings()
     blocks: BlocksSettings = BlocksSettings()
