@@ -112,6 +112,7 @@ SLOW = (
     "test_docs",
     "test_entry_points",
     "test_gpu_smoke",
+    "test_padding_free_benchmark",
     "test_races",
     "test_scripts",
     "tools/compare/test_compare",

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
 from gcpo.adapters.engine import GCPOFSDPEngine
+from gcpo.adapters.schema import nested
 from gcpo.adapters.scoring import attention_for, packed_batch
 from gcpo.scoring.requests import ScoreRequest
 from gcpo.scoring.rows import members, pack_rows
@@ -85,3 +87,28 @@ def add_gradient(
     tu.assign_non_tensor(batch, **settings)
     with attention_for(engine, is_tree=is_tree):
         engine.forward_backward_batch(batch, of_a_pack)
+
+
+def plain_pass(engine: GCPOFSDPEngine, rows: Sequence[Tensor], *, with_gradient: bool, max_tokens: int) -> None:
+    """Run a pass over rows as verl trains on them; the gradient is that of the mean log-probability of a micro-batch.
+
+    Args:
+        engine: in train mode where the gradient is asked for, else in eval mode.
+        rows: token ids [S].
+        with_gradient: whether the gradient is added to that of the parameters.
+        max_tokens: largest number of tokens of a micro-batch, padding not counted.
+    """
+    ids = nested(list(rows))
+    fields = {"input_ids": ids, "position_ids": nested([torch.arange(len(row)) for row in rows])}
+    batch = TensorDict({**fields, "loss_mask": nested([torch.ones_like(row) for row in rows])}, batch_size=len(rows))
+    settings = {"use_remove_padding": engine.use_remove_padding, "use_fused_kernels": False, "temperature": 1.0}
+    tu.assign_non_tensor(batch, use_dynamic_bsz=True, max_token_len_per_gpu=max_tokens, calculate_entropy=True)
+    tu.assign_non_tensor(batch, **settings)
+
+    def mean(model_output: dict[str, Tensor], data: Any, dp_group: Any = None) -> tuple[Tensor, dict]:
+        return model_output["log_probs"].values().mean(), {}
+
+    if with_gradient:
+        engine.forward_backward_batch(batch, mean)
+    else:
+        engine.infer_batch(batch)
