@@ -24,4 +24,6 @@ class TaskRecipe(BaseRecipe):
 
 
 TASKS: dict[str, Callable[[], Task[Any]]] = {task.name: task for task in (ArithmeticHard, Code, Complement, Contradict)}
-RECIPES = {name: TaskRecipe(task=name, vocab_size=400, heads=3, batch_tokens=512) for name in TASKS}
+HEADS = dict.fromkeys(TASKS, 3) | {"complement": 6}
+"""Three heads of size 32 do not learn to find a sum by its letter; six of size 16 do, but vLLM has none on a CPU."""
+RECIPES = {name: TaskRecipe(task=name, vocab_size=400, heads=HEADS[name], batch_tokens=512) for name in TASKS}

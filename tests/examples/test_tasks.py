@@ -81,8 +81,9 @@ def test_the_lengths_of_the_experiment(name: str, recipe_config: Callable[..., A
         assert len(tokenizer.encode(task.right(question).text)) < config.data.max_response_length
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"complement"}))
 def test_vllm_has_kernels_for_the_model(name: str) -> None:
+    """docs/tasks.md says that ``complement`` does not train through verl on a CPU, and why."""
     recipe = RECIPES[name]
     assert recipe.hidden_size % recipe.heads == 0 and recipe.hidden_size // recipe.heads in CPU_HEAD_SIZES
 
