@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.bare_step --model models/arithmetic-warm --data data/arithmetic --output outputs/bare_step`` runs
 GRPO and GCPO `balanced` in turn, on both paths, with the same model, questions and sizes. The one-file trainer is one
-process with one thread: torch alone, no server, no queue between processes. Its numbers are what the arithmetic of a
+process with one thread: only torch, no server, no queue between processes. Its numbers are what the arithmetic of a
 step costs on the machine; the rest of a step through verl is moving data, starting calls and waiting.
 
 The one-file trainer takes the old log-probabilities from its sampler. So that the pass of verl has a counterpart, the

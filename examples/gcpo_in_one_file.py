@@ -1,4 +1,4 @@
-"""GCPO, GRPO and GVPO in one file and one process, on a small transformer, with torch alone.
+"""GCPO, GRPO and GVPO in one file and one process, on a small transformer, with only torch.
 
     python -m examples.gcpo_in_one_file --method gcpo --model models/arithmetic-warm --data data/arithmetic \
         --seed 0 --steps 60 --output outputs/one_file [name=value ...]

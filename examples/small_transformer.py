@@ -1,4 +1,4 @@
-"""A small Qwen2 transformer with torch alone, and three ways to run it: `read`, `log_probs`, `generate`.
+"""A small Qwen2 transformer with only torch, and three ways to run it: `read`, `log_probs`, `generate`.
 
 It stands in for vLLM and FSDP. It is fast on one core because no work is done twice: texts are given in segments, and
 segments with which several texts begin go through the model once, with gradients too. The prompt of a question is

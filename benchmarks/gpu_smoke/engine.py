@@ -5,7 +5,7 @@
 single passes disagree by more than single passes in that precision differ from float32.
 
 * agreement: log-probabilities, states, the gradient of the kappa term, and the divergences of GC²PO. The reference is
-  transformers alone, in float32 (float64 with ``--cpu``). *dense* is the engine with one sequence in a row, for GC²PO
+  only transformers, in float32 (float64 with ``--cpu``). *dense* is the engine with one sequence in a row, for GC²PO
   transformers in the precision of the engine.
 * rates: the FLOP of the packed passes over those of a large product on the same machine, and the bytes of the weights
   over the bandwidth of a large copy. Both limits are measured here, not taken from a data sheet.
@@ -181,7 +181,7 @@ def packed_pairs(group: Group) -> int:
 
 @contextmanager
 def one_rank(backend: str) -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group with only this process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Models and groups of the engine part, and the same numbers from transformers alone, one sequence at a time."""
+"""Models and groups of the engine part, and the same numbers from only transformers, one sequence at a time."""
 
 from __future__ import annotations
 

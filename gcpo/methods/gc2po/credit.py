@@ -1,4 +1,4 @@
-"""From answer distributions and states to rewards, token advantages and the metrics about them; torch alone.
+"""From answer distributions and states to rewards, token advantages and the metrics about them; needs only torch.
 
 The trainer fetches the fields of the batch, this module works group by group.
 """

@@ -17,7 +17,7 @@ from gcpo.settings import ConfigError, Count, Seed, Settings
 CONFIG = Path(gcpo.config.__file__).parent
 ONE_FILE_METHODS = ("grpo", "gvpo", "gcpo")
 """Methods of examples/gcpo_in_one_file.py."""
-TRAINER_NAMES = {"one_file": "the one-file trainer (torch alone)", "verl": "verl"}
+TRAINER_NAMES = {"one_file": "the one-file trainer (only torch)", "verl": "verl"}
 
 NotEmpty = Annotated[list[Any], Field(min_length=1)]
 

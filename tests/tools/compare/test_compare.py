@@ -46,7 +46,7 @@ def test_tables_of_known_numbers(experiment, place, capsys):
     assert "| gcpo, arithmetic | 1.800 ± 0.000 | 1.690 ± 0.025 | **+0.110 ± 0.025** |" in text
     assert f"3 seeds, 10 steps. Command: `gcpo compare {path}`. Commit: " in text
     for section in text.split("## ")[1:]:
-        assert "Trainer: the one-file trainer (torch alone). Seeds: 0, 1, 2. Runs: 6 ok." in section
+        assert "Trainer: the one-file trainer (only torch). Seeds: 0, 1, 2. Runs: 6 ok." in section
     for name in ("learning", "gradient_norm", "upsilon"):
         assert (place / f"out/{name}.png").read_bytes().startswith(b"\x89PNG") and f"({name}.png)" in text
     runs, curves = (pd.read_csv(place / f"out/{name}.csv") for name in ("runs", "curves"))
