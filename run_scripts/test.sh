@@ -9,5 +9,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 prefer_cpu "the tests need no GPU"
 ensure_environment
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
-# tests/conftest.py keeps a module in one process, and at most two runs of Ray at a time.
+# tests/conftest.py keeps a module in one process, and so all tests that start Ray.
 exec "$PY" -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder "$@" </dev/null

@@ -124,17 +124,9 @@ SLOW = (
 """Modules whose tests start ranks, sandboxes or interpreters of their own; single tests are marked where they stand."""
 
 
-STACKS = (
-    ("tests/end_to_end/test_training.py", "tests/end_to_end/test_nodes.py", "tests/end_to_end/test_gvpo.py"),
-    ("tests/end_to_end/", "tests/test_races.py", "tests/tools/test_launch"),
-)
-"""Modules that start Ray or look at the processes of the machine. Those of a line run one after the other, and first;
-the two lines need about as much time. A run mostly waits for one process to start, so two at once are faster."""
-
-
-def stack_of(nodeid: str) -> int | None:
-    """The line of `STACKS` that a test belongs to."""
-    return next((line for line, modules in enumerate(STACKS) if nodeid.startswith(modules)), None)
+STACK = ("tests/end_to_end/", "tests/test_races.py", "tests/tools/test_launch")
+"""Modules that start Ray or look at the processes of the machine; they run first, one after the other. Two chains of
+them at once take as long on two cores, and Ray then does not always start in time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -143,17 +135,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         module = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
         if module in SLOW:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: stack_of(item.nodeid) is None)
+    items.sort(key=lambda item: not item.nodeid.startswith(STACK))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a module, and those of a line of `STACKS`, in one process of ``pytest -n``."""
+    """Keep the tests of a module, and those of all modules of `STACK`, in one process of ``pytest -n``."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByModule(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            line = stack_of(nodeid)
-            return nodeid.partition("::")[0] if line is None else f"stack {line}"
+            return "stack" if nodeid.startswith(STACK) else nodeid.partition("::")[0]
 
     return ByModule(config, log)

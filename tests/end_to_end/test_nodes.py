@@ -1,4 +1,4 @@
-"""A step on a Ray cluster of two raylets, each with one rank and one vLLM server, beside the same step on one."""
+"""A step on a Ray cluster of two raylets, each with one rank and one vLLM server, beside the same step on one node."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.conftest import FIRST
 from tests.end_to_end.test_training import our_yaml, train
 
 SAME = (
@@ -16,9 +17,8 @@ SAME = (
     "actor/grad_norm",
     "gcpo/upsilon/mean",
     "gcpo/kl_loss",
-    "gcpo/tokens/generated/leave_one_out",
+    "gcpo/tokens/generated/collider",
     "gcpo/tokens/scored",
-    "gcpo/balance/whole_groups",
 )
 """Metrics that do not depend on where the processes run."""
 
@@ -38,34 +38,30 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         cluster.shutdown()
 
 
-def step(inputs: Path, output: Path, *overrides: str) -> tuple[dict, str]:
-    settings = [
-        "gcpo.preset=balanced",
-        "gcpo.features.source=response",
-        "actor_rollout_ref.rollout.agent.num_workers=2",
-        "algorithm.rollout_correction.bypass_mode=True",
-        "trainer.total_training_steps=1",
-        *overrides,
-    ]
-    (found,), log = train("recipe.gcpo.main_gcpo", inputs, output, "step", *our_yaml(*settings))
-    return found, log
-
-
-def test_two_raylets_run_what_one_does(inputs: Path, tmp_path: Path, cluster: str) -> None:
-    """Two FSDP ranks and two vLLM servers, whose log-probabilities are the old ones."""
+def test_two_raylets_run_what_one_does(
+    inputs: Path, tmp_path: Path, cluster: str, first_run: tuple[Path, list[dict]]
+) -> None:
+    """Two FSDP ranks, two vLLM servers and two agent-loop workers give the metrics of one each."""
     environment = "ray_kwargs.ray_init.runtime_env.env_vars"
-    two, log = step(
+    (two,), log = train(
+        "recipe.gcpo.main_gcpo",
         inputs,
-        tmp_path / "two",
-        f"ray_kwargs.ray_init.address={cluster}",
-        "ray_kwargs.ray_init.num_cpus=null",
-        "ray_kwargs.ray_init.num_gpus=null",
-        f"+{environment}.VERL_FILE_LOGGER_PATH={tmp_path}/two/step.jsonl",
-        f"+{environment}.TENSORBOARD_DIR={tmp_path}/two/tensorboard",
-        "trainer.nnodes=2",
+        tmp_path,
+        "step",
+        *our_yaml(
+            *FIRST,
+            f"ray_kwargs.ray_init.address={cluster}",
+            "ray_kwargs.ray_init.num_cpus=null",
+            "ray_kwargs.ray_init.num_gpus=null",
+            f"+{environment}.VERL_FILE_LOGGER_PATH={tmp_path}/step.jsonl",
+            f"+{environment}.TENSORBOARD_DIR={tmp_path}/tensorboard",
+            "actor_rollout_ref.rollout.agent.num_workers=2",
+            "trainer.nnodes=2",
+            "trainer.total_training_steps=1",
+        ),
     )
     assert f"Connecting to existing Ray cluster at address: {cluster}" in log
-    one, _ = step(inputs, tmp_path / "one", "trainer.n_gpus_per_node=2")
-    assert two["actor/grad_norm"] > 0 and two["gcpo/tokens/generated/leave_one_out"] > 0
-    assert "actor/entropy" not in two  # no pass of the actor for the old log-probabilities
+    one = first_run[1][0]
+    assert two["actor/grad_norm"] > 0 and two["gcpo/tokens/generated/collider"] > 0
+    assert two["gcpo/balance/whole_groups"] == 1
     assert {name: two[name] for name in SAME} == pytest.approx({name: one[name] for name in SAME}, rel=1e-4)
