@@ -107,9 +107,9 @@ class MethodWorker(ActorRolloutRefWorker):
         if token and handle:
             self.rollout.zmq_handle = own_socket(handle, ray.get_runtime_context().get_job_id(), token)
         self.method = hooks.received(self.config)
-        for worker in (self.actor, self.ref):
-            if worker is not None and self.method.run.padding_free:
-                worker.engine.use_padding_free()
+        engines: list[Any] = [worker.engine for worker in (self.actor, self.ref) if worker is not None]
+        for engine in engines if self.method.run.padding_free else []:
+            engine.use_padding_free()
         if self._is_actor:
             use_threads(self.method.run.actor_threads)
             term = self.actor.engine.term = hooks.call(self.method, "term")
