@@ -23,17 +23,13 @@ UNSHARED = [
     *("gcpo.preset=paper", "gcpo.scoring.packing=dense"),
     "actor_rollout_ref.rollout.enable_prefix_caching=False",
 ]
-LEAN = ["gcpo.padding_free=True", "algorithm.rollout_correction.bypass_mode=True"]
-"""Every option that saves a pass or padding."""
 METHODS = {
     "grpo": ["method=grpo"],
     "grpo-padding-free": ["method=grpo", "gcpo.padding_free=True"],
-    "grpo-lean": ["method=grpo", *LEAN],
     "grpo-2-threads": ["method=grpo", "gcpo.actor_threads=2"],
     "light": ["gcpo.preset=light"],
     "balanced": ["gcpo.preset=balanced"],
     "balanced-padding-free": ["gcpo.preset=balanced", "gcpo.padding_free=True"],
-    "balanced-lean": ["gcpo.preset=balanced", *LEAN],
     "balanced-2-threads": ["gcpo.preset=balanced", "gcpo.actor_threads=2"],
     "paper": ["gcpo.preset=paper"],
     "paper-batched": UNSHARED,

@@ -125,8 +125,8 @@ SLOW = (
 
 
 STACK = ("tests/end_to_end/", "tests/test_races.py", "tests/tools/test_launch")
-"""Modules that start Ray or look at the processes of the machine; they run first, one after the other. Two chains of
-them at once take as long on two cores, and Ray then does not always start in time."""
+"""Modules that start Ray or look at the processes of the machine; they run first, one after the other. Two at
+once are each about half as fast on two cores, and Ray then does not always start in time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
