@@ -13,8 +13,10 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from gcpo import weight_socket
+from gcpo.adapters import hooks
 from gcpo.adapters.worker import MethodWorker
 from gcpo.cpu import patches
+from tests.run_inputs import composed
 
 JOB = "01000000"
 """Of every Ray cluster's first job."""
@@ -41,8 +43,10 @@ def sender(monkeypatch: pytest.MonkeyPatch, address: str) -> str:
         self.rollout = SimpleNamespace(zmq_handle=handle)
 
     monkeypatch.setattr(ActorRolloutRefWorker, "init_model", set_up)
+    config = composed("gcpo_quickstart")
+    hooks.send_to_workers(hooks.make_method(config), config)
     worker = MethodWorker.__new__(MethodWorker)
-    worker._is_actor = False
+    worker.config, worker._is_actor, worker.actor, worker.ref = config.actor_rollout_ref, False, None, None
     worker.init_model()
     return worker.rollout.zmq_handle
 
