@@ -127,6 +127,8 @@ SLOW = (
 STACK = ("tests/end_to_end/", "tests/test_races.py", "tests/tools/test_launch")
 """Modules that start Ray or look at the processes of the machine; they run first, one after the other. Two at
 once are each about half as fast on two cores, and Ray then does not always start in time."""
+WITHOUT_RAY = ("tests/end_to_end/test_rest_mcts.py",)
+"""Modules in folders of `STACK` that need not wait for the others."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,7 +137,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         module = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
         if module in SLOW:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: not item.nodeid.startswith(STACK))
+    items.sort(key=lambda item: not in_stack(item.nodeid))
+
+
+def in_stack(nodeid: str) -> bool:
+    """Whether a test runs after, and not beside, the others of `STACK`."""
+    return nodeid.startswith(STACK) and not nodeid.startswith(WITHOUT_RAY)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -145,6 +152,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByModule(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "stack" if nodeid.startswith(STACK) else nodeid.partition("::")[0]
+            return "stack" if in_stack(nodeid) else nodeid.partition("::")[0]
 
     return ByModule(config, log)
