@@ -220,6 +220,20 @@ _SHORTEN = _rules(
 )
 
 
+_DEGREES = r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree)(?![A-Za-z])"
+_ANGLE = re.compile(
+    r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\d|\{\d+\})\s*)?"
+    rf"(?:\([^()]*\)|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|{DECIMAL}{_DEGREES})"
+)
+"""A trigonometric function with its argument, which is in brackets or a number of degrees."""
+_IN_DEGREES = re.compile(rf"({DECIMAL}){_DEGREES}")
+
+
+def in_radians(text: str) -> str:
+    r"""Write ``\sin 30^\circ`` as ``\sin {\frac{30\pi}{180}}``; degrees elsewhere only name the unit of an angle."""
+    return _ANGLE.sub(lambda angle: _IN_DEGREES.sub(r"{\\frac{\1\\pi}{180}}", angle[0]), text)
+
+
 def without_fonts(text: str) -> str:
     """Return a plain answer whose text and font commands are replaced by their contents."""
     return _apply(_NO_FONT, text)
@@ -241,7 +255,7 @@ def normalize(answer: str) -> str:
         if NO_UNIT.search(unit[1]) or not re.search(r"[\d\\]", number):
             break
         answer = number
-    answer = _apply(_SHORTEN, without_fonts(answer)).rstrip(".,; ")
+    answer = _apply(_SHORTEN, in_radians(without_fonts(answer))).rstrip(".,; ")
     if scaled := SCALED.fullmatch(answer):
         return plain_number(scaled[1]) + ("%" if scaled[2] == "%" else f" {scaled[2]}")
     return plain_number(answer)

@@ -10,6 +10,14 @@ import pytest
 from gcpo.rewards import same_answer
 
 WRONG = {
+    "an angle in degrees": [
+        (r"\sin 20^\circ", r"\cos 20^\circ"),
+        (r"\sin 30", "0.5"),
+        (r"\sin 30^\circ", r"\sin 30"),
+        (r"\sin(30^\circ)^2", "0.5"),
+        (r"\sin 150^\circ", "-0.5"),
+        (r"\tan 30^\circ", r"\tan 30"),
+    ],
     "numbers that are close": [
         (r"\frac{1}{2^{60}}", r"\frac{1}{2^{61}}"),
         (r"\frac{1}{61!}", r"\frac{1}{60!}"),
