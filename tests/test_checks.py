@@ -407,7 +407,10 @@ def test_gpus_are_counted_where_the_machine_is_the_only_one(run_inputs: Path, mo
         patch.setattr(ray, "is_initialized", lambda: True)
         check_run(config_of(run_inputs, *cuda))
     monkeypatch.setattr(devices, "count_gpus", lambda: 4)
-    check_run(config_of(run_inputs, *cuda, "actor_rollout_ref.rollout.tensor_model_parallel_size=2"))
+    two = (*cuda, "actor_rollout_ref.rollout.tensor_model_parallel_size=2")
+    executor = "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend"
+    check_run(config_of(run_inputs, *two, f"{executor}=mp"))
+    refused(run_inputs, f"{executor}=uni runs a model on one device", *two)
 
 
 def test_the_plugin_is_loaded() -> None:

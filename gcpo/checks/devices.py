@@ -64,6 +64,11 @@ def check_devices(config: DictConfig) -> None:
             f"does not divide the {gpus * nodes} of the run (trainer.n_gpus_per_node is {gpus}, trainer.nnodes is "
             f"{nodes}); set {' '.join(f'{key}=1' for key in larger)}"
         )
+    executor = f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend"
+    if engine > 1 and get(config, executor, None) == "uni":
+        raise ConfigError(
+            f"{executor}=uni runs a model on one device, and a rollout engine takes {engine} here; set {executor}=mp"
+        )
     ray = sys.modules.get("ray")
     running = ray is not None and ray.is_initialized()
     if not running and _joins_cluster(config):
