@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,17 @@ def make_prompts(model: Model, sets: Sequence[QuestionSet]) -> Prompts:
     return prompts
 
 
+CPU_OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    # vLLM rewinds the generator of a seeded request whose prompt it chunks, and a CPU generator cannot be rewound.
+    "enable_chunked_prefill": False,
+    # vLLM would take 92 % of the machine's memory, and refuse if less is free.
+    "kv_cache_memory_bytes": 2**30,
+}
+"""Options of ``vllm.LLM`` on a machine without accelerator."""
+
+
 def vllm_sampler(model: Model, log: Path, *, temperature: float, top_p: float, **engine_options: Any) -> Sampler:
     """Start vLLM with the model.
 
@@ -163,17 +175,32 @@ def load_engine(model: Model, log: Path, options: dict[str, Any]) -> Any:
     from gcpo.cpu import is_cpu_profile
 
     if is_cpu_profile():
-        # A CPU generator can't be rewound, as vLLM does with that of a seeded request whose prompt it chunks.
-        options = {**options, "dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+        # Its processes would import all packages twice more, and take turns with this one.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        options = {**CPU_OPTIONS, **options}
     try:
         with _printing_into(log):
             from vllm import LLM
 
             engine = LLM(model=model.path, **options)
     except Exception as error:  # whatever the engine's processes die of
-        raise EvaluationError(f"vLLM can't load {model.path}: {_reason(error)} (all of it is in {log})") from error
+        reason = start_failure(error, log)
+        raise EvaluationError(f"vLLM can't load {model.path}: {reason} (all of it is in {log})") from error
     logging.getLogger("vllm").setLevel(logging.ERROR)  # from here on this process prints to the terminal again
     return engine
+
+
+_CAUSE = re.compile(r"^\(\w[^)]*\) ERROR .*?\] ([\w.]*(?:Error|Exception): .+)$", re.MULTILINE)
+"""Last line of an exception in a process of vLLM."""
+
+
+def start_failure(error: Exception, log: Path) -> str:
+    """Return why vLLM did not start: its error, or the error of one of its processes, which only the log has."""
+    reason = _reason(error)
+    if "root cause" not in reason:
+        return reason
+    causes = [cause for cause in _CAUSE.findall(log.read_text(errors="replace")) if "root cause" not in cause]
+    return causes[-1] if causes else reason
 
 
 def _reason(error: Exception) -> str:
