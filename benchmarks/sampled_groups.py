@@ -18,6 +18,7 @@ from gcpo.methods.gcpo.settings import GCPOConfig
 from gcpo.scoring import PrefixForest
 from gcpo.scoring.attention import tree_attention_on
 from gcpo.seeding import request_seed
+from gcpo.tools.evaluate.sampling import CPU_OPTIONS
 
 N = 8
 """Responses, shared draws, leave-one-out draws of a response, and generations of a context."""
@@ -31,8 +32,7 @@ class Engine:
     def __init__(self, model: str, max_model_len: int) -> None:
         from vllm import LLM
 
-        options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
-        self.engine = LLM(model=model, max_model_len=max_model_len, block_size=32, **options).llm_engine
+        self.engine = LLM(model=model, max_model_len=max_model_len, block_size=32, **CPU_OPTIONS).llm_engine
         self.waiting: dict[str, asyncio.Future] = {}
         self.numbers = itertools.count()
 

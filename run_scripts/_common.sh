@@ -65,7 +65,6 @@ ensure_environment() {
         # Several processes share few cores, and the first torch.compile costs more than it saves in so short a run.
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
         export TORCHDYNAMO_DISABLE="${TORCHDYNAMO_DISABLE:-1}"
-        export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
         # Without this verl takes the GPU that it sees.
         if has_gpu; then export VERL_PLATFORM="${VERL_PLATFORM:-cpu}"; fi
     fi

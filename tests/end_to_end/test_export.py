@@ -207,7 +207,6 @@ def test_two_steps_from_the_recipe(recipe: Path, environment: Path, inputs: Path
     metrics = tmp_path / "metrics.jsonl"
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")} | {
         "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "PYTHONWARNINGS": "ignore",
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "TENSORBOARD_DIR": str(tmp_path / "tensorboard"),

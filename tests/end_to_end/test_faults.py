@@ -83,7 +83,6 @@ def start_and_kill(inputs: Path, folder: Path, title: str, after: str) -> Ended:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "PYTHONWARNINGS": "ignore",
     }
     with screen.open("w") as file:

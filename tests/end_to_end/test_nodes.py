@@ -28,7 +28,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a cluster of two raylets."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # processes inherit the environment of their raylet
     machine = {"num_cpus": 8, "num_gpus": 1}
     cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
     try:

@@ -75,7 +75,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def self_training(inputs: Path, *arguments: str) -> str:
     """What the command prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, "-m", "recipe.rest_mcts", str(inputs / "small.yaml"), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

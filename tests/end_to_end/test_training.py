@@ -49,7 +49,6 @@ def train(
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "PYTHONWARNINGS": "ignore",
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "TENSORBOARD_DIR": str(output / "tensorboard"),

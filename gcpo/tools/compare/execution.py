@@ -33,7 +33,7 @@ from gcpo.tools.launch.run import end_with_parent
 from gcpo.tools.metrics import METRICS_FILE, read_metrics
 
 LOG_FILE = "output.log"
-ON_THE_CPU = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ON_THE_CPU = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 GRACE_SECONDS = 75.0
 """How long a stopped run may take to end; the launcher of verl's runs takes up to 60."""
 
