@@ -19,6 +19,8 @@ GENERATED = ["gcpo.preset=balanced", "gcpo.features.source=response", "gcpo.coll
 """L = 2 shared draws, L' = 1, M = 1."""
 CROWDED = [*GENERATED, "+actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=200"]
 """A prefix cache of 6,400 tokens."""
+WORKER = "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=mp"
+"""vLLM runs the model in a process of its own, as without our yaml."""
 UNSHARED = [
     *("gcpo.preset=paper", "gcpo.scoring.packing=dense"),
     "actor_rollout_ref.rollout.enable_prefix_caching=False",
@@ -27,10 +29,12 @@ METHODS = {
     "grpo": ["method=grpo"],
     "grpo-padding-free": ["method=grpo", "gcpo.padding_free=True"],
     "grpo-2-threads": ["method=grpo", "gcpo.actor_threads=2"],
+    "grpo-worker": ["method=grpo", WORKER],
     "light": ["gcpo.preset=light"],
     "balanced": ["gcpo.preset=balanced"],
     "balanced-padding-free": ["gcpo.preset=balanced", "gcpo.padding_free=True"],
     "balanced-2-threads": ["gcpo.preset=balanced", "gcpo.actor_threads=2"],
+    "balanced-worker": ["gcpo.preset=balanced", WORKER],
     "paper": ["gcpo.preset=paper"],
     "paper-batched": UNSHARED,
     "paper-unshared": [
